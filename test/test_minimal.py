@@ -1,0 +1,44 @@
+"""The modules copied into an empty directory and run there, with nothing but the standard library."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import wire
+
+# No environment variables of Python's, no site-packages, no directory of the script on the path.
+BARE = [sys.executable, "-I", "-S", "-u", "-W", "error"]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """An empty directory with copies of the two modules."""
+    for name in ("pothead.py", "pothead_worker.py"):
+        shutil.copy(wire.ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_copied_modules_serve_requests_without_any_package(directory: Path) -> None:
+    ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
+    service = [*BARE, "pothead.py", *ports, "--", *BARE, "pothead_worker.py", "--workers", "2"]
+    hub = wire.HubProcess(service, directory)
+    with wire.running(hub):
+        hub.wait_until_ready()
+        with wire.Peer.connect(hub.main) as consumer:
+            consumer.send(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
+            assert consumer.read_response().status == 200
+            consumer.send(b"PUT /xz HTTP/1.1\r\nHost: example\r\nContent-Length: 11\r\n\r\nhello world")
+            assert lzma.decompress(consumer.read_response().body) == b"hello world"
+
+
+@pytest.mark.parametrize("name", ["pothead.py", "pothead_worker.py"])
+def test_copied_module_prints_its_help_without_any_package(directory: Path, name: str) -> None:
+    program = wire.Program([*BARE, name, "--help"], directory)
+    program.may_have_ended = True
+    with wire.running(program):
+        assert program.wait() == 0
+        assert any("usage:" in line for line in program.lines)
