@@ -1,0 +1,41 @@
+"""Fixtures only; what they yield is explained in wire.py."""
+
+from collections.abc import Iterator
+
+import pytest
+import wire
+
+
+@pytest.fixture
+def hub() -> Iterator[wire.HubProcess]:
+    """A hub process with default options on free ports."""
+    with wire.hub_process() as process:
+        yield process
+
+
+@pytest.fixture
+def worker(hub: wire.HubProcess) -> Iterator[wire.WorkerProcess]:
+    """A worker process with one slot and the built-in demo application, dialling `hub`."""
+    with wire.worker_process(hub) as process:
+        yield process
+
+
+@pytest.fixture
+def consumer(hub: wire.HubProcess) -> Iterator[wire.Peer]:
+    """A scripted consumer, connected to `hub`."""
+    with wire.Peer.connect(hub.main) as peer:
+        yield peer
+
+
+@pytest.fixture
+def slot(hub: wire.HubProcess) -> Iterator[wire.Peer]:
+    """A scripted worker slot that has dialled `hub`."""
+    with wire.Peer.connect(hub.worker) as peer:
+        yield peer
+
+
+@pytest.fixture
+def listener() -> Iterator[wire.Listener]:
+    """A scripted hub that workers can dial."""
+    with wire.Listener() as stand_in:
+        yield stand_in

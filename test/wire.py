@@ -1,0 +1,450 @@
+"""A raw peer: send these bytes, expect those. And the programs under test as processes.
+
+Both ends of an exchange are scripted in bytes, since an HTTP library hides what matters. Nothing here
+sleeps: every wait ends with its event or fails at a generous deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 10.0
+
+Address = tuple[str, int]
+Fields = list[tuple[bytes, bytes]]
+ProgramT = TypeVar("ProgramT", bound="Program")
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9]) ([\t\x20-\x7e\x80-\xff]*)")
+REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/1\.([01])" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):[ \t]*([^\r\n\x00]*?)[ \t]*" % TOKEN)
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What requests and responses share: the fields as they came, and the decoded body."""
+
+    fields: Fields
+    body: bytes
+
+    def values(self, name: bytes) -> list[bytes]:
+        """Return the values of every field called `name`, in order."""
+        return [value for key, value in self.fields if key.lower() == name.lower()]
+
+    def value(self, name: bytes) -> bytes | None:
+        """Return the value of the field called `name`, which must not be repeated."""
+        values = self.values(name)
+        assert len(values) < 2, f"{name!r} is repeated: {values!r}"
+        return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Request(Message):
+    method: bytes
+    target: bytes
+    minor_version: int
+
+
+@dataclass(frozen=True)
+class Response(Message):
+    status: int
+    reason: bytes
+    minor_version: int
+
+
+# ---- A peer that speaks raw bytes --------------------------------------------------------------------
+
+
+class Peer:
+    """One end of a TCP connection, scripted: a consumer, or a worker slot that dialled the hub."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(DEADLINE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.received = bytearray()
+
+    @classmethod
+    def connect(cls, address: Address) -> Peer:
+        return cls(socket.create_connection(address, timeout=DEADLINE_S))
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> Address:
+        """This end's own address, as the other end sees it."""
+        return self.sock.getsockname()[:2]
+
+    # -- sending and leaving
+
+    def send(self, data: bytes | memoryview) -> None:
+        self.sock.sendall(data)
+
+    def finish_sending(self) -> None:
+        """Send FIN and keep reading."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Leave with RST, as a crashed machine's kernel would."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.sock.close()
+
+    # -- expecting bytes
+
+    def expect(self, wanted: bytes) -> None:
+        """Read as many bytes as `wanted` has, and compare; a difference shows as soon as it arrives."""
+        while len(self.received) < len(wanted) and wanted.startswith(self.received):
+            if not self._receive():
+                got = bytes(self.received)
+                raise AssertionError(f"wanted {wanted!r}, the other end closed after {got!r}")
+        got = bytes(self.received[: len(wanted)])
+        assert got == wanted, f"wanted {wanted!r}, got {got!r}"
+        del self.received[: len(wanted)]
+
+    def expect_eof(self) -> None:
+        """Expect the other end to close, with FIN or RST, without another byte."""
+        rest = self.read_to_end()
+        assert rest == b"", f"wanted the end of the connection, got {rest!r}"
+
+    def read_exactly(self, count: int) -> bytes:
+        while len(self.received) < count:
+            self._receive_more(f"{count} bytes")
+        return self._take(count)
+
+    def read_until(self, end: bytes) -> bytes:
+        """Return everything up to and including `end`."""
+        searched = 0
+        while (found := self.received.find(end, searched)) < 0:
+            searched = max(0, len(self.received) - len(end) + 1)
+            self._receive_more(repr(end))
+        return self._take(found + len(end))
+
+    def read_to_end(self) -> bytes:
+        """Return what comes until the other end closes; a reset counts as a close."""
+        while self._receive():
+            pass
+        return self._take(len(self.received))
+
+    # -- expecting messages
+
+    def read_head(self) -> bytes:
+        """Return a head's lines with the empty line that ends them."""
+        return self.read_until(b"\r\n\r\n")
+
+    def read_response(self, method: bytes = b"GET") -> Response:
+        """Return the next response, interim ones included, to a request with `method`."""
+        lines = self.read_head()[:-4].split(b"\r\n")
+        match = STATUS_LINE.fullmatch(lines[0])
+        assert match, f"not a status line: {lines[0]!r}"
+        minor_version, status, reason = int(match[1]), int(match[2]), match[3]
+        fields = parse_fields(lines[1:])
+        has_no_body = method == b"HEAD" or status < 200 or status in (204, 304)
+        body = b"" if has_no_body else self._read_body(fields, until_close=True)
+        return Response(fields, body, status, reason, minor_version)
+
+    def read_request(self) -> Request:
+        """Return the next request, as a worker sees it."""
+        lines = self.read_head()[:-4].split(b"\r\n")
+        match = REQUEST_LINE.fullmatch(lines[0])
+        assert match, f"not a request line: {lines[0]!r}"
+        fields = parse_fields(lines[1:])
+        return Request(fields, self._read_body(fields, until_close=False), match[1], match[2], int(match[3]))
+
+    def _read_body(self, fields: Fields, until_close: bool) -> bytes:
+        lengths = [value for name, value in fields if name.lower() == b"content-length"]
+        codings = [value for name, value in fields if name.lower() == b"transfer-encoding"]
+        assert len(lengths) + len(codings) <= 1, f"ambiguous framing: {fields!r}"
+        if codings:
+            assert codings == [b"chunked"], f"unexpected coding: {codings!r}"
+            return self._read_chunks()
+        if lengths:
+            assert re.fullmatch(rb"[0-9]+", lengths[0]), f"bad length: {lengths[0]!r}"
+            return self.read_exactly(int(lengths[0]))
+        return self.read_to_end() if until_close else b""
+
+    def _read_chunks(self) -> bytes:
+        body = bytearray()
+        while True:
+            line = self.read_until(b"\r\n")[:-2]
+            assert CHUNK_SIZE.fullmatch(line), f"bad chunk size: {line!r}"
+            size = int(line, 16)
+            if size == 0:
+                self.expect(b"\r\n")
+                return bytes(body)
+            body += self.read_exactly(size)
+            self.expect(b"\r\n")
+
+    # -- the socket
+
+    def _receive(self) -> bool:
+        """Receive once; False at the end of the connection."""
+        try:
+            data = self.sock.recv(1 << 18)
+        except ConnectionResetError:
+            return False
+        except TimeoutError:
+            raise AssertionError(f"nothing came for {DEADLINE_S} s after {bytes(self.received)!r}") from None
+        self.received += data
+        return bool(data)
+
+    def _receive_more(self, wanted: str) -> None:
+        if not self._receive():
+            got = bytes(self.received)
+            raise AssertionError(f"wanted {wanted}, the other end closed after {len(got)}: {got[-2000:]!r}")
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(memoryview(self.received)[:count])
+        del self.received[:count]
+        return data
+
+
+class Listener:
+    """Stands in for a hub: workers dial its address, and the test plays the hub on what `accept` returns."""
+
+    def __init__(self) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock.settimeout(DEADLINE_S)
+        self.worker: Address = self.sock.getsockname()[:2]
+
+    def accept(self) -> Peer:
+        return Peer(self.sock.accept()[0])
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.close()
+
+
+def parse_fields(lines: list[bytes]) -> Fields:
+    fields = []
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        assert match, f"not a field line: {line!r}"
+        fields.append((match[1], match[2]))
+    return fields
+
+
+def field_lines(fields: Fields) -> bytes:
+    """Return the fields as lines, for a head that a test writes."""
+    return b"".join(b"%b: %b\r\n" % field for field in fields)
+
+
+# ---- The programs under test -------------------------------------------------------------------------
+
+
+class Program:
+    """A running process whose output is collected in threads, so that it never blocks on a full pipe."""
+
+    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=cwd,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self.may_have_ended = False
+        self._changed = threading.Condition()
+        self._open_pipes = 2
+        self._readers = [
+            threading.Thread(target=self._collect, args=pipe, daemon=True)
+            for pipe in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stderr(self) -> str:
+        return "".join(f"{line}\n" for line in self.errors)
+
+    def wait_for_line(self, predicate: Callable[[str], object], deadline_s: float = DEADLINE_S) -> str:
+        """Return the first line of stdout, past or future, that satisfies `predicate`."""
+        return self._wait_for(self.lines, predicate, deadline_s)
+
+    def wait_for_error(self, predicate: Callable[[str], object], deadline_s: float = DEADLINE_S) -> str:
+        """Return the first line of stderr, past or future, that satisfies `predicate`."""
+        return self._wait_for(self.errors, predicate, deadline_s)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.may_have_ended = True
+        self.process.send_signal(number)
+
+    def terminate(self) -> None:
+        """Ask for a drain; `wait` tells how it ended."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        """Return the exit status, once everything the process wrote has been collected."""
+        self.may_have_ended = True
+        status = self.process.wait(deadline_s)
+        for reader in self._readers:
+            reader.join(deadline_s)
+        return status
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; fail the test if it had ended by itself or complained."""
+        ended_by_itself = self.process.poll() is not None and not self.may_have_ended
+        try:
+            if self.process.poll() is None:
+                self._interrupt()
+            self.wait()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._close_pipes()
+        assert not ended_by_itself, f"ended by itself with status {self.process.returncode}: {self.stderr}"
+        assert "Traceback" not in self.stderr and "ResourceWarning" not in self.stderr, self.stderr
+
+    def _interrupt(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(signal.SIGINT)
+
+    def _collect(self, pipe: IO[str], lines: list[str]) -> None:
+        for line in pipe:
+            with self._changed:
+                lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._open_pipes -= 1
+            self._changed.notify_all()
+
+    def _wait_for(self, lines: list[str], predicate: Callable[[str], object], deadline_s: float) -> str:
+        ends_at = time.monotonic() + deadline_s
+        seen = 0
+        with self._changed:
+            while True:
+                for line in lines[seen:]:
+                    if predicate(line):
+                        return line
+                seen = len(lines)
+                if not self._open_pipes or not self._changed.wait(ends_at - time.monotonic()):
+                    break
+        ended = "the process ended" if self.process.poll() is not None else f"nothing in {deadline_s} s"
+        raise AssertionError(f"{ended}; no such line in {lines!r}; stderr: {self.stderr}")
+
+    def _close_pipes(self) -> None:
+        """Close the pipes; a reader whose pipe a grandchild still holds is left to it."""
+        for reader, pipe in zip(self._readers, (self.process.stdout, self.process.stderr), strict=True):
+            reader.join(DEADLINE_S)
+            assert not reader.is_alive(), f"a descendant of {self.process.args!r} outlived it"
+            assert pipe is not None
+            pipe.close()
+
+
+class HubProcess(Program):
+    """A hub on free ports: `main`, `worker` and `admin` are its addresses, `lines` its access log too."""
+
+    LISTENING = re.compile(r"listening (consumers|workers|admin)=\[?(.+?)\]?:([0-9]+)")
+
+    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
+        super().__init__(arguments, cwd, environment)
+        self.main: Address = ("", 0)
+        self.worker: Address = ("", 0)
+        self.admin: Address = ("", 0)
+
+    def wait_until_ready(self, has_admin: bool = True) -> None:
+        self.main = self._read_address("consumers")
+        self.worker = self._read_address("workers")
+        if has_admin:
+            self.admin = self._read_address("admin")
+
+    def _read_address(self, role: str) -> Address:
+        line = self.wait_for_line(lambda text: text.startswith(f"listening {role}="))
+        match = self.LISTENING.fullmatch(line)
+        assert match, f"not a listening line: {line!r}"
+        return match[2], int(match[3])
+
+    def stats(self) -> dict[str, object]:
+        """Return the admin port's `/stats`."""
+        with Peer.connect(self.admin) as peer:
+            peer.send(b"GET /stats HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n")
+            response = peer.read_response()
+        assert response.status == 200, response
+        return json.loads(response.body)
+
+
+class WorkerProcess(Program):
+    """A worker that dials the given hub."""
+
+
+def python(*arguments: str) -> list[str]:
+    """Return the command of an interpreter like this one that reports every warning as an error."""
+    return [sys.executable, "-u", "-W", "error", *arguments]
+
+
+@contextlib.contextmanager
+def hub_process(
+    *options: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> Iterator[HubProcess]:
+    """Run pothead.py on free ports with further `options`, which a `-- command …` may end; it is ready."""
+    ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
+    hub = HubProcess(python(str(ROOT / "pothead.py"), *ports, *options), cwd, environment)
+    with running(hub):
+        hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
+        yield hub
+
+
+@contextlib.contextmanager
+def worker_process(
+    hub: HubProcess | Listener,
+    *arguments: str,
+    cwd: Path = ROOT / "test",
+    environment: dict[str, str] | None = None,
+) -> Iterator[WorkerProcess]:
+    """Run pothead_worker.py against `hub`. Applications are looked up in `cwd`."""
+    host, port = hub.worker
+    command = python(str(ROOT / "pothead_worker.py"), "--connect", f"{host}:{port}", *arguments)
+    with running(WorkerProcess(command, cwd, environment)) as worker:
+        yield worker
+
+
+@contextlib.contextmanager
+def running(program: ProgramT) -> Iterator[ProgramT]:
+    """Stop `program` at the end, even when the test has failed already."""
+    try:
+        yield program
+    except BaseException:
+        with contextlib.suppress(Exception):
+            program.stop()
+        print(f"stderr of {program.process.args!r}:\n{program.stderr}", file=sys.stderr)
+        raise
+    program.stop()
