@@ -1,0 +1,70 @@
+"""A worker, or a server, that does nothing: it answers each request from memory.
+
+    python3 bench/responder.py connect HOST:PORT SLOTS     as POTHEAD's workers do
+    python3 bench/responder.py listen  HOST:PORT           as HAProxy's servers do
+
+``GET /large`` is answered with 16 MiB, everything else with two bytes.  It stops with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+
+SMALL = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+LARGE_BYTES = 16 * 1024 * 1024
+LARGE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % LARGE_BYTES
+LARGE_BODY = bytes(LARGE_BYTES)
+
+
+def serve(sock: socket.socket) -> None:
+    """Answers requests without a body until the peer hangs up."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pending = b""
+    with sock:
+        while data := sock.recv(65536):
+            pending += data
+            while (end := pending.find(b"\r\n\r\n")) >= 0:
+                head, pending = pending[:end], pending[end + 4 :]
+                if head.startswith(b"GET /large"):
+                    sock.sendall(LARGE_HEAD)
+                    sock.sendall(LARGE_BODY)
+                else:
+                    sock.sendall(SMALL)
+
+
+def serve_quietly(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the peer has left in the middle of a response
+        serve(sock)
+
+
+def connect(address: tuple[str, int]) -> None:
+    """Offers one slot, and again whenever its connection has ended."""
+    with contextlib.suppress(ConnectionRefusedError):  # the hub is gone: the measurement is over
+        while True:
+            serve_quietly(socket.create_connection(address))
+
+
+def main() -> None:
+    mode, address = sys.argv[1:3]
+    host, _, port = address.rpartition(":")
+    if mode == "connect":
+        for _ in range(int(sys.argv[3])):
+            threading.Thread(target=connect, args=((host, int(port)),), daemon=True).start()
+    else:
+        listener = socket.create_server((host, int(port)), backlog=1024)
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()  # until the parent is gone
+
+
+def accept(listener: socket.socket) -> None:
+    while True:
+        sock, _ = listener.accept()
+        threading.Thread(target=serve_quietly, args=(sock,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3152 @@
+"""POTHEAD: a hub for expensive HTTP requests, with one queue and workers that connect out to it.
+
+An ordinary load balancer pushes requests at servers and has to guess which of them is free.  Here it
+is the other way round: a worker opens a TCP connection *to* the hub and then plays the HTTP *server*
+on it (reverse HTTP, "PTTH").  An open connection is the offer of one free slot.  The hub keeps one
+queue, first come, first served, and hands the oldest request to a waiting slot::
+
+    consumer ──HTTP──▶ :8080 ┌───────────────┐ :4040 ◀──TCP connect── worker slot
+    consumer ──HTTP──▶       │ hub           │       ──HTTP request──▶  (WSGI app)
+    consumer ──HTTP──▶       │ queue ▸▸▸ idle│       ◀─HTTP response──
+                             └───────────────┘ :4041 admin (loopback)
+
+Vocabulary:  a *consumer* sends a *request*, a *head* and perhaps a *body*, over its *stream*.  The hub
+receives the body into a *spool*, then puts the *exchange* (a request and its response) into the
+*queue*.  A *worker* offers a *slot*.  Nothing is sent to a slot that is busy, and no slot idles while
+a request waits.
+
+One thread, no locks.  Everything below happens in turns of one event loop: the sockets that are ready
+are read and written, timers fire, requests and slots are paired, and the loop sleeps again.  To follow
+a request, read ``Consumer.on_bytes``, ``Exchange`` from top to bottom, ``Hub.dispatch`` and
+``Worker.on_bytes``.
+
+Run it with ``python3 pothead.py``; ``--help`` tells the options.  Standard library only; the file may
+be copied into another project as it is.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # Ctrl-C is a quiet end even while the imports below are running
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import contextlib
+import dataclasses
+import enum
+import errno
+import heapq
+import http
+import http.client
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import select
+import selectors
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import BinaryIO, Final, Generic, Protocol, TypeVar
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("pothead")
+
+Bytes = bytes | bytearray | memoryview
+
+# ---- Limits -----------------------------------------------------------------------------------------------
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """The numbers that are nobody's business to tune, each with its unit and its reason."""
+
+    request_line_bytes: int = 8 * KIB  # RFC 9112 §3 asks for 8000 at least; nginx and Apache take 8 KiB
+    head_bytes: int = 32 * KIB  # nginx takes four buffers of 8 KiB
+    head_fields: int = 100  # http.client, gunicorn and HAProxy (101) stop there
+    chunk_line_bytes: int = 1 * KIB  # a chunk's size and its extensions, which nobody uses
+    trailer_bytes: int = 8 * KIB
+    length_digits: int = 18  # of a Content-Length: below 2**63
+    receive_bytes: int = 256 * KIB  # one read; large, since a read costs more than its bytes
+    pipelined_bytes: int = 64 * KIB  # kept of the requests that follow the one in progress
+    lingering_s: float = 5.0  # for a refused consumer to take the refusal before the connection is cut
+    gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
+    accept_pause_s: float = 0.5  # without descriptors, before the next attempt
+    accepts_a_turn: int = 64  # so that a rush of new connections does not starve the old
+    backlog: int = 4096  # the kernel trims it to net.core.somaxconn
+    keepalive_idle_s: int = 15  # before TCP asks a silent peer for a sign of life ...
+    keepalive_interval_s: int = 5  # ... then as often as this ...
+    keepalive_probes: int = 3  # ... so many times: a dead machine is found within 30 s
+    unacknowledged_s: float = 30.0  # sent bytes without an acknowledgement, before the peer is held for dead
+    worker_full_s: float = 900.0  # the same while a slot is sent a large body: it may compute before it reads
+    large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
+    log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
+    reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
+
+
+LIMITS: Final = Limits()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What can be set, by the command line or by a program that runs a ``Hub``.
+
+    Durations are seconds, ``math.inf`` for off; sizes are bytes.  Raises ``ValueError`` with a sentence
+    for the user where a value makes no sense.
+    """
+
+    main_host: str = "127.0.0.1"
+    main_port: int = 8080
+    worker_host: str = "127.0.0.1"
+    worker_port: int = 4040
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = 4041  # None: no admin port
+    max_queue: int = 1000
+    queue_timeout: float = 60.0
+    response_timeout: float = math.inf
+    max_attempts: int = 2
+    max_request_body: int = 1 * GIB
+    response_spool: int = 1 * GIB
+    spool_memory: int = 64 * KIB
+    memory_budget: int = 64 * MIB
+    spool_dir: str | None = None
+    stream_requests: bool = False
+    head_timeout: float = 10.0
+    keep_alive: float = 75.0
+    stall_timeout: float = 60.0
+    graceful_timeout: float = 30.0
+    forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
+    log_format: str = "text"
+    log_level: str = "info"
+    allow_anonymous_workers: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks each value by itself; what needs the network (addresses) is checked by ``Hub``."""
+        for name in ("main_port", "worker_port", "admin_port"):
+            port = getattr(self, name)
+            _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
+        for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
+            _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
+        _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
+        _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
+        _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
+        for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget"):
+            _check(getattr(self, name) >= 0, name, "cannot be negative")
+        if self.spool_dir is not None:
+            usable = os.path.isdir(self.spool_dir) and os.access(self.spool_dir, os.W_OK)
+            _check(usable, "spool_dir", f"is not a directory to write to: {self.spool_dir}")
+        for address in self.forwarded_allow_ips:
+            _check(address == "*" or _is_network(address), "forwarded_allow_ips", f"is no address: {address}")
+        _check(self.log_format in ("text", "json"), "log_format", "is text or json")
+        _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
+
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def _check(holds: bool, name: str, complaint: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} {complaint}")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- Messages (pure) --------------------------------------------------------------------------------------
+#
+# A strict reader of RFC 9112.  What it does not understand it refuses: a hub that guesses is how requests
+# are smuggled.  http.client.parse_headers is not used because it guesses.
+
+Field = tuple[bytes, bytes]
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_TOKEN_ONLY: Final = re.compile(_TOKEN)
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?\r\n")
+# The value's trailing white space is trimmed afterwards: in here it would cost quadratic time.
+_FIELD_LINE: Final = re.compile(rb"^(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+_HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
+_DIGITS: Final = re.compile(rb"[0-9]+")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
+_FRAMING_FIELDS: Final = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date")
+)
+
+
+class ProtocolError(http.client.HTTPException):
+    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status = status
+        self.detail = detail
+
+
+class Inbuf(bytearray):
+    """Received bytes that nobody has understood yet.
+
+    It remembers how far the search for the end of a head has come, so that a head that arrives byte by
+    byte is searched once and not once a byte.
+    """
+
+    __slots__ = ("searched",)
+
+    def __init__(self, data: Bytes = b"") -> None:
+        super().__init__(data)
+        self.searched = 0
+
+    def take(self, size: int) -> bytes:
+        """Removes and returns the first ``size`` bytes."""
+        with memoryview(self) as view:
+            data = bytes(view[:size])
+        del self[:size]
+        self.searched = 0
+        return data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request line and its fields, as received but for the target, which is in origin form."""
+
+    method: bytes
+    target: bytes
+    minor_version: int
+    host: bytes | None
+    fields: tuple[Field, ...]
+    content_length: int | None
+    is_chunked: bool
+    keep_alive: bool
+    expects_continue: bool
+    connection_options: frozenset[bytes]
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether sending it twice does no harm (RFC 9110 §9.2.2), or its sender vouches for that."""
+        return self.method in IDEMPOTENT_METHODS or first_value(self.fields, b"idempotency-key") is not None
+
+
+IDEMPOTENT_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A status line and its fields, as received."""
+
+    status: int
+    reason: bytes
+    minor_version: int
+    fields: tuple[Field, ...]
+    content_length: int | None
+    is_chunked: bool
+    keep_alive: bool
+    has_date: bool
+    connection_options: frozenset[bytes]
+
+
+def take_request_head(buffer: Inbuf) -> RequestHead | None:
+    """Removes a request head from the front of ``buffer``; ``None`` when more bytes are needed.
+
+    A head that cannot become valid any more is refused at once and not at its end.  Raises
+    ``ProtocolError`` with the status to answer.  RFC 9112 §2 to §6.
+    """
+    while buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are skipped
+        del buffer[:2]
+    head = _take_head(buffer, 431)
+    if head is None:
+        return None
+    line = _REQUEST_LINE.match(head)
+    if line is None or line.end() > LIMITS.request_line_bytes:
+        raise _request_line_error(head)
+    method, target, major, minor = line.groups()
+    if major != b"1":
+        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    minor_version = min(int(minor), 1)
+    fields, framing = _take_fields(head, line.end(), 400)
+    options = _connection_options(framing)
+    length, is_chunked = _framing(framing, minor_version, 400)
+    _check_method(method)
+    host = _host(framing.get(b"host", ()), minor_version)
+    target, host = _origin_form(method, target, host)
+    return RequestHead(
+        method, target, minor_version, host, fields, length, is_chunked,
+        _keeps_alive(options, minor_version), _expects_continue(framing, minor_version), options,
+    )  # fmt: skip
+
+
+def take_response_head(buffer: Inbuf) -> ResponseHead | None:
+    """Removes a response head from the front of ``buffer``; ``None`` when more bytes are needed.
+
+    Raises ``ProtocolError(502)``: whatever is wrong with it is not the consumer's fault.
+    """
+    head = _take_head(buffer, 502)
+    if head is None:
+        return None
+    line = _STATUS_LINE.match(head)
+    if line is None:
+        raise ProtocolError(502, "no status line of HTTP/1.x")
+    minor_version = min(int(line[1]), 1)
+    fields, framing = _take_fields(head, line.end(), 502)
+    options = _connection_options(framing)
+    length, is_chunked = _framing(framing, minor_version, 502)
+    return ResponseHead(
+        int(line[2]), line[3] or b"", minor_version, fields, length, is_chunked,
+        _keeps_alive(options, minor_version), b"date" in framing, options,
+    )  # fmt: skip
+
+
+def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
+    """Removes a head with the line end of its last field but without the empty line after it."""
+    end = buffer.find(b"\r\n\r\n", buffer.searched)
+    if end > LIMITS.head_bytes or (end < 0 and len(buffer) > LIMITS.head_bytes):
+        if too_large == 431 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
+            raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
+        raise ProtocolError(too_large, f"the head is over {LIMITS.head_bytes} bytes")
+    if end < 0:
+        _refuse_hopeless(buffer, too_large)
+        buffer.searched = max(0, len(buffer) - 3)
+        return None
+    head = buffer.take(end + 4)
+    return head[:-2]
+
+
+def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
+    """Raises ``ProtocolError`` if what has come of a head cannot be the beginning of a valid one."""
+    is_request = too_large == 431
+    status = 400 if is_request else 502
+    if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
+        raise ProtocolError(status, "a control character, bare CR or bare LF in the head")
+    line_end = buffer.find(b"\r\n")
+    if line_end < 0:
+        if is_request and len(buffer) > LIMITS.request_line_bytes:
+            raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
+        if is_request and buffer and buffer != b"\r" and not _TOKEN_ONLY.match(buffer):
+            raise ProtocolError(400, "this is not HTTP")
+        if not is_request and not buffer.startswith(b"HTTP/1."[: len(buffer)]):
+            raise ProtocolError(502, "this is not HTTP/1.x")
+    elif line_end >= buffer.searched and is_request:  # the line has just become complete
+        line = _REQUEST_LINE.match(buffer)
+        if line is None or line[3] != b"1" or line.end() > LIMITS.request_line_bytes:
+            raise _request_line_error(bytes(buffer[: line_end + 2]))
+
+
+def _request_line_error(head: bytes) -> ProtocolError:
+    line = head.partition(b"\r\n")[0]
+    if len(line) + 2 > LIMITS.request_line_bytes:
+        return ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
+    if re.fullmatch(_TOKEN + rb" [!\"$-~]+ HTTP/[0-9]\.[0-9]", line):
+        return ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
+
+
+def _take_fields(head: bytes, start: int, status: int) -> tuple[tuple[Field, ...], dict[bytes, list[bytes]]]:
+    """Returns all fields, and the values of those that the hub itself acts on by lower-case name."""
+    lines = _FIELD_LINE.findall(head, start)
+    if len(lines) != head.count(b"\n", start):
+        raise ProtocolError(status, "a field line that is not 'name: value'")
+    if len(lines) > LIMITS.head_fields:
+        raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
+    fields = tuple([(name, value.strip(b" \t")) for name, value in lines])
+    framing: dict[bytes, list[bytes]] = {}
+    for name, value in fields:
+        key = name.lower()
+        if key in _FRAMING_FIELDS:
+            framing.setdefault(key, []).append(value)
+    return fields, framing
+
+
+def _list_of(values: Iterable[bytes]) -> list[bytes]:
+    """Returns the members of a comma-separated field, in lower case (RFC 9110 §5.6.1)."""
+    return [member.strip(b" \t").lower() for value in values for member in value.split(b",")]
+
+
+NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
+
+
+def _connection_options(framing: Mapping[bytes, list[bytes]]) -> frozenset[bytes]:
+    values = framing.get(b"connection")
+    return frozenset(_list_of(values)) if values else NO_OPTIONS
+
+
+def _keeps_alive(options: frozenset[bytes], minor_version: int) -> bool:
+    """Whether the connection outlives this message (RFC 9112 §9.3)."""
+    return b"close" not in options and (minor_version == 1 or b"keep-alive" in options)
+
+
+def _framing(
+    framing: Mapping[bytes, list[bytes]], minor_version: int, status: int
+) -> tuple[int | None, bool]:
+    """Returns the body's length, if there is one, and whether it is chunked (RFC 9112 §6)."""
+    lengths, codings = framing.get(b"content-length"), framing.get(b"transfer-encoding")
+    if codings is None:
+        return (None if lengths is None else _content_length(lengths, status)), False
+    if lengths is not None:
+        raise ProtocolError(status, "both Content-Length and Transfer-Encoding")
+    if minor_version == 0:
+        raise ProtocolError(status, "Transfer-Encoding in a message of HTTP/1.0")
+    _check_codings(_list_of(codings), status)
+    return None, True
+
+
+def _check_codings(codings: list[bytes], status: int) -> None:
+    if codings == [b"chunked"]:
+        return
+    if not all(_TOKEN_ONLY.fullmatch(coding) for coding in codings):
+        raise ProtocolError(status, "a malformed Transfer-Encoding")
+    if b"chunked" in codings[:-1]:
+        raise ProtocolError(status, "a Transfer-Encoding that is chunked twice, or not at its end")
+    raise ProtocolError(501 if status == 400 else status, "a Transfer-Encoding other than chunked")
+
+
+def _content_length(values: list[bytes], status: int) -> int:
+    """Returns the one length that all values agree on (RFC 9112 §6.3, rule 5)."""
+    members = set(_list_of(values))
+    digits = members.pop()
+    if members or not _DIGITS.fullmatch(digits):
+        raise ProtocolError(status, "a malformed Content-Length, or several that differ")
+    if len(digits) > LIMITS.length_digits and len(digits.lstrip(b"0")) > LIMITS.length_digits:
+        raise ProtocolError(413 if status == 400 else status, "a Content-Length beyond all measure")
+    return int(digits[-LIMITS.length_digits :])
+
+
+def _check_method(method: bytes) -> None:
+    if method == b"CONNECT":
+        raise ProtocolError(501, "CONNECT: this is no tunnel")
+    if method == b"TRACE":
+        raise ProtocolError(405, "TRACE is not allowed")
+
+
+def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
+    """Returns the Host field; it must be there once, in HTTP/1.0 at most once (RFC 9112 §3.2)."""
+    if not values and minor_version == 0:
+        return None
+    if len(values) != 1:
+        raise ProtocolError(400, "no Host field" if not values else "several Host fields")
+    if not _HOST.fullmatch(values[0]):
+        raise ProtocolError(400, "a malformed Host field")
+    return values[0]
+
+
+def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
+    """Returns path and host; an absolute target overrules the Host field (RFC 9112 §3.2.2)."""
+    if target.startswith(b"/"):
+        return target, host
+    if target == b"*" and method == b"OPTIONS":
+        return target, host
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if absolute is None or not absolute[1] or not _HOST.fullmatch(absolute[1]):
+        raise ProtocolError(400, "a target that is neither a path nor an http URL")
+    if absolute[1].startswith(b":"):
+        raise ProtocolError(400, "a target without a host")
+    path = absolute[2]
+    if not path and method == b"OPTIONS":
+        path = b"*"  # RFC 9112 §3.2.4
+    return (path if path[:1] in (b"/", b"*") else b"/" + path), absolute[1]
+
+
+def _expects_continue(framing: Mapping[bytes, list[bytes]], minor_version: int) -> bool:
+    """Whether the consumer waits for a 100 before it sends its body (RFC 9110 §10.1.1)."""
+    values = framing.get(b"expect")
+    if values is None or minor_version == 0:
+        return False
+    if any(value.lower() != b"100-continue" for value in values):
+        raise ProtocolError(417, "an expectation other than 100-continue")
+    return True
+
+
+def first_value(fields: Iterable[Field], lower_name: bytes) -> bytes | None:
+    """Returns the value of the first field of that name, ``None`` if there is none."""
+    for name, value in fields:
+        if name.lower() == lower_name:
+            return value
+    return None
+
+
+# .. bodies ..
+
+
+class BodyReader(Protocol):
+    """Reads one message body out of the bytes of a stream (RFC 9112 §6.3)."""
+
+    done: bool
+
+    @property
+    def verbatim(self) -> int:
+        """How many of the next bytes are body as they stand, without any framing among them."""
+
+    def skip(self, size: int) -> None:
+        """Counts ``size`` bytes (at most ``verbatim``) that were read without ``take``."""
+
+    def take(self, buffer: Inbuf) -> bytes:
+        """Removes from ``buffer`` what belongs to the body and returns the body bytes in it."""
+
+    def on_eof(self) -> None:
+        """The stream has ended; raises ``ProtocolError`` if the body may not end here."""
+
+
+class FixedBody:
+    """A body with a Content-Length."""
+
+    __slots__ = ("_status", "done", "verbatim")
+
+    def __init__(self, length: int, status: int = 400) -> None:
+        self.verbatim = length
+        self.done = length == 0
+        self._status = status
+
+    def skip(self, size: int) -> None:
+        self.verbatim -= size
+        self.done = self.verbatim == 0
+
+    def take(self, buffer: Inbuf) -> bytes:
+        data = buffer.take(min(self.verbatim, len(buffer)))
+        self.skip(len(data))
+        return data
+
+    def on_eof(self) -> None:
+        if not self.done:
+            raise ProtocolError(self._status, f"the body ended {self.verbatim} bytes early")
+
+
+class UntilCloseBody:
+    """A response body that ends with its connection."""
+
+    __slots__ = ("done", "verbatim")
+
+    def __init__(self) -> None:
+        self.verbatim = sys.maxsize
+        self.done = False
+
+    def skip(self, size: int) -> None:
+        """Nothing is counted: the end is told by the connection."""
+
+    def take(self, buffer: Inbuf) -> bytes:
+        return buffer.take(len(buffer))
+
+    def on_eof(self) -> None:
+        self.done = True
+
+
+class _ChunkedPart(enum.Enum):
+    SIZE = enum.auto()
+    DATA = enum.auto()
+    DATA_END = enum.auto()
+    TRAILER = enum.auto()
+    END = enum.auto()
+
+
+class ChunkedBody:
+    """A body in chunks; extensions and trailer fields are checked and dropped (RFC 9112 §7.1)."""
+
+    __slots__ = ("_part", "_status", "done", "verbatim")
+
+    def __init__(self, status: int = 400) -> None:
+        self._status = status
+        self._part = _ChunkedPart.SIZE
+        self.verbatim = 0
+        self.done = False
+
+    def skip(self, size: int) -> None:
+        self.verbatim -= size
+        if self.verbatim == 0:
+            self._part = _ChunkedPart.DATA_END
+
+    def take(self, buffer: Inbuf) -> bytes:
+        pieces: list[bytes] = []
+        while buffer and self._take_part(buffer, pieces):
+            pass
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def on_eof(self) -> None:
+        if not self.done:
+            raise ProtocolError(self._status, "the body ended before its last chunk")
+
+    def _take_part(self, buffer: Inbuf, pieces: list[bytes]) -> bool:
+        """Takes the next part of the framing; false when the body has ended or needs more bytes."""
+        part = self._part
+        if part is _ChunkedPart.SIZE:
+            return self._take_size(buffer)
+        if part is _ChunkedPart.DATA:
+            data = buffer.take(min(self.verbatim, len(buffer)))
+            pieces.append(data)
+            self.skip(len(data))
+            return True
+        if part is _ChunkedPart.DATA_END:
+            return self._take_data_end(buffer)
+        if part is _ChunkedPart.TRAILER:
+            return self._take_trailer(buffer)
+        return False
+
+    def _take_size(self, buffer: Inbuf) -> bool:
+        end = buffer.find(b"\r\n", 0, LIMITS.chunk_line_bytes + 2)
+        if end < 0:
+            if len(buffer) > LIMITS.chunk_line_bytes or _HOPELESS.search(buffer):
+                raise ProtocolError(self._status, "a chunk without a size")
+            return False
+        size = _CHUNK_SIZE.fullmatch(buffer.take(end + 2)[:-2])
+        if size is None:
+            raise ProtocolError(self._status, "a malformed chunk size")
+        self.verbatim = int(size[1], 16)
+        self._part = _ChunkedPart.DATA if self.verbatim else _ChunkedPart.TRAILER
+        return True
+
+    def _take_data_end(self, buffer: Inbuf) -> bool:
+        if not b"\r\n".startswith(buffer[:2]):
+            raise ProtocolError(self._status, "a chunk that is longer than its size")
+        if len(buffer) < 2:
+            return False
+        del buffer[:2]
+        self._part = _ChunkedPart.SIZE
+        return True
+
+    def _take_trailer(self, buffer: Inbuf) -> bool:
+        if buffer.startswith(b"\r\n"):
+            end = 0
+            del buffer[:2]
+        else:
+            end = buffer.find(b"\r\n\r\n", buffer.searched)
+            if max(end, 0 if end >= 0 else len(buffer)) > LIMITS.trailer_bytes:
+                raise ProtocolError(431 if self._status == 400 else self._status, "too many trailer fields")
+            if end < 0:
+                if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
+                    raise ProtocolError(self._status, "a control character in the trailer fields")
+                buffer.searched = max(0, len(buffer) - 3)
+                return False
+            _take_fields(buffer.take(end + 4)[:-2], 0, self._status)
+        self._part = _ChunkedPart.END
+        self.done = True
+        return False
+
+
+def request_body(head: RequestHead) -> BodyReader | None:
+    """Returns the reader for the body of this request; ``None`` if it has none."""
+    if head.is_chunked:
+        return ChunkedBody(400)
+    return FixedBody(head.content_length, 400) if head.content_length else None
+
+
+def response_body(head: ResponseHead, method: bytes) -> BodyReader | None:
+    """Returns the reader for the body of the response to ``method``; ``None`` if it has none."""
+    if method == b"HEAD" or head.status in (204, 304) or head.status < 200:
+        return None
+    if head.is_chunked:
+        return ChunkedBody(502)
+    if head.content_length is None:
+        return UntilCloseBody()
+    return FixedBody(head.content_length, 502) if head.content_length else None
+
+
+def take_body(reader: BodyReader, inbuf: Inbuf, data: memoryview) -> Bytes:
+    """Returns the body bytes of ``inbuf`` and ``data``; what is not body stays in ``inbuf``.
+
+    The usual case, a piece from the middle of a body, is passed on without being copied; it is then
+    valid only as long as ``data`` is.
+    """
+    if not inbuf and len(data) <= reader.verbatim:
+        reader.skip(len(data))
+        return data
+    inbuf += data
+    return reader.take(inbuf)
+
+
+# .. what may be forwarded ..
+
+HOP_BY_HOP: Final = frozenset(
+    (
+        b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    )
+)  # fmt: skip
+# Fields of a request that the hub makes itself; what a consumer sends under these names is dropped.
+HUB_FIELDS: Final = frozenset(
+    (
+        b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
+        b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
+    )
+)  # fmt: skip
+_REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
+_RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length"}
+
+
+class Framing(enum.Enum):
+    """How the end of a forwarded body is told."""
+
+    NONE = enum.auto()
+    LENGTH = enum.auto()
+    CHUNKED = enum.auto()
+    CLOSE = enum.auto()
+
+
+def _join_fields(parts: list[bytes], fields: Iterable[Field], dropped: frozenset[bytes]) -> None:
+    for name, value in fields:
+        if name.lower() not in dropped:
+            parts += (name, b": ", value, b"\r\n")
+
+
+def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) -> bytes:
+    """Returns the head to send to a worker.
+
+    ``length`` is the body's (``None``: chunked if the request was, else no body), ``hub_fields`` the
+    ready field lines that the hub adds.
+    """
+    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host or b"", b"\r\n"]
+    _join_fields(parts, head.fields, _REQUEST_DROPS | head.connection_options)
+    if length is not None:
+        parts.append(b"Content-Length: %d\r\n" % length)
+    elif head.is_chunked:
+        parts.append(b"Transfer-Encoding: chunked\r\n")
+    parts += (hub_fields, b"\r\n")
+    return b"".join(parts)
+
+
+def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, now: float) -> bytes:
+    """Returns the head to send to a consumer.
+
+    ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
+    epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1).
+    """
+    parts = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
+    _join_fields(parts, head.fields, _RESPONSE_DROPS | head.connection_options)
+    if framing is Framing.CHUNKED:
+        parts.append(b"Transfer-Encoding: chunked\r\n")
+    elif head.content_length is not None and head.status not in (204, 103):
+        parts.append(b"Content-Length: %d\r\n" % head.content_length)
+    if not head.has_date and head.status >= 200:
+        parts.append(b"Date: %b\r\n" % http_date(int(now)))
+    if connection:
+        parts.append(b"Connection: %b\r\n" % connection)
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def http_date(epoch_s: int) -> bytes:
+    """Returns the time as the fields of HTTP have it (RFC 9110 §5.6.7)."""
+    day = time.gmtime(epoch_s)
+    return b"%b, %02d %b %d %02d:%02d:%02d GMT" % (
+        _DAYS[day.tm_wday], day.tm_mday, _MONTHS[day.tm_mon - 1], day.tm_year, day.tm_hour, day.tm_min, day.tm_sec,
+    )  # fmt: skip
+
+
+_DAYS: Final = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
+_MONTHS: Final = (
+    b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec",
+)  # fmt: skip
+
+
+def chunk(data: Bytes) -> bytes:
+    """Returns ``data``, which must not be empty, as a chunk (RFC 9112 §7.1)."""
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
+
+
+LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+def own_response(
+    status: int, body: bytes, content_type: str = "text/plain; charset=utf-8", fields: Sequence[Field] = (),
+    *, keep_alive: bool, with_body: bool = True,
+) -> bytes:  # fmt: skip
+    """Returns a whole response of the hub's own."""
+    parts = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status))]
+    _join_fields(parts, fields, NO_OPTIONS)
+    parts.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type.encode(), len(body)))
+    parts.append(b"Date: %b\r\n" % http_date(int(time.time())))
+    parts.append(b"Connection: keep-alive\r\n\r\n" if keep_alive else b"Connection: close\r\n\r\n")
+    if with_body:
+        parts.append(body)
+    return b"".join(parts)
+
+
+def _reason(status: int) -> bytes:
+    return http.HTTPStatus(status).phrase.encode()
+
+
+# ---- The queue and the waiting slots (pure) ---------------------------------------------------------------
+
+Item = TypeVar("Item")
+
+
+class _Entry(Generic[Item]):
+    """A place in the queue; a cancelled one stays in the deque, without its item, until it is swept."""
+
+    __slots__ = ("item", "number", "since")
+
+    def __init__(self, item: Item, number: int, since: float) -> None:
+        self.item: Item | None = item
+        self.number = number
+        self.since = since
+
+
+class RequestQueue(Generic[Item]):
+    """First come, first served, with a bound and a time limit.  ``now`` is monotonic seconds."""
+
+    def __init__(self, max_length: int, timeout_s: float) -> None:
+        self._max_length = max_length
+        self._timeout_s = timeout_s
+        self._waiting: deque[_Entry[Item]] = deque()
+        self._entries: dict[Item, _Entry[Item]] = {}  # those that wait
+        self._taken: dict[Item, _Entry[Item]] = {}  # those that may come back
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (entry.item for entry in self._waiting if entry.item is not None)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._entries) >= self._max_length
+
+    def put(self, item: Item, now: float) -> bool:
+        """Appends the item; false if the queue is full."""
+        if self.is_full:
+            return False
+        entry = _Entry(item, next(self._numbers), now)
+        self._waiting.append(entry)
+        self._entries[item] = entry
+        return True
+
+    def put_back(self, item: Item) -> None:
+        """Returns an item that ``take`` gave to its old place, ahead of all that came later."""
+        entry = self._taken.pop(item)
+        entry.item = item
+        place = 0
+        while place < len(self._waiting) and self._waiting[place].number < entry.number:
+            place += 1
+        self._waiting.insert(place, entry)
+        self._entries[item] = entry
+
+    def take(self) -> Item | None:
+        """Removes and returns the oldest item.  ``forget`` it when it is sure not to come back."""
+        self._sweep()
+        if not self._waiting:
+            return None
+        entry = self._waiting.popleft()
+        item = entry.item
+        assert item is not None
+        del self._entries[item]
+        self._taken[item] = entry
+        entry.item = None
+        return item
+
+    def cancel(self, item: Item) -> None:
+        """Removes the item, wherever it is; does nothing if it is not there."""
+        self._taken.pop(item, None)
+        entry = self._entries.pop(item, None)
+        if entry is None:
+            return
+        entry.item = None
+        if len(self._waiting) > 2 * len(self._entries) + 16:
+            self._waiting = deque(entry for entry in self._waiting if entry.item is not None)
+
+    def expire(self, now: float) -> list[Item]:
+        """Removes and returns all that have waited for the time limit or longer."""
+        expired = []
+        while now >= self.next_expiry():
+            item = self.take()
+            assert item is not None
+            del self._taken[item]
+            expired.append(item)
+        return expired
+
+    def next_expiry(self) -> float:
+        """Returns when ``expire`` will next have something to do, infinity if nothing waits."""
+        self._sweep()
+        return self._waiting[0].since + self._timeout_s if self._waiting else math.inf
+
+    def oldest_wait(self, now: float) -> float:
+        """Returns how long the oldest item has waited, in seconds."""
+        self._sweep()
+        return now - self._waiting[0].since if self._waiting else 0.0
+
+    def _sweep(self) -> None:
+        while self._waiting and self._waiting[0].item is None:
+            self._waiting.popleft()
+
+
+def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int:
+    """Returns after how many seconds a refused request may hope for a place: the Retry-After."""
+    return max(1, math.ceil(queued / max(slots, 1) * mean_service_s))
+
+
+class SlotLike(Protocol):
+    """What ``IdleSlots`` needs to know of a slot."""
+
+    machine: str
+
+
+Slot = TypeVar("Slot", bound=SlotLike)
+
+
+class _Machine(Generic[Slot]):
+    """The slots of one worker address: those that wait, oldest first, and how many run."""
+
+    __slots__ = ("idle", "running")
+
+    def __init__(self) -> None:
+        self.idle: dict[Slot, int] = {}  # slot -> when it was parked, as a running number
+        self.running = 0
+
+    def rank(self) -> tuple[int, int]:
+        """The order of choice: the fewest running, then the most recently parked slot."""
+        return self.running, -self.idle[next(reversed(self.idle))]
+
+
+class IdleSlots(Generic[Slot]):
+    """The waiting slots, and which one is next.
+
+    A heap holds an entry for every machine with a waiting slot.  An entry that no longer tells its
+    machine's rank is stale, and skipped when it comes up; so each step costs O(log machines).
+    """
+
+    def __init__(self) -> None:
+        self._machines: dict[str, _Machine[Slot]] = {}
+        self._heap: list[tuple[tuple[int, int], str]] = []
+        self._parked = itertools.count(1)
+        self._idle = 0
+        self.running = 0
+
+    def __len__(self) -> int:
+        return self._idle
+
+    def park(self, slot: Slot) -> None:
+        """Adds a slot that waits."""
+        machine = self._machines.get(slot.machine)
+        if machine is None:
+            machine = self._machines[slot.machine] = _Machine()
+        machine.idle[slot] = next(self._parked)
+        self._idle += 1
+        self._rank(slot.machine, machine)
+
+    def remove(self, slot: Slot) -> None:
+        """Removes a slot that hung up while it waited."""
+        machine = self._machines[slot.machine]
+        del machine.idle[slot]
+        self._idle -= 1
+        self._rank(slot.machine, machine)
+
+    def take(self) -> Slot | None:
+        """Removes the best slot, counts it as running and returns it."""
+        while self._heap:
+            rank, name = heapq.heappop(self._heap)
+            machine = self._machines.get(name)
+            if machine is None or not machine.idle or machine.rank() != rank:
+                continue
+            slot, _ = machine.idle.popitem()
+            machine.running += 1
+            self._idle -= 1
+            self.running += 1
+            self._rank(name, machine)
+            return slot
+        return None
+
+    def release(self, slot: Slot) -> None:
+        """Stops counting the slot as running."""
+        machine = self._machines[slot.machine]
+        machine.running -= 1
+        self.running -= 1
+        self._rank(slot.machine, machine)
+
+    def _rank(self, name: str, machine: _Machine[Slot]) -> None:
+        if machine.idle:
+            heapq.heappush(self._heap, (machine.rank(), name))
+        elif not machine.running:
+            del self._machines[name]
+        if len(self._heap) > 4 * len(self._machines) + 64:
+            self._heap = [(each.rank(), name) for name, each in self._machines.items() if each.idle]
+            heapq.heapify(self._heap)
+
+
+# ---- The spool --------------------------------------------------------------------------------------------
+
+
+class MemoryBudget:
+    """How much memory all spools together may hold, in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self.files = 0  # that are open because it did not suffice
+
+    def take(self, size: int) -> bool:
+        """Claims ``size`` bytes; false if they are not to be had."""
+        if self.used + size > self.limit:
+            return False
+        self.used += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self.used -= size
+
+
+class _Extent:
+    """A stretch of a spool's file."""
+
+    __slots__ = ("length", "offset")
+
+    def __init__(self, offset: int, length: int) -> None:
+        self.offset = offset
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Spool:
+    """Bytes in order: in memory up to a mark and while the budget lasts, in a temporary file beyond.
+
+    With ``keep`` the bytes stay after they were read, for a second reading after ``rewind``.
+    A full disk loses nothing: what does not fit into the file stays in memory, and ``disk_error`` tells
+    the owner to take in no more.
+    """
+
+    __slots__ = (
+        "_budget", "_directory", "_file", "_file_end", "_held", "_keep", "_memory_limit", "_offset",
+        "_read", "_unread", "disk_error", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self, budget: MemoryBudget, memory_limit: int, directory: str | None = None, keep: bool = False
+    ) -> None:
+        self._budget = budget
+        self._memory_limit = memory_limit
+        self._directory = directory
+        self._keep = keep
+        self._unread: deque[bytearray | _Extent] = deque()
+        self._read: list[bytearray | _Extent] = []
+        self._offset = 0  # of the first unread byte in the first unread part
+        self._held = 0  # bytes of memory, as the budget counts them
+        self._file: BinaryIO | None = None
+        self._file_end = 0
+        self.size = 0  # unread bytes
+        self.disk_error: OSError | None = None
+
+    def append(self, data: Bytes) -> None:
+        """Adds ``data`` at the end."""
+        size = len(data)
+        self.size += size
+        if self._held + size <= self._memory_limit and self._budget.take(size):
+            self._append_to_memory(data)
+            return
+        try:
+            self._append_to_file(memoryview(data))
+        except OSError as exc:
+            self.disk_error = exc
+            self._budget.used += size  # it is held all the same, and shall be counted
+            self._append_to_memory(data)
+
+    def is_over(self, limit: int) -> bool:
+        """Whether the spool should take in no more until it has been read."""
+        return self.size > limit or self._file_end > limit or self.disk_error is not None
+
+    def peek(self, limit: int) -> Bytes:
+        """Returns up to ``limit`` of the next unread bytes, none if there are none."""
+        if not self._unread:
+            return b""
+        part = self._unread[0]
+        if isinstance(part, _Extent):
+            assert self._file is not None
+            length = min(limit, part.length - self._offset)
+            return os.pread(self._file.fileno(), length, part.offset + self._offset)
+        if self._offset == 0 and len(part) <= limit:
+            return part
+        return part[self._offset : self._offset + limit]
+
+    def advance(self, size: int) -> None:
+        """Marks ``size`` bytes as read."""
+        self.size -= size
+        self._offset += size
+        while self._unread and self._offset >= len(self._unread[0]):
+            part = self._unread.popleft()
+            self._offset -= len(part)
+            if self._keep:
+                self._read.append(part)
+            elif isinstance(part, bytearray):
+                self._forget(len(part))
+        if not self._unread and not self._keep:
+            self._drop_file()
+
+    def rewind(self) -> None:
+        """Makes everything unread again; only with ``keep``."""
+        self._unread.extendleft(reversed(self._read))
+        self._read.clear()
+        self._offset = 0
+        self.size = sum(map(len, self._unread))
+
+    def close(self) -> None:
+        """Gives everything back; the spool is empty then."""
+        self._unread.clear()
+        self._read.clear()
+        self.size = self._offset = 0
+        self._forget(self._held)
+        self._drop_file()
+
+    def _append_to_memory(self, data: Bytes) -> None:
+        self._held += len(data)
+        last = self._unread[-1] if self._unread else None
+        if (
+            isinstance(last, bytearray) and len(last) < 16 * KIB
+        ):  # many small pieces cost more than their bytes
+            last += data
+        else:
+            self._unread.append(bytearray(data))
+
+    def _append_to_file(self, data: memoryview) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
+                prefix="pothead-", dir=self._directory, buffering=0
+            )
+            self._budget.files += 1
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._file.fileno(), data[written:], self._file_end + written)
+        last = self._unread[-1] if self._unread else None
+        if isinstance(last, _Extent):
+            last.length += written
+        else:
+            self._unread.append(_Extent(self._file_end, written))
+        self._file_end += written
+
+    def _drop_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._budget.files -= 1
+            self._file = None
+            self._file_end = 0
+        self.disk_error = None
+
+    def _forget(self, size: int) -> None:
+        self._held -= size
+        self._budget.give_back(size)
+
+
+# ---- The event loop ---------------------------------------------------------------------------------------
+
+READ: Final = selectors.EVENT_READ
+WRITE: Final = selectors.EVENT_WRITE
+
+
+class Watched:
+    """Something that the loop watches: a descriptor, a deadline, or both.
+
+    ``deadline`` (monotonic seconds) may be set at any time; after setting it outside of an event of its
+    own, and after anything that changes ``wanted_events``, call ``loop.touch``.
+    """
+
+    __slots__ = ("armed", "closed", "deadline", "registered")
+
+    def __init__(self) -> None:
+        self.deadline = math.inf
+        self.armed = math.inf  # the loop's: when its heap will look at the deadline
+        self.registered = 0  # the loop's: the events that the selector has been asked for
+        self.closed = False
+
+    def fileno(self) -> int:
+        """Returns the descriptor, -1 if there is none."""
+        return -1
+
+    def wanted_events(self) -> int:
+        """Returns the events to wait for; a function of the state alone."""
+        return 0
+
+    def on_events(self, events: int) -> None:
+        """The descriptor is ready."""
+
+    def on_deadline(self) -> None:
+        """The deadline has passed (and is off now)."""
+
+    def on_fault(self) -> None:
+        """One of the methods above raised: give up what this is about."""
+
+    def release(self) -> None:
+        """Closes the descriptor: the end of the turn in which ``closed`` was set."""
+
+
+class EventLoop:
+    """Sockets, timers and calls from other threads, one at a time.  It knows nothing of HTTP."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.now = clock()  # monotonic seconds, read once a turn
+        self.before_sleep: list[Callable[[], None]] = []
+        # One buffer to receive into serves all streams, since one is read at a time.
+        self.scratch = memoryview(bytearray(LIMITS.receive_bytes))
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Watched]] = []  # heap; the number breaks ties
+        self._numbers = itertools.count()
+        self._touched: set[Watched] = set()
+        self.watched: set[Watched] = set()  # everything with a descriptor, until it is closed
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector.register(self._wake_receiver, READ, None)
+        self._running = True
+
+    def add(self, watched: Watched) -> None:
+        """Takes over a descriptor: from now on the loop closes it."""
+        self.watched.add(watched)
+        self._touched.add(watched)
+
+    def touch(self, watched: Watched) -> None:
+        """Asks to look at the wanted events and the deadline before the loop sleeps."""
+        self._touched.add(watched)
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Calls ``function`` before the loop sleeps next."""
+        self._calls.append(function)
+
+    def call_from_thread(self, function: Callable[[], None]) -> None:
+        """Calls ``function`` in the loop's thread; safe from any thread and from signal handlers."""
+        self._calls.append(function)
+        with contextlib.suppress(OSError):  # full: it will wake up anyway; closed: it has ended
+            self._wake_sender.send(b"\0")
+
+    def run(self) -> None:
+        """Turns until ``stop``."""
+        while self._running:
+            self.turn()
+
+    def stop(self) -> None:
+        """Ends ``run`` after this turn."""
+        self._running = False
+
+    def close(self) -> None:
+        """Closes everything that is watched, and what is the loop's own."""
+        for watched in self.watched:
+            watched.closed = True
+        for watched in list(self.watched):
+            self._reconcile(watched)
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def turn(self) -> None:
+        """Sleeps until something happens and deals with it: sockets first, then timers."""
+        self._settle()
+        ready = self._selector.select(self._sleep_s())
+        self.now = self.clock()
+        for key, events in ready:
+            watched: Watched | None = key.data
+            if watched is None:
+                self._wake_receiver.recv(4096)
+            elif not watched.closed:
+                self.deliver(watched, watched.on_events, events)
+        self._fire_timers()
+
+    def deliver(self, watched: Watched, method: Callable[..., None], *arguments: object) -> None:
+        """Calls ``method``; a fault in it ends what ``watched`` is about and nothing else."""
+        self._touched.add(watched)
+        try:
+            method(*arguments)
+        except Exception:
+            log.exception("this is a fault of the hub; only the exchange that met it is ended")
+            watched.on_fault()
+
+    def _settle(self) -> None:
+        """Does everything that is left to do before the loop may sleep."""
+        while self._calls:
+            self._calls.popleft()()
+        for step in self.before_sleep:
+            step()
+        while self._touched:
+            self._reconcile(self._touched.pop())
+
+    def _reconcile(self, watched: Watched) -> None:
+        if watched.closed:
+            wanted = 0
+            watched.deadline = math.inf
+        else:
+            wanted = watched.wanted_events()
+        if wanted != watched.registered:
+            self._register(watched, wanted)
+        if watched.closed:
+            self.watched.discard(watched)
+            watched.release()
+        elif watched.deadline < watched.armed:
+            watched.armed = watched.deadline
+            heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
+
+    def _register(self, watched: Watched, wanted: int) -> None:
+        # Unregistered when nothing is wanted: a selector that waits for no event still reports a hang-up,
+        # without end.
+        if not wanted:
+            self._selector.unregister(watched)
+        elif watched.registered:
+            self._selector.modify(watched, wanted, watched)
+        else:
+            self._selector.register(watched, wanted, watched)
+        watched.registered = wanted
+
+    def _sleep_s(self) -> float | None:
+        if self._calls or self._touched or not self._running:
+            return 0
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - self.clock())
+
+    def _fire_timers(self) -> None:
+        # A deadline that has moved later stays where it is in the heap until its old time comes.
+        while self._timers and self._timers[0][0] <= self.now:
+            when, _, watched = heapq.heappop(self._timers)
+            if when != watched.armed:
+                continue  # it moved earlier since: another entry speaks for it
+            watched.armed = math.inf
+            if watched.deadline <= self.now:
+                watched.deadline = math.inf
+                self.deliver(watched, watched.on_deadline)
+            else:
+                self.touch(watched)
+
+
+# ---- Streams ----------------------------------------------------------------------------------------------
+
+
+class Role(Protocol):
+    """What the bytes of a stream mean."""
+
+    def on_bytes(self, data: memoryview) -> None:
+        """Bytes have come; ``data`` is valid only during the call."""
+
+    def on_hangup(self, *, reset: bool) -> None:
+        """The peer has closed the connection, or broken it, or it cannot be written to any more."""
+
+    def on_drained(self) -> None:
+        """Everything written has been handed to the network."""
+
+    def on_deadline(self) -> None:
+        """The stream's deadline has passed."""
+
+    def on_fault(self) -> None:
+        """The hub itself failed while it served this stream."""
+
+    def may_read(self) -> bool:
+        """Whether bytes are welcome now."""
+
+
+class Stream(Watched):
+    """One socket: what has come and was not understood, and what is written and did not fit yet.
+
+    ``role`` says what the bytes mean and may be exchanged.  Nobody else touches the socket.
+    """
+
+    __slots__ = (
+        "_failed",
+        "_loop",
+        "_new_outbuf",
+        "_socket",
+        "address",
+        "inbuf",
+        "outbuf",
+        "role",
+        "written",
+    )
+
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket, address: str, new_outbuf: Callable[[], Spool]
+    ) -> None:
+        super().__init__()
+        self._loop = loop
+        self._socket = sock
+        self._new_outbuf = new_outbuf
+        self._failed = False
+        self.address = address
+        self.inbuf = Inbuf()
+        self.outbuf: Spool | None = None  # made when the network first does not take everything at once
+        self.role: Role = _NoRole()
+        self.written = 0  # bytes that the network has taken
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def has_outbuf(self) -> bool:
+        return self.outbuf is not None and self.outbuf.size > 0
+
+    def wanted_events(self) -> int:
+        events = WRITE if self.has_outbuf else 0
+        return events | READ if self.role.may_read() else events
+
+    def write(self, data: Bytes) -> None:
+        """Sends ``data``, or keeps what the network does not take; never blocks, never fails."""
+        if self._failed or self.closed:
+            return
+        if not self.has_outbuf:
+            sent = self._send(data)
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        if self._failed:
+            return
+        if self.outbuf is None:
+            self.outbuf = self._new_outbuf()
+        self.outbuf.append(data)
+        self._loop.touch(self)
+
+    def close(self, *, abort: bool = False) -> None:
+        """Closes the connection at the end of this turn; with ``abort`` so that the peer sees an error."""
+        if abort and not self.closed:
+            linger = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close sends RST
+            self._try(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.closed = True
+        self._loop.touch(self)
+
+    def end_output(self) -> None:
+        """Tells the peer that nothing more will come, but still listens."""
+        self._try(self._socket.shutdown, socket.SHUT_WR)
+
+    def set_unacknowledged_s(self, seconds: float) -> None:
+        """Sets how long sent bytes may go without an acknowledgement."""
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(seconds * 1000)
+            self._try(self._socket.setsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def has_hung_up(self) -> bool:
+        """Whether the peer of a stream on which nothing is due has closed it, or has sent something."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+        return True
+
+    def has_hung_up_behind_bytes(self) -> bool:
+        """The same for a stream with bytes that nobody wants to read yet, where the platform can tell."""
+        poll = select.poll()
+        poll.register(self._socket, getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+    def on_events(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & READ and not self.closed:
+            self._fill()
+
+    def on_deadline(self) -> None:
+        self.role.on_deadline()
+
+    def on_fault(self) -> None:
+        self.role.on_fault()
+        self.close()
+
+    def release(self) -> None:
+        if self.outbuf is not None:
+            self.outbuf.close()
+        self._socket.close()
+
+    def _fill(self) -> None:
+        try:
+            size = self._socket.recv_into(self._loop.scratch)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            log.debug("%s: %s", self.address, exc)
+            self.role.on_hangup(reset=True)
+            return
+        if size:
+            self.role.on_bytes(self._loop.scratch[:size])
+        else:
+            self.role.on_hangup(reset=False)
+
+    def _flush(self) -> None:
+        """Sends one piece of the outbuf: one, so that a fast reader does not starve the others."""
+        outbuf = self.outbuf
+        if outbuf is None or not outbuf.size:
+            return
+        outbuf.advance(self._send(outbuf.peek(LIMITS.receive_bytes)))
+        if not outbuf.size:
+            self.role.on_drained()
+
+    def _send(self, data: Bytes) -> int:
+        try:
+            sent = self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as exc:
+            log.debug("%s: %s", self.address, exc)
+            self._failed = True  # on_hangup follows, but not in the middle of what goes on here
+            self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
+            return 0
+        self.written += sent
+        return sent
+
+    def _give_up_writing(self) -> None:
+        """Reads what the peer may have said before it went, then tells the role."""
+        if self.closed:
+            return
+        if self.outbuf is not None:
+            self.outbuf.close()
+        if self.role.may_read():
+            self._fill()
+        if not self.closed:
+            self.role.on_hangup(reset=True)
+
+    def _try(self, call: Callable[..., None], *arguments: object) -> None:
+        try:
+            call(*arguments)
+        except OSError as exc:
+            log.debug("%s: %s", self.address, exc)
+
+
+class _NoRole:
+    """The role of a stream that has none yet."""
+
+    def on_bytes(self, data: memoryview) -> None: ...
+    def on_hangup(self, *, reset: bool) -> None: ...
+    def on_drained(self) -> None: ...
+    def on_deadline(self) -> None: ...
+    def on_fault(self) -> None: ...
+    def may_read(self) -> bool:
+        return False
+
+
+# ---- Exchanges --------------------------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    """The life of an exchange."""
+
+    RECEIVING = "receiving"  # the body is on its way into the spool
+    QUEUED = "queued"
+    SENT = "sent"  # handed to a slot; no response yet
+    RESPONDING = "responding"
+    FINISHED = "finished"
+
+
+TRANSITIONS: Final = {
+    State.RECEIVING: (State.QUEUED, State.FINISHED),
+    State.QUEUED: (State.SENT, State.FINISHED),
+    State.SENT: (State.QUEUED, State.RESPONDING, State.FINISHED),
+    State.RESPONDING: (State.FINISHED,),
+    State.FINISHED: (),
+}
+
+
+class Outcome(enum.Enum):
+    """How an exchange ended: the code in the log, the status, and the sentence for people.
+
+    The status 0 is the worker's own (or the refusal's), 499 is for the log alone.
+    """
+
+    COMPLETED = ("OK", 0, "")
+    QUEUE_FULL = ("QF", 503, "the queue is full")
+    QUEUE_TIMEOUT = ("QT", 503, "no worker became free in time")
+    DRAINING = ("DR", 503, "the service is shutting down")
+    WORKER_LOST = ("WL", 502, "the worker was lost before it answered")
+    WORKER_GARBAGE = ("WG", 502, "the worker's answer was not understood")
+    WORKER_CUT = ("WC", 0, "the response was cut off midway")
+    WORKER_TIMEOUT = ("WT", 504, "the worker did not answer in time")
+    REFUSED = ("RQ", 0, "the request was refused")
+    CONSUMER_GONE_QUEUED = ("CQ", 499, "the consumer left before a worker was found")
+    CONSUMER_GONE_RUNNING = ("CR", 499, "the consumer left while the request ran")
+    HUB_FAULT = ("HB", 500, "the hub met a fault of its own")
+
+    def __init__(self, code: str, status: int, sentence: str) -> None:
+        self.code = code
+        self.status = status
+        self.sentence = sentence
+
+
+CONSUMER_GONE_STATUS: Final = 499
+ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+# What stands in the log for a request whose head could not be read.
+UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), None, False, False, False, NO_OPTIONS)
+
+
+class Exchange:
+    """One request and its response; the only object that knows both ends.
+
+    The consumer's role feeds it the request, the hub gives it a worker, the worker's role feeds it the
+    response.  Whatever happens, it ends in ``finish``, once.
+    """
+
+    __slots__ = (
+        "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_replayable", "_since", "attempts", "bytes_in", "bytes_out",
+        "consumer", "detail", "head", "method", "outcome", "queued_s", "received", "received_at", "request_id",
+        "spool", "state", "status", "worker", "worker_address", "worker_s", "written_before",
+    )  # fmt: skip
+
+    def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
+        self._hub = hub
+        self.consumer = consumer
+        self.head = head
+        self.state = State.RECEIVING
+        self.request_id = hub.request_id(head)
+        self.spool: Spool | None = None  # the request's body, if it has one
+        self.received = False  # the request, whole
+        self.worker: Worker | None = None
+        self.worker_address = "-"
+        self.written_before = 0  # bytes, to the worker's stream
+        self.attempts = 0
+        self.status = 0  # sent to the consumer; 0 as long as nothing was
+        self.bytes_in = self.bytes_out = 0  # of the bodies
+        self.received_at = self._since = hub.loop.now
+        self.queued_s = self.worker_s = 0.0
+        self.outcome: Outcome | None = None
+        self.detail = ""
+        self._body_sent = False  # the request's, to the worker
+        self._is_chunked = False  # the body, as it is sent to the worker
+        self._replayable = True  # nothing of the body has been sent and dropped
+        self._heard = False  # a byte of the response
+        self._framing = Framing.NONE  # of the response
+        hub.exchanges.add(self)
+
+    def _to(self, state: State) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.state} to {state}"
+        self.state = state
+
+    # .. the request ..
+
+    def open(self, *, has_body: bool) -> None:
+        """The head is there: refuse it, ask for the body, or queue the request."""
+        hub, head = self._hub, self.head
+        length = head.content_length or 0
+        self.received = not has_body
+        if hub.draining:
+            self.finish(Outcome.DRAINING)
+        elif length > hub.options.max_request_body:
+            self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
+        elif hub.queue.is_full:
+            self.finish(Outcome.QUEUE_FULL)
+        elif not has_body:
+            self.on_request_end()
+        else:
+            self.spool = hub.new_spool(keep=not hub.options.stream_requests)
+            if head.expects_continue:
+                self.consumer.write(CONTINUE)
+            if hub.options.stream_requests:
+                self._enqueue()
+
+    def may_receive(self) -> bool:
+        """Whether the body has room; a streamed one waits for its worker."""
+        if self.spool is None or not self._hub.options.stream_requests:
+            return True
+        return not self.spool.is_over(self._hub.options.spool_memory)
+
+    def on_request_body(self, data: Bytes) -> None:
+        """A piece of the body has come."""
+        if not data or self.spool is None:
+            return
+        self.bytes_in += len(data)
+        if self.bytes_in > self._hub.options.max_request_body:
+            self.refuse(413, f"a body of more than {self._hub.options.max_request_body} bytes")
+            return
+        self.spool.append(data)
+        if self.spool.disk_error is not None and not self._hub.options.stream_requests:
+            self._hub.on_disk_error(self.spool.disk_error)
+            self.refuse(503, "no room for the body")
+        elif self.worker is not None:
+            self.pump()
+
+    def on_request_end(self) -> None:
+        """The request is whole."""
+        self.received = True
+        if self.state is State.RECEIVING:
+            self._enqueue()
+        elif self.worker is not None:
+            self.pump()
+
+    def _enqueue(self) -> None:
+        if not self._hub.queue.put(self, self._hub.loop.now):
+            self.finish(Outcome.QUEUE_FULL)
+            return
+        self._to(State.QUEUED)
+        self._since = self._hub.loop.now
+
+    # .. to the worker ..
+
+    def start(self, worker: Worker) -> None:
+        """Sends the request to a slot."""
+        now = self._hub.loop.now
+        self.worker = worker
+        self.worker_address = worker.stream.address
+        self.written_before = worker.stream.written
+        self.attempts += 1
+        self.queued_s += now - self._since
+        self._since = now
+        self._to(State.SENT)
+        self._heard = False
+        worker.begin(self)
+        length = self._length_for_worker()
+        self._is_chunked = length is None
+        head = forwarded_request(self.head, length, self._hub.fields_for_worker(self))
+        self._body_sent = self.spool is None
+        if self.spool is not None and self.spool.size and not self._is_chunked:
+            head += self._take_body(LIMITS.large_body_bytes)  # one packet for both, mostly
+        if self.spool is not None and self.spool.size:
+            worker.stream.set_unacknowledged_s(LIMITS.worker_full_s)
+        worker.stream.write(head)
+        self.pump()
+
+    def _length_for_worker(self) -> int | None:
+        """A body that is there as a whole is sent with its length, however it came."""
+        if self.spool is not None and self.received:
+            return self.spool.size
+        return self.head.content_length
+
+    def _take_body(self, limit: int) -> bytes:
+        assert self.spool is not None
+        data = bytes(self.spool.peek(limit))
+        self.spool.advance(len(data))
+        self._replayable = not self._hub.options.stream_requests
+        return data
+
+    def pump(self) -> None:
+        """Sends the worker as much of the body as it takes."""
+        worker, spool = self.worker, self.spool
+        if worker is None or spool is None or self._body_sent:
+            return
+        while spool.size and not worker.stream.has_outbuf:
+            data = self._take_body(LIMITS.receive_bytes)
+            worker.stream.write(chunk(data) if self._is_chunked else data)
+        if self.received and not spool.size:
+            self._body_sent = True
+            if self._is_chunked:
+                worker.stream.write(LAST_CHUNK)
+        if self._hub.options.stream_requests:
+            self.consumer.resume()
+
+    # .. from the worker ..
+
+    def may_relay(self) -> bool:
+        """Whether the response has room: a slow consumer holds the slot only when the spool is full."""
+        return not self.consumer.is_over(self._hub.options.response_spool)
+
+    def on_heard(self) -> None:
+        """The worker has said something: from now on nobody else may answer."""
+        self._heard = True
+
+    def on_interim(self, head: ResponseHead) -> None:
+        """An interim response: 103 is of use to a consumer, the others end here (RFC 9110 §15.2)."""
+        if head.status == 101:
+            self.finish(Outcome.WORKER_GARBAGE, "101 Switching Protocols, which nobody asked for")
+        elif head.status == 103 and self.head.minor_version == 1:
+            self.consumer.write(forwarded_response(head, Framing.NONE, b"", self._hub.wall_s()))
+
+    def on_response(
+        self, head: ResponseHead, reader: BodyReader | None, body: Bytes, *, is_last: bool
+    ) -> None:
+        """The head of the response and what of the body came with it."""
+        self._to(State.RESPONDING)
+        self.status = head.status
+        self._framing = self._framing_for_consumer(reader)
+        if self._framing is Framing.CLOSE or not self.keeps_consumer:
+            connection = b"close"
+        else:
+            connection = b"" if self.head.minor_version else b"keep-alive"
+        prefix = forwarded_response(head, self._framing, connection, self._hub.wall_s())
+        self._relay(body, prefix, is_last=is_last)
+
+    def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
+        """More of the response's body; the last of it ends the worker's part."""
+        self._relay(data, b"", is_last=is_last)
+
+    def on_worker_done(self, *, reusable: bool) -> None:
+        """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
+        worker = self._let_worker_go(reusable=reusable and self._body_sent)
+        worker.served += 1
+        self._hub.on_served(self.worker_s)
+        if not self.consumer.stream.has_outbuf:
+            self.finish(Outcome.COMPLETED)
+
+    def on_consumer_drained(self) -> None:
+        """The consumer has taken everything so far."""
+        if self.worker is not None:
+            self.worker.resume()
+        elif self.state is State.RESPONDING:
+            self.finish(Outcome.COMPLETED)
+
+    def _framing_for_consumer(self, reader: BodyReader | None) -> Framing:
+        if reader is None or isinstance(reader, FixedBody):
+            return Framing.LENGTH
+        return Framing.CHUNKED if self.head.minor_version else Framing.CLOSE
+
+    def _relay(self, data: Bytes, prefix: bytes, *, is_last: bool) -> None:
+        self.bytes_out += len(data)
+        if self._framing is not Framing.CHUNKED:
+            if prefix:
+                data = prefix + bytes(data)
+        else:
+            data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
+        if data:
+            self.consumer.write(data)
+
+    # .. the ends ..
+
+    @property
+    def keeps_consumer(self) -> bool:
+        """Whether the consumer's connection can serve another request after this one."""
+        return self.head.keep_alive and self.received and not self._hub.draining
+
+    def on_worker_gone(self, detail: str) -> None:
+        """The connection of the slot has ended before the response did."""
+        assert self.worker is not None
+        self.worker.failures += 1
+        if self.state is State.RESPONDING:
+            self.finish(Outcome.WORKER_CUT, detail)
+        elif self._may_run_again():
+            self._requeue()
+        else:
+            self.finish(Outcome.WORKER_LOST, detail)
+
+    def _may_run_again(self) -> bool:
+        assert self.worker is not None
+        if self._heard or not self._replayable:
+            return False
+        if self.worker.stream.written == self.written_before:
+            self.attempts -= 1  # nobody has seen it
+            return True
+        return self.head.is_idempotent and self.attempts < self._hub.options.max_attempts
+
+    def _requeue(self) -> None:
+        log.info(
+            "%s: worker %s was lost; back to the head of the queue", self.request_id, self.worker_address
+        )
+        self._let_worker_go(reusable=False)
+        if self.spool is not None:
+            self.spool.rewind()
+        self._to(State.QUEUED)
+        self._hub.requeue(self)
+
+    def on_worker_garbage(self, error: ProtocolError) -> None:
+        """The worker broke the protocol."""
+        assert self.worker is not None
+        self.worker.failures += 1
+        cut = self.state is State.RESPONDING
+        self.finish(Outcome.WORKER_CUT if cut else Outcome.WORKER_GARBAGE, error.detail)
+
+    def on_worker_timeout(self) -> None:
+        """No response in time."""
+        assert self.worker is not None
+        self.worker.failures += 1
+        self.finish(Outcome.WORKER_TIMEOUT)
+
+    def on_consumer_gone(self, detail: str = "") -> None:
+        """The consumer has left, or does not take what it asked for."""
+        running = self.state in (State.SENT, State.RESPONDING)
+        self.finish(Outcome.CONSUMER_GONE_RUNNING if running else Outcome.CONSUMER_GONE_QUEUED, detail)
+
+    def refuse(self, status: int, detail: str) -> None:
+        """Ends it with an error status that is the consumer's own fault."""
+        self.finish(Outcome.REFUSED, detail, status)
+
+    def finish(self, outcome: Outcome, detail: str = "", status: int = 0) -> None:
+        """The one way out: lets go of everything, answers or cuts off the consumer, and counts."""
+        if self.state is State.FINISHED:
+            return
+        # 1. Nothing more will happen to it.
+        if self.state is State.QUEUED:
+            self.queued_s += self._hub.loop.now - self._since
+        self._to(State.FINISHED)
+        self.outcome, self.detail = outcome, detail
+        self._hub.queue.cancel(self)
+        if self.worker is not None:
+            self._let_worker_go(reusable=False)
+        if self.spool is not None:
+            self.spool.close()
+        # 2. The consumer gets an answer as long as none has begun; what has begun is never ended cleanly.
+        status = status or outcome.status
+        if outcome is Outcome.COMPLETED:
+            self.consumer.end_exchange(keep_alive=self.keeps_consumer and self._framing is not Framing.CLOSE)
+        elif self.status == 0 and 0 < status != CONSUMER_GONE_STATUS:
+            self.status = status
+            self._answer(status, detail)
+        else:
+            self.status = CONSUMER_GONE_STATUS if status == CONSUMER_GONE_STATUS else self.status
+            self.consumer.cut()
+        # 3. It is counted and logged.
+        self._hub.on_finished(self)
+
+    def _answer(self, status: int, detail: str) -> None:
+        """Sends the hub's own error response, for a person to read."""
+        assert self.outcome is not None
+        sentence = self.outcome.sentence
+        if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE):
+            sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
+        fields = [(b"X-Request-Id", self.request_id)]
+        if status == 503:
+            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
+        elif status == 405:
+            fields.append((b"Allow", ALLOWED_METHODS))
+        text = f"{status} {http.HTTPStatus(status).phrase}: {sentence}.\nrequest id: {self.request_id.decode()}\n"
+        keep_alive = self.keeps_consumer
+        with_body = self.head.method != b"HEAD"
+        page = own_response(status, text.encode(), fields=fields, keep_alive=keep_alive, with_body=with_body)
+        self.consumer.write(page)
+        self.consumer.end_exchange(keep_alive=keep_alive)
+
+    def describe(self, now: float) -> dict[str, object]:
+        """Returns what /stats tells of it; durations in seconds."""
+        description: dict[str, object] = {
+            "id": self.request_id.decode(),
+            "consumer": self.consumer.stream.address,
+            "method": self.head.method.decode(),
+            "path": self.head.target.partition(b"?")[0].decode(),
+            "age_seconds": round(now - self.received_at, 3),
+            "attempts": self.attempts,
+        }
+        if self.worker is not None:
+            description["worker"] = self.worker_address
+            description["worker_seconds"] = round(now - self._since, 3)
+        return description
+
+    def _let_worker_go(self, *, reusable: bool) -> Worker:
+        worker = self.worker
+        assert worker is not None
+        self.worker = None
+        self.worker_s = self._hub.loop.now - self._since
+        self._since = self._hub.loop.now
+        worker.end(reusable=reusable)
+        return worker
+
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+# ---- Roles: what the bytes of a stream mean ---------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    """What a consumer's stream is in the middle of."""
+
+    IDLE = "idle"  # between requests
+    HEAD = "head"  # a part of a head has come
+    BODY = "body"  # the body of the request is coming
+    RESPONSE = "response"  # the request is whole, the response is due or under way
+
+
+class Consumer:
+    """The role of a stream from a consumer: requests in, responses out, one after the other."""
+
+    __slots__ = ("_hub", "_phase", "_reader", "_taken_before", "exchange", "is_trusted", "stream")
+
+    def __init__(self, hub: Hub, stream: Stream) -> None:
+        self._hub = hub
+        self.stream = stream
+        self.exchange: Exchange | None = None
+        self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
+        self._phase = Phase.IDLE
+        self._reader: BodyReader | None = None
+        self._taken_before = 0  # bytes, when the deadline for a slow reader was last set
+        self._set_deadline()
+
+    # .. in ..
+
+    def may_read(self) -> bool:
+        """Bytes are welcome; of those that run ahead of the exchange, so many."""
+        if self._phase is Phase.BODY:
+            return self.exchange is None or self.exchange.may_receive()
+        return self._phase is not Phase.RESPONSE or len(self.stream.inbuf) < LIMITS.pipelined_bytes
+
+    def on_bytes(self, data: memoryview) -> None:
+        if self._phase is Phase.BODY:
+            self._receive(data)
+            return
+        self.stream.inbuf += data
+        if self.exchange is None:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begins the next exchange, if its head is there."""
+        if self.exchange is not None or self.stream.closed:
+            return
+        try:
+            head = take_request_head(self.stream.inbuf)
+        except ProtocolError as error:
+            self._refuse(error)
+            return
+        if head is None:
+            self._wait_for_head()
+            return
+        self._reader = request_body(head)
+        self._phase = Phase.RESPONSE if self._reader is None else Phase.BODY
+        self.exchange = exchange = Exchange(self._hub, self, head)
+        exchange.open(has_body=self._reader is not None)
+        if self._phase is Phase.BODY and self.exchange is exchange:
+            self._receive(_NO_BYTES)
+        else:
+            self._set_deadline()
+
+    def _receive(self, data: memoryview) -> None:
+        """Passes on what has come of the body."""
+        exchange, reader = self.exchange, self._reader
+        assert exchange is not None and reader is not None
+        try:
+            body = take_body(reader, self.stream.inbuf, data)
+        except ProtocolError as error:
+            exchange.refuse(error.status, error.detail)
+            return
+        exchange.on_request_body(body)
+        if reader.done and self.exchange is exchange:
+            self._reader = None
+            self._phase = Phase.RESPONSE
+            exchange.on_request_end()
+        self._set_deadline()
+
+    def _wait_for_head(self) -> None:
+        if self._phase is Phase.IDLE and self.stream.inbuf:
+            self._phase = Phase.HEAD
+            self._set_deadline()
+
+    def _refuse(self, error: ProtocolError) -> None:
+        exchange = self.exchange = Exchange(self._hub, self, UNREADABLE_HEAD)
+        exchange.refuse(error.status, error.detail)
+
+    # .. out ..
+
+    def write(self, data: Bytes) -> None:
+        """Sends a part of a response; what the consumer does not take yet is kept."""
+        had_outbuf = self.stream.has_outbuf
+        self.stream.write(data)
+        if not had_outbuf and self.stream.has_outbuf:
+            self._set_deadline()
+
+    def is_over(self, limit: int) -> bool:
+        """Whether more than ``limit`` bytes wait to be taken."""
+        return self.stream.outbuf is not None and self.stream.outbuf.is_over(limit)
+
+    def on_drained(self) -> None:
+        if self.exchange is not None:
+            self.exchange.on_consumer_drained()
+        self._set_deadline()
+
+    def resume(self) -> None:
+        """What keeps bytes from being read may have changed."""
+        self._set_deadline()
+        self._hub.loop.touch(self.stream)
+
+    def end_exchange(self, *, keep_alive: bool) -> None:
+        """The response is on its way; the stream is kept for the next request, or closed."""
+        self.exchange = self._reader = None
+        stream = self.stream
+        if not keep_alive:
+            if stream.inbuf or stream.has_outbuf or self._phase is not Phase.RESPONSE:
+                Farewell(self._hub.loop, stream)
+            else:
+                stream.close()
+            return
+        self._phase = Phase.IDLE
+        self._set_deadline()
+        if stream.inbuf:
+            self._hub.loop.call_soon(lambda: self._hub.loop.deliver(stream, self.begin))
+
+    def cut(self) -> None:
+        """Breaks the connection, so that what was sent cannot be taken for a whole response."""
+        self.exchange = self._reader = None
+        self.stream.close(abort=True)
+
+    # .. the rest ..
+
+    def close_if_idle(self) -> None:
+        """Closes the stream unless a request is under way."""
+        if self._phase is Phase.IDLE and not self.stream.has_outbuf and not self.stream.inbuf:
+            self.stream.close()
+
+    def on_hangup(self, *, reset: bool) -> None:
+        if self.exchange is not None:
+            self.exchange.on_consumer_gone()
+        self.stream.close()
+
+    def on_fault(self) -> None:
+        if self.exchange is not None:
+            self.exchange.finish(Outcome.HUB_FAULT)
+
+    def on_deadline(self) -> None:
+        options, exchange = self._hub.options, self.exchange
+        if self.stream.has_outbuf and self.stream.written > self._taken_before:
+            self._set_deadline()  # slow, but not stalled
+        elif self.stream.has_outbuf:
+            if exchange is not None:
+                exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
+            self.stream.close(abort=True)
+        elif not self.may_read():
+            if self.stream.has_hung_up_behind_bytes():
+                self.on_hangup(reset=False)
+            self._set_deadline()
+        elif self._phase is Phase.HEAD:
+            self._refuse(ProtocolError(408, f"no whole head within {options.head_timeout:g} s"))
+        elif exchange is not None:
+            exchange.refuse(408, f"nothing more of the body for {options.stall_timeout:g} s")
+        else:
+            self.stream.close()
+
+    def _set_deadline(self) -> None:
+        """Every phase that waits for the consumer has a limit; those that wait for the hub have none."""
+        stream, options, now = self.stream, self._hub.options, self._hub.loop.now
+        if stream.role is not self:
+            return  # it has said farewell
+        if stream.has_outbuf:
+            self._taken_before = stream.written
+            stream.deadline = now + options.stall_timeout
+        elif not self.may_read():
+            stream.deadline = now + LIMITS.gone_check_s
+        elif self._phase is Phase.IDLE:
+            stream.deadline = now + options.keep_alive
+        elif self._phase is Phase.HEAD:
+            stream.deadline = now + options.head_timeout
+        elif self._phase is Phase.BODY:
+            stream.deadline = now + options.stall_timeout
+        else:
+            stream.deadline = math.inf
+        self._hub.loop.touch(stream)
+
+
+_NO_BYTES: Final = memoryview(b"")
+
+
+class Farewell:
+    """The role of a stream whose peer has got its last answer.
+
+    What still comes is read and dropped for a while: to close a socket with unread bytes would destroy
+    the answer on its way (RFC 9112 §9.6).
+    """
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, loop: EventLoop, stream: Stream) -> None:
+        self._stream = stream
+        stream.role = self
+        stream.inbuf.clear()
+        stream.deadline = loop.now + LIMITS.lingering_s
+        loop.touch(stream)
+        if not stream.has_outbuf:
+            stream.end_output()
+
+    def may_read(self) -> bool:
+        return True
+
+    def on_bytes(self, data: memoryview) -> None: ...
+
+    def on_drained(self) -> None:
+        self._stream.end_output()
+
+    def on_hangup(self, *, reset: bool) -> None:
+        self._stream.close()
+
+    def on_deadline(self) -> None:
+        self._stream.close()
+
+    def on_fault(self) -> None: ...
+
+
+class Worker:
+    """The role of a stream from a worker: a slot, waiting or busy."""
+
+    __slots__ = (
+        "_hub",
+        "_keep_alive",
+        "_reader",
+        "exchange",
+        "failures",
+        "machine",
+        "served",
+        "since",
+        "stream",
+    )
+
+    def __init__(self, hub: Hub, stream: Stream) -> None:
+        self._hub = hub
+        self.stream = stream
+        self.machine = stream.address.rpartition(":")[0]
+        self.exchange: Exchange | None = None
+        self.since = hub.loop.now
+        self.served = 0
+        self.failures = 0
+        self._keep_alive = True  # the connection, after the response under way
+        self._reader: BodyReader | None = None
+
+    def begin(self, exchange: Exchange) -> None:
+        """The slot is busy with ``exchange``."""
+        self.exchange = exchange
+        self.stream.deadline = self._hub.loop.now + self._hub.options.response_timeout
+        self._hub.loop.touch(self.stream)
+
+    def end(self, *, reusable: bool) -> None:
+        """The slot has nothing to do with its exchange any more."""
+        self.exchange = self._reader = None
+        self.stream.deadline = math.inf
+        self._hub.release(self, reusable=reusable and not self.stream.inbuf)
+
+    def describe(self, now: float) -> dict[str, object]:
+        """Returns what /stats tells of it; durations in seconds."""
+        return {
+            "address": self.stream.address,
+            "state": "idle" if self.exchange is None else "busy",
+            "served": self.served,
+            "failures": self.failures,
+            "connected_seconds": round(now - self.since, 3),
+        }
+
+    def resume(self) -> None:
+        """What keeps the response from being read may have changed."""
+        self._hub.loop.touch(self.stream)
+
+    def may_read(self) -> bool:
+        return self.exchange is None or self.exchange.may_relay()
+
+    def on_bytes(self, data: memoryview) -> None:
+        if self.exchange is None:
+            self._hub.on_breach(self)
+            return
+        try:
+            if self._reader is None:
+                self.stream.inbuf += data
+                self._take_heads(self.exchange)
+            else:
+                self._take_body(self.exchange, self._reader, take_body(self._reader, self.stream.inbuf, data))
+        except ProtocolError as error:
+            self.exchange.on_worker_garbage(error)
+
+    def _take_heads(self, exchange: Exchange) -> None:
+        """Takes interim responses, any number of them, and the head of the final one."""
+        exchange.on_heard()
+        while self.exchange is exchange:
+            head = take_response_head(self.stream.inbuf)
+            if head is None:
+                return
+            if head.status >= 200:
+                self._take_response(exchange, head)
+                return
+            exchange.on_interim(head)
+
+    def _take_response(self, exchange: Exchange, head: ResponseHead) -> None:
+        reader = self._reader = response_body(head, exchange.head.method)
+        self._keep_alive = head.keep_alive and not isinstance(reader, UntilCloseBody)
+        self.stream.deadline = math.inf
+        body = reader.take(self.stream.inbuf) if reader is not None else b""
+        is_last = reader is None or reader.done
+        exchange.on_response(head, reader, body, is_last=is_last)
+        if is_last:
+            exchange.on_worker_done(reusable=self._keep_alive)
+
+    def _take_body(self, exchange: Exchange, reader: BodyReader, data: Bytes) -> None:
+        exchange.on_response_body(data, is_last=reader.done)
+        if reader.done:
+            exchange.on_worker_done(reusable=self._keep_alive)
+
+    def on_drained(self) -> None:
+        if self.exchange is not None:
+            self.exchange.pump()
+
+    def on_hangup(self, *, reset: bool) -> None:
+        exchange, reader = self.exchange, self._reader
+        if exchange is None:
+            self._hub.on_worker_left(self)
+        elif reader is None or reset:
+            exchange.on_worker_gone("it reset the connection" if reset else "it closed the connection")
+        else:
+            self._end_body(exchange, reader)
+        self.stream.close()
+
+    def _end_body(self, exchange: Exchange, reader: BodyReader) -> None:
+        """The connection has ended: so has the body, or it was cut."""
+        try:
+            reader.on_eof()
+        except ProtocolError as error:
+            exchange.on_worker_gone(error.detail)
+            return
+        exchange.on_response_body(b"", is_last=True)
+        exchange.on_worker_done(reusable=False)
+
+    def on_deadline(self) -> None:
+        if self.exchange is not None:
+            self.exchange.on_worker_timeout()
+
+    def on_fault(self) -> None:
+        if self.exchange is not None:
+            self.exchange.finish(Outcome.HUB_FAULT)
+        else:
+            self._hub.on_worker_left(self)
+
+
+class Admin:
+    """The role of a stream on the admin port: the hub itself answers, at once."""
+
+    __slots__ = ("_hub", "_stream")
+
+    def __init__(self, hub: Hub, stream: Stream) -> None:
+        self._hub = hub
+        self._stream = stream
+        self._set_deadline()
+
+    def may_read(self) -> bool:
+        return not self._stream.has_outbuf
+
+    def on_bytes(self, data: memoryview) -> None:
+        self._stream.inbuf += data
+        try:
+            while self._stream.role is self and (head := take_request_head(self._stream.inbuf)):
+                self._answer(head)
+        except ProtocolError as error:
+            page = own_response(error.status, error.detail.encode() + b"\n", keep_alive=False)
+            self._end(page)
+        self._set_deadline()
+
+    def _answer(self, head: RequestHead) -> None:
+        if request_body(head) is not None:
+            raise ProtocolError(413, "no body is wanted here")
+        status, content_type, body = self._hub.admin_page(head.method, head.target.partition(b"?")[0])
+        fields = [(b"Allow", b"GET, HEAD")] if status == 405 else []
+        fields.append((b"Cache-Control", b"no-store"))
+        page = own_response(
+            status, body, content_type, fields, keep_alive=head.keep_alive, with_body=head.method != b"HEAD"
+        )
+        if head.keep_alive and head.minor_version == 1:
+            self._stream.write(page)
+        else:
+            self._end(page)
+
+    def _end(self, page: bytes) -> None:
+        self._stream.write(page)
+        Farewell(self._hub.loop, self._stream)
+
+    def _set_deadline(self) -> None:
+        if self._stream.role is self:
+            self._stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
+
+    def on_drained(self) -> None:
+        self._set_deadline()
+
+    def on_hangup(self, *, reset: bool) -> None:
+        self._stream.close()
+
+    def on_deadline(self) -> None:
+        self._stream.close()
+
+    def on_fault(self) -> None: ...
+
+
+# ---- The hub ----------------------------------------------------------------------------------------------
+
+
+class Listener(Watched):
+    """A listening socket.  It rests while there are no descriptors to be had."""
+
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket, accept: Callable[[socket.socket, str], None],
+        may_accept: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._loop = loop
+        self._socket = sock
+        self._accept = accept
+        self._may_accept = may_accept
+        self._rests = False
+        self.address = address_text(sock.getsockname())
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def wanted_events(self) -> int:
+        return 0 if self._rests else READ
+
+    def on_events(self, events: int) -> None:
+        for _ in range(LIMITS.accepts_a_turn):
+            if not self._may_accept():
+                self._rest("as many connections as the limit of open files allows")
+                return
+            try:
+                sock, peer = self._socket.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._rest(str(exc))
+                    return
+                log.debug("accept on %s: %s", self.address, exc)  # that connection is gone already
+                continue
+            self._accept(sock, address_text(peer))
+
+    def on_deadline(self) -> None:
+        self._rests = False
+
+    def release(self) -> None:
+        self._socket.close()
+
+    def _rest(self, why: str) -> None:
+        log.warning("%s: accepting nothing for %g s: %s", self.address, LIMITS.accept_pause_s, why)
+        self._rests = True
+        self.deadline = self._loop.now + LIMITS.accept_pause_s
+
+
+class Timer(Watched):
+    """A deadline without a descriptor."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        super().__init__()
+        self._callback = callback
+
+    def on_deadline(self) -> None:
+        self._callback()
+
+
+class Hub:
+    """Listeners, the queue, the waiting slots, and what pairs them.
+
+    The constructor binds the ports (``OSError`` if it cannot, ``ValueError`` if it must not); ``run``
+    serves in the calling thread until ``drain`` or ``stop`` is called, from any thread.  ``access_log``
+    is called with the line of each finished exchange.
+    """
+
+    def __init__(
+        self, options: Options | None = None, access_log: Callable[[str], None] | None = None
+    ) -> None:
+        self.options = options = options or Options()
+        self.loop = EventLoop()
+        self.queue: RequestQueue[Exchange] = RequestQueue(options.max_queue, options.queue_timeout)
+        self.idle: IdleSlots[Worker] = IdleSlots()
+        self.exchanges: set[Exchange] = set()
+        self.workers: set[Worker] = set()
+        self.budget = MemoryBudget(options.memory_budget)
+        self.draining = False
+        self.counters = Counters()
+        self.access_log = access_log
+        self._format = _json_line if options.log_format == "json" else _text_line
+        self._trusted = [ipaddress.ip_network(each) for each in options.forwarded_allow_ips if each != "*"]
+        self._trusts_all = "*" in options.forwarded_allow_ips
+        self._request_ids = itertools.count(1)
+        self._id_prefix = os.urandom(6).hex()
+        self._descriptors = descriptor_limit() - LIMITS.reserved_descriptors
+        self._disk_full_at = -math.inf
+        self._queue_timer = Timer(self._expire)
+        self._drain_timer = Timer(self.loop.stop)
+        self._started = self.loop.now
+        self._listeners: list[Listener] = []
+        self._listen()
+        self.loop.before_sleep += [self.dispatch, self._end_drain]
+
+    # .. listening ..
+
+    def _listen(self) -> None:
+        options = self.options
+        try:
+            self.main_address = self._listen_on(
+                "consumers",
+                options.main_host,
+                options.main_port,
+                self._accept_consumer,
+                self._has_descriptors,
+            )
+            self.worker_address = self._listen_on(
+                "workers", options.worker_host, options.worker_port, self._accept_worker, _always
+            )
+            self.admin_address: str | None = None
+            if options.admin_port is not None:
+                self.admin_address = self._listen_on(
+                    "admin", options.admin_host, options.admin_port, self._accept_admin, _always
+                )
+        except (OSError, ValueError):
+            self.loop.close()
+            raise
+
+    def _listen_on(
+        self,
+        what: str,
+        host: str,
+        port: int,
+        accept: Callable[[Stream], None],
+        may_accept: Callable[[], bool],
+    ) -> str:
+        def take(sock: socket.socket, address: str) -> None:
+            accept(self._new_stream(sock, address))
+
+        sock = _bind(what, host, port)
+        listener = Listener(self.loop, sock, take, may_accept)
+        self._listeners.append(listener)
+        self.loop.add(listener)
+        if what == "workers" and not self.options.allow_anonymous_workers:
+            _refuse_open_worker_port(sock)
+        return listener.address
+
+    def _has_descriptors(self) -> bool:
+        return len(self.loop.watched) + self.budget.files < self._descriptors
+
+    def _new_stream(self, sock: socket.socket, address: str) -> Stream:
+        stream = Stream(self.loop, sock, address, self.new_spool)
+        self.loop.add(stream)
+        _tune(sock)
+        return stream
+
+    def _accept_consumer(self, stream: Stream) -> None:
+        stream.role = Consumer(self, stream)
+
+    def _accept_worker(self, stream: Stream) -> None:
+        stream.role = worker = Worker(self, stream)
+        self.workers.add(worker)
+        self.idle.park(worker)
+
+    def _accept_admin(self, stream: Stream) -> None:
+        stream.role = Admin(self, stream)
+
+    def new_spool(self, *, keep: bool = False) -> Spool:
+        """Returns an empty spool under the common budget."""
+        return Spool(self.budget, self.options.spool_memory, self.options.spool_dir, keep)
+
+    # .. pairing ..
+
+    def dispatch(self) -> None:
+        """Hands the oldest requests to waiting slots; the only place where the two meet."""
+        while len(self.queue) and len(self.idle):
+            worker = self.idle.take()
+            assert worker is not None
+            if worker.stream.has_hung_up():  # between the last turn and now: nobody need notice
+                self.release(worker, reusable=False)
+                continue
+            exchange = self.queue.take()
+            assert exchange is not None
+            self.loop.deliver(worker.stream, exchange.start, worker)
+        if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
+            self._queue_timer.deadline = expiry
+            self.loop.touch(self._queue_timer)
+
+    def _expire(self) -> None:
+        self.dispatch()  # after a standstill: slots that became free in time come first
+        for exchange in self.queue.expire(self.loop.now):
+            exchange.finish(Outcome.QUEUE_TIMEOUT)
+
+    def requeue(self, exchange: Exchange) -> None:
+        """Puts a request whose worker was lost back to the head of the queue."""
+        self.counters.requeues += 1
+        self.queue.put_back(exchange)
+
+    def release(self, worker: Worker, *, reusable: bool) -> None:
+        """The slot is not running any more: it waits again, or its connection is closed."""
+        self.idle.release(worker)
+        if reusable and not worker.stream.closed:
+            self.idle.park(worker)
+        else:
+            self.workers.discard(worker)
+            worker.stream.close()
+
+    def on_worker_left(self, worker: Worker) -> None:
+        """A waiting slot has hung up: its offer is withdrawn."""
+        self.idle.remove(worker)
+        self.workers.discard(worker)
+        worker.stream.close()
+
+    def on_breach(self, worker: Worker) -> None:
+        """A waiting slot has spoken without being asked."""
+        log.warning("worker %s sent bytes while it waited; closed", worker.stream.address)
+        self.counters.breaches += 1
+        self.on_worker_left(worker)
+
+    def retry_after_s(self) -> int:
+        """Returns after how many seconds a refused consumer may hope for a place."""
+        slots = len(self.idle) + self.idle.running
+        return wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+
+    # .. what exchanges ask and report ..
+
+    def wall_s(self) -> float:
+        """Returns the time of day, in seconds since the epoch; for people only, never for deadlines."""
+        return time.time()
+
+    def request_id(self, head: RequestHead) -> bytes:
+        """Returns the request's id: the consumer's if it is well-formed, else a new one."""
+        given = first_value(head.fields, b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            return given
+        return b"%s-%x" % (self._id_prefix.encode(), next(self._request_ids))
+
+    def trusts(self, address: str) -> bool:
+        """Whether a consumer at that address may say whom it speaks for (X-Forwarded-*)."""
+        if self._trusts_all or not self._trusted:
+            return self._trusts_all
+        ip = ipaddress.ip_address(host_of(address))
+        return any(ip in network for network in self._trusted)
+
+    def fields_for_worker(self, exchange: Exchange) -> bytes:
+        """Returns the field lines that the hub adds to a request."""
+        head, consumer = exchange.head, exchange.consumer
+        hops, proto, host = host_of(consumer.stream.address).encode(), b"http", head.host or b""
+        if consumer.is_trusted:
+            before = [value for name, value in head.fields if name.lower() == b"x-forwarded-for"]
+            hops = b", ".join([*before, hops])
+            proto = first_value(head.fields, b"x-forwarded-proto") or proto
+            host = first_value(head.fields, b"x-forwarded-host") or host
+        return (
+            b"Via: 1.%d pothead\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
+            b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\nPothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
+        ) % (
+            head.minor_version, hops, proto, host, exchange.request_id,
+            self.wall_s() - (self.loop.now - exchange.received_at), exchange.attempts, exchange.queued_s,
+        )  # fmt: skip
+
+    def on_served(self, worker_s: float) -> None:
+        """A worker has answered a request, in so many seconds."""
+        self.counters.on_served(worker_s)
+
+    def on_disk_error(self, error: OSError) -> None:
+        """A spool's file could not be written; warns, at most once a minute."""
+        if self.loop.now - self._disk_full_at > 60:
+            log.warning("cannot spool to a file: %s; refusing bodies that need one", error)
+            self._disk_full_at = self.loop.now
+
+    def on_finished(self, exchange: Exchange) -> None:
+        """Counts and logs."""
+        self.exchanges.discard(exchange)
+        self.counters.on_finished(exchange)
+        if self.access_log is not None:
+            self.access_log(self._format(exchange, self.wall_s(), self.loop.now))
+
+    # .. living and dying ..
+
+    @property
+    def addresses(self) -> dict[str, str | None]:
+        """Where it listens: ``consumers``, ``workers``, ``admin``, each ``host:port``."""
+        return {"consumers": self.main_address, "workers": self.worker_address, "admin": self.admin_address}
+
+    def run(self) -> int:
+        """Serves until it is drained or stopped; returns 1 if work was cut off, else 0."""
+        try:
+            self.loop.run()
+            unfinished = list(self.exchanges)
+            for exchange in unfinished:
+                exchange.finish(Outcome.DRAINING)
+        finally:
+            self.loop.close()
+        return 1 if unfinished else 0
+
+    def drain(self) -> None:
+        """Takes no more requests, finishes those it has, then ends ``run``; safe from any thread."""
+        self.loop.call_from_thread(self._drain)
+
+    def stop(self) -> None:
+        """Ends ``run`` at once; safe from any thread."""
+        self.loop.call_from_thread(self.loop.stop)
+
+    def _drain(self) -> None:
+        if self.draining:
+            return
+        log.info("draining: %d requests to finish", len(self.exchanges))
+        self.draining = True
+        self._listeners[0].closed = True  # consumers; workers are still needed, and an admin may watch
+        self.loop.touch(self._listeners[0])
+        for stream in [each for each in self.loop.watched if isinstance(each, Stream)]:
+            if isinstance(stream.role, Consumer):
+                stream.role.close_if_idle()
+        self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
+        self.loop.touch(self._drain_timer)
+
+    def _end_drain(self) -> None:
+        if self.draining and not self.exchanges and not self._has_unsent_bytes():
+            self.loop.stop()
+
+    def _has_unsent_bytes(self) -> bool:
+        return any(isinstance(each, Stream) and each.has_outbuf for each in self.loop.watched)
+
+    # .. the admin port ..
+
+    def admin_page(self, method: bytes, path: bytes) -> tuple[int, str, bytes]:
+        """Returns status, content type and body."""
+        text = "text/plain; charset=utf-8"
+        if path not in (b"/livez", b"/readyz", b"/stats"):
+            return 404, text, b"here are: /livez /readyz /stats\n"
+        if method not in (b"GET", b"HEAD"):
+            return 405, text, b"GET or HEAD\n"
+        if path == b"/stats":
+            return 200, "application/json", json.dumps(self.stats(), indent=1).encode() + b"\n"
+        if path == b"/readyz" and self.draining:
+            return 503, text, b"draining\n"
+        return 200, text, b"ok\n"
+
+    def stats(self) -> dict[str, object]:
+        """Returns what goes on, ready for JSON; durations in seconds."""
+        now = self.loop.now
+        running = [each for each in self.exchanges if each.worker is not None]
+        return {
+            "version": __version__,
+            "uptime_seconds": round(now - self._started, 3),
+            "draining": self.draining,
+            "queue_length": len(self.queue),
+            "queue_oldest_seconds": round(self.queue.oldest_wait(now), 3),
+            "requests_in_flight": len(running),
+            "slots": {"idle": len(self.idle), "busy": self.idle.running},
+            "demand": len(self.queue) + len(running),
+            "mean_service_seconds": round(self.counters.mean_service_s, 6),
+            "retry_after_seconds": self.retry_after_s(),
+            "spool_memory_bytes": self.budget.used,
+            "requeues": self.counters.requeues,
+            "breaches": self.counters.breaches,
+            "bytes": {"in": self.counters.bytes_in, "out": self.counters.bytes_out},
+            "outcomes": {outcome.code: count for outcome, count in self.counters.outcomes.items()},
+            "waiting": [each.describe(now) for each in self.queue],
+            "running": [each.describe(now) for each in sorted(running, key=lambda each: each.received_at)],
+            "workers": [each.describe(now) for each in sorted(self.workers, key=lambda each: each.since)],
+        }
+
+
+class Counters:
+    """What has happened since the start."""
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(Outcome, 0)
+        self.requeues = 0
+        self.breaches = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.mean_service_s = 0.0  # moving, over about the last 50
+        self._served = 0
+
+    def on_served(self, worker_s: float) -> None:
+        self._served += 1
+        self.mean_service_s += (worker_s - self.mean_service_s) / min(self._served, 50)
+
+    def on_finished(self, exchange: Exchange) -> None:
+        assert exchange.outcome is not None
+        self.outcomes[exchange.outcome] += 1
+        self.bytes_in += exchange.bytes_in
+        self.bytes_out += exchange.bytes_out
+
+
+def _always() -> bool:
+    return True
+
+
+def _bind(what: str, host: str, port: int) -> socket.socket:
+    """Returns a listening socket; raises ``OSError`` that names what it was for."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setblocking(False)
+            sock.bind(address)
+            sock.listen(LIMITS.backlog)
+        except OSError:
+            sock.close()
+            raise
+    except (OSError, UnicodeError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise OSError(f"cannot listen for {what} on {host}:{port}: {reason}") from exc
+    return sock
+
+
+def _refuse_open_worker_port(sock: socket.socket) -> None:
+    host = sock.getsockname()[0]
+    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        raise ValueError(
+            f"the worker port on {host} can be reached from other machines, and whoever connects there "
+            "is sent consumers' requests; use a loopback address, or protect the port by a firewall and say "
+            "--allow-anonymous-workers"
+        )
+
+
+def _tune(sock: socket.socket) -> None:
+    """Makes a stream prompt, and its peer's death noticeable, as far as the platform knows how."""
+    sock.setblocking(False)
+    wanted = [
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", LIMITS.keepalive_idle_s),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", LIMITS.keepalive_interval_s),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", LIMITS.keepalive_probes),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(LIMITS.unacknowledged_s * 1000)),
+    ]
+    for level, name, value in wanted:
+        if hasattr(socket, name):
+            with contextlib.suppress(OSError):  # the peer is gone already: reading will tell
+                sock.setsockopt(level, getattr(socket, name), value)
+
+
+def address_text(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """Returns ``host:port``, an IPv6 host in brackets."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def host_of(address: str) -> str:
+    """Returns the host of a ``host:port``, without brackets and zone."""
+    return address.rpartition(":")[0].strip("[]").partition("%")[0]
+
+
+def descriptor_limit() -> int:
+    """Raises the limit of open files as far as it may be and returns it: each connection takes one."""
+    try:
+        import resource
+    except ImportError:  # not on every platform
+        return 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
+
+
+# .. the access log ..
+
+
+def _log_fields(exchange: Exchange, now: float) -> dict[str, object]:
+    """The fields of the access log, in their order; the path goes without its query."""
+    assert exchange.outcome is not None
+    fields: dict[str, object] = {
+        "id": exchange.request_id.decode(),
+        "consumer": exchange.consumer.stream.address,
+        "method": exchange.head.method.decode(),
+        "path": exchange.head.target.partition(b"?")[0].decode(),
+        "status": exchange.status,
+        "bytes_in": exchange.bytes_in,
+        "bytes_out": exchange.bytes_out,
+        "queued_ms": round(exchange.queued_s * 1000, 1),
+        "worker_ms": round(exchange.worker_s * 1000, 1),
+        "total_ms": round((now - exchange.received_at) * 1000, 1),
+        "worker": exchange.worker_address,
+        "attempts": exchange.attempts,
+        "code": exchange.outcome.code,
+    }
+    if exchange.detail:
+        fields["detail"] = exchange.detail
+    return fields
+
+
+def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
+    """One line of ``name=value`` pairs."""
+    fields = _log_fields(exchange, now)
+    detail = fields.pop("detail", None)
+    line = " ".join([timestamp(wall_s), *[f"{name}={value}" for name, value in fields.items()]])
+    return f"{line} detail={json.dumps(detail)}\n" if detail else line + "\n"
+
+
+def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
+    return json.dumps({"time": timestamp(wall_s), **_log_fields(exchange, now)}) + "\n"
+
+
+def timestamp(epoch_s: float) -> str:
+    """Returns the time in UTC, with milliseconds (RFC 3339)."""
+    whole = math.floor(epoch_s)
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+    return f"{text}.{int((epoch_s - whole) * 1000):03d}Z"
+
+
+# ---- The command line -------------------------------------------------------------------------------------
+
+
+class Output(Watched):
+    """Lines for a descriptor, written without ever waiting for who reads them.
+
+    What does not fit is kept, up to a limit; beyond it lines are dropped and counted: a log that nobody
+    reads must not stop the service.
+    """
+
+    def __init__(self, loop: EventLoop, fd: int) -> None:
+        super().__init__()
+        self._loop = loop
+        self._fd = fd
+        self._pending = bytearray()
+        self._lost = 0
+        self._piece = sys.maxsize if _is_file(fd) else select.PIPE_BUF  # what a writable pipe takes for sure
+        loop.before_sleep.append(self.flush)
+
+    def write(self, line: str) -> None:
+        """Takes a line, with its line end."""
+        if len(self._pending) > LIMITS.log_backlog_bytes:
+            self._lost += 1
+            return
+        if self._lost:
+            self._pending += b"(%d log lines were lost: nobody read them)\n" % self._lost
+            self._lost = 0
+        self._pending += line.encode("utf-8", "backslashreplace")
+
+    def flush(self) -> None:
+        """Writes what can be written now, and comes again if there is more."""
+        while self._pending and self._is_writable():
+            self._write_piece()
+        if self._pending:
+            self.deadline = self._loop.now + 0.1
+            self._loop.touch(self)
+
+    def on_deadline(self) -> None:
+        """Nothing: that the loop turns is enough, ``flush`` is one of its steps."""
+
+    def _is_writable(self) -> bool:
+        if self._piece == sys.maxsize:
+            return True
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(0))
+
+    def _write_piece(self) -> None:
+        try:
+            written = os.write(self._fd, self._pending[: self._piece])
+        except OSError:  # closed, or a full disk
+            self._lost += self._pending.count(b"\n")
+            written = len(self._pending)
+        del self._pending[:written]
+
+
+def _is_file(fd: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        return True  # closed: writing will tell
+
+
+class OutputHandler(logging.Handler):
+    """Passes log records to an ``Output``."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.write(self.format(record) + "\n")
+
+
+_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_UNITS_BYTES: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB}
+
+
+def duration(text: str) -> float:
+    """Returns seconds: ``250ms``, ``10s``, ``5m``, ``1h``; ``off`` is forever."""
+    if text == "off":
+        return math.inf
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|)", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 250ms, 10s, 5m, 1h or off")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def size(text: str) -> int:
+    """Returns bytes: ``4096``, ``64k``, ``1m``, ``2g``."""
+    match = re.fullmatch(r"([0-9]{1,15})([kmg]?)", text.lower(), re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4096, 64k, 1m or 2g")
+    return int(match[1]) * _UNITS_BYTES[match[2]]
+
+
+def number(text: str) -> int:
+    """Returns a whole number."""
+    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def port_or_off(text: str) -> int | None:
+    """Returns a port, ``None`` for off."""
+    return None if text == "off" else number(text)
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    """Returns the members of a comma-separated list."""
+    return tuple(each.strip() for each in text.split(",") if each.strip())
+
+
+ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
+
+# option of Options: (reader, placeholder, what it is)
+OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
+    "main_host": (str, "HOST", "address for consumers"),
+    "main_port": (number, "PORT", "port for consumers; 0: any free one"),
+    "worker_host": (str, "HOST", "address for workers"),
+    "worker_port": (number, "PORT", "port for workers; 0: any free one"),
+    "admin_host": (str, "HOST", "address of /livez, /readyz and /stats"),
+    "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
+    "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
+    "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
+    "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
+    "max_attempts": (number, "N", "how often a request is started when workers die before they answer"),
+    "max_request_body": (size, "SIZE", "longer bodies are refused with 413"),
+    "response_spool": (size, "SIZE", "of each response: what is taken from the worker ahead of a slow consumer"),
+    "spool_memory": (size, "SIZE", "of each body: kept in memory, the rest in a temporary file"),
+    "memory_budget": (size, "SIZE", "of all bodies together: kept in memory"),
+    "spool_dir": (str, "DIR", "where those files are made (default: the system's directory for them)"),
+    "stream_requests": (bool, "", "hand a request to a worker before its body is there, and relay the body"),
+    "head_timeout": (duration, "TIME", "for a consumer to send a request's head, before 408"),
+    "keep_alive": (duration, "TIME", "how long an idle consumer's connection is kept"),
+    "stall_timeout": (duration, "TIME", "how long a consumer may stop in the middle of a body, either way"),
+    "graceful_timeout": (duration, "TIME", "for running and waiting requests to end after TERM"),
+    "forwarded_allow_ips": (addresses, "IPS", "consumers whose X-Forwarded-* are believed; networks, or *"),
+    "log_format": (str, "text|json", "of the access log on stdout"),
+    "log_level": (str, "LEVEL", f"of the messages on stderr: {', '.join(LOG_LEVELS)}"),
+    "allow_anonymous_workers": (bool, "", "let any machine that reaches the worker port be a worker"),
+}  # fmt: skip
+
+
+def _default_text(name: str) -> str:
+    """Returns the default as a user would write it."""
+    value = getattr(Options(), name)
+    reader = OPTION_HELP[name][0]
+    if value is None:
+        return ""
+    if reader is duration:
+        return "off" if value == math.inf else f"{value:g}s"
+    if reader is size:
+        for unit in ("g", "m", "k"):
+            if value and value % _UNITS_BYTES[unit] == 0:
+                return f"{value // _UNITS_BYTES[unit]}{unit}"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pothead",
+        usage="%(prog)s [options] [-- command ...]",
+        description="The hub: queues HTTP requests for workers that connect to it.",
+        epilog="With '-- command ...' the command is started when the hub is ready, with POTHEAD_CONNECT=host:port "
+        "in its environment, and both end together. Times take ms, s, m, h; sizes k, m, g. Each option can be set "
+        f"in the environment too: {ENVIRONMENT_PREFIX}MAX_QUEUE=50.",
+        allow_abbrev=False,
+    )
+    for name, (reader, placeholder, text) in OPTION_HELP.items():
+        flag = f"--{name.replace('_', '-')}"
+        if reader is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            default = _default_text(name)
+            suffix = f" (default: {default})" if default else ""
+            parser.add_argument(flag, type=reader, metavar=placeholder, help=text + suffix)
+    parser.add_argument("--version", action="version", version=f"pothead {__version__}")
+    return parser
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
+    """Returns the options and the command to run; exits with 2 and one line when they are wrong."""
+    words, command = list(argv), []
+    if "--" in words:
+        split = words.index("--")
+        words, command = words[:split], words[split + 1 :]
+        if not command:
+            _parser().error("after -- there must be a command")
+    parser = _parser()
+    given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+    for name, (reader, _, _) in OPTION_HELP.items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        text = environ.get(variable, "")
+        if name not in given and text:
+            try:
+                given[name] = _truth(text) if reader is bool else reader(text)
+            except argparse.ArgumentTypeError as exc:
+                parser.error(f"{variable}: {exc}")
+    try:
+        return Options(**given), command
+    except ValueError as exc:
+        parser.error(str(exc))
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+
+
+class Companion:
+    """The command that lives and dies with the hub."""
+
+    def __init__(self, command: list[str], hub: Hub) -> None:
+        self._name = command[0]
+        self._hub = hub
+        self._status = 0
+        self._process = subprocess.Popen(command, env={**os.environ, "POTHEAD_CONNECT": hub.worker_address})
+
+    def check(self) -> None:
+        """Stops the hub if the command has ended by itself."""
+        status = self._process.poll()
+        if status is not None:
+            self._status = status
+            log.log(logging.ERROR if status else logging.INFO, "%s ended with status %d", self._name, status)
+            self._hub.loop.stop()
+
+    def end(self) -> int:
+        """Ends the command if it has not ended by itself; returns its exit status if it has."""
+        self._process.terminate()
+        try:
+            self._process.wait(self._hub.options.graceful_timeout)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._process.kill()
+            self._process.wait()
+        return self._status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the hub; returns the exit status: 0 drained, 1 work was cut off or an error, 2 usage."""
+    try:
+        options, command = parse_args(sys.argv[1:] if argv is None else argv)
+        return _serve(options, command)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 2
+    except KeyboardInterrupt:
+        return 1
+    except (OSError, ValueError) as exc:  # of the start: a port in use, a command that is not there
+        print(f"pothead: {exc}", file=sys.stderr)
+        return 2
+
+
+def _serve(options: Options, command: list[str]) -> int:
+    # 1. Everything that can be refused is refused here.
+    hub = Hub(options)
+    out, err = Output(hub.loop, 1), Output(hub.loop, 2)
+    hub.access_log = out.write
+    log.addHandler(OutputHandler(err))
+    log.setLevel(options.log_level.upper())
+    log.propagate = False
+    companion = _start_companion(command, hub) if command else None
+    # 2. Ready.
+    _handle_signals(hub, companion)
+    for name, address in hub.addresses.items():
+        if address is not None:
+            out.write(f"listening {name}={address}\n")
+    # 3. Serve; then end what has been started.
+    status = hub.run()
+    if companion is not None:
+        status = companion.end() or status
+    out.flush()
+    err.flush()
+    return 1 if status else 0
+
+
+def _start_companion(command: list[str], hub: Hub) -> Companion:
+    try:
+        return Companion(command, hub)
+    except OSError as exc:
+        hub.loop.close()
+        raise OSError(f"cannot start {command[0]}: {exc.strerror}") from exc
+
+
+def _handle_signals(hub: Hub, companion: Companion | None) -> None:
+    """TERM drains, a second one or INT stops, HUP does nothing."""
+    terms = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal terms
+        terms += number == signal.SIGTERM
+        if number == signal.SIGINT or terms > 1:
+            hub.stop()
+        elif number == signal.SIGTERM:
+            hub.drain()
+        elif number == signal.SIGCHLD and companion is not None:
+            hub.loop.call_from_thread(companion.check)
+
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(each, on_signal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
