@@ -28,6 +28,12 @@ message has a *head* and a *body*.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` has handlers of its own, Ctrl-C ends the process without a traceback from some import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import email.utils
@@ -41,7 +47,6 @@ import queue
 import random
 import re
 import select
-import signal
 import socket
 import sys
 import threading
@@ -81,6 +86,7 @@ CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.1  # the wait is drawn between half of this and this,
 BACKOFF_LAST_S = 5.0  # doubling until here
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
+EXIT_GRACE_S = 2.0  # how long threads that the app left behind may keep an ended worker alive
 
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
@@ -283,7 +289,7 @@ class Intake:
         """Return what comes before `end`, and drop `end`; None when the hub closes first."""
         data = self._buffer or self._sock.recv(RECEIVE_BYTES)
         searched = 0
-        while (found := data.find(end, searched)) < 0 and len(data) <= limit_bytes:
+        while (found := data.find(end, searched)) < 0 and len(data) < limit_bytes + len(end):
             searched = max(0, len(data) - len(end) + 1)
             piece = self._sock.recv(RECEIVE_BYTES) if data else b""
             if not piece:
@@ -367,9 +373,9 @@ class ChunkedBody(RequestBody):
 
     def _take_trailers(self) -> None:
         left = MAX_TRAILER_BYTES
-        while line := self._intake.take_line(left):
-            left -= len(line)
-            if left < 0 or not self.TRAILER_LINE.fullmatch(line):
+        while line := self._intake.take_line(max(0, left)):
+            left -= len(line) + 2
+            if not self.TRAILER_LINE.fullmatch(line):
                 self._intake.fail("malformed trailers")
 
 
@@ -801,10 +807,12 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.wants_close = "close" in re.split(r"[ \t]*,[ \t]*", head.fields.get("CONNECTION", "").lower())
         self.body = self._open_body(head)
         response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        if self.is_hung_up:  # before `cancelled` was there to be set
-            self.cancelled.set()
         log.debug("request %s: %s %s", response.request_id, head.method, head.target.partition("?")[0])
-        response.run(self.slot.application)
+        if self.is_hung_up:  # perhaps before `cancelled` was there to be set
+            self.cancelled.set()
+            log.info("request %s: the consumer had gone before it began", response.request_id)
+        else:
+            response.run(self.slot.application)
         self._settle(response)
 
     def _open_body(self, head: RequestHead) -> RequestBody | None:
@@ -816,9 +824,11 @@ class RequestHandler(BaseHTTPRequestHandler):
         """Make the connection ready for the next request, or see to its end."""
         if not response.is_complete:
             self.close_connection = True
-        elif response.says_close or not self._discard_body():
+        elif not self._discard_body():
             self.close_connection = True
             close_gently(self.connection)
+        else:
+            self.close_connection = response.says_close
 
     def _discard_body(self) -> bool:
         """Read away what the app left of the body; False if that is too much or takes too long."""
@@ -1055,7 +1065,7 @@ def set_options(sock: socket.socket) -> None:
 
 
 class Backoff:
-    """How long to wait before the next try: doubling, and random, so that slots do not come at once."""
+    """How long to wait before the next try: doubling, at random, so that slots come apart."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -1070,7 +1080,7 @@ class Backoff:
 
 
 class Reachability:
-    """Logs when the hub cannot be reached and when it can again: a line an episode, not one a slot and try."""
+    """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try."""
 
     def __init__(self, address: Address, slots: int) -> None:
         self._address = address
@@ -1161,10 +1171,11 @@ class Slot:
         handler = self._handler
         if handler is None:
             return False
+        was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
         handler.on_hang_up()
         with contextlib.suppress(OSError):
             handler.connection.shutdown(socket.SHUT_RDWR)
-        return handler.is_busy
+        return was_busy
 
 
 # ---- The pool ----------------------------------------------------------------------------------------
@@ -1564,7 +1575,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     except KeyboardInterrupt:
         return 0
-    return 0 if serve(pool, signals) else 1
+    status = 0 if serve(pool, signals) else 1
+    threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
+    return status
+
+
+def insist_on_exit(status: int) -> None:
+    """End the process even if threads of the app, for which the interpreter waits, keep it alive."""
+    ends_at = time.monotonic() + EXIT_GRACE_S
+    others = [thread for thread in threading.enumerate() if not thread.daemon]
+    for thread in others:
+        thread.join(max(0, ends_at - time.monotonic()))
+    left = [thread.name for thread in others if thread.is_alive()]
+    if left and not threading.main_thread().is_alive():
+        log.warning("leaving without threads of the application: %s", ", ".join(left))
+        sys.stdout.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

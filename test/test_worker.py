@@ -1,0 +1,1662 @@
+"""The worker: what it sends on the connections it opened, and how its process begins and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import lzma
+import re
+import signal
+import socket
+import sys
+import textwrap
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from wsgiref.validate import validator
+
+import pytest
+
+import pothead_worker
+import wire
+from pothead_worker import WorkerPool
+
+Environ = dict[str, Any]
+App = Callable[[Environ, Any], Iterable[bytes]]
+
+DATE = ("Date", "Thu, 01 Jan 1970 00:00:00 GMT")
+DATE_LINE = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
+
+
+# ---- The stand-in hub and its helpers ----------------------------------------------------------------
+
+
+class Lines(logging.Handler):
+    """Collects log lines and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.changed = threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self.changed:
+            self.lines.append(f"{record.levelname} {self.format(record)}")
+            self.changed.notify_all()
+
+    def wait_for(self, text: str, count: int = 1) -> str:
+        """Return the first line with `text`, once `count` of them have come."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.having(text)) >= count, wire.DEADLINE_S), self.lines
+            return self.having(text)[0]
+
+    def having(self, text: str) -> list[str]:
+        return [line for line in self.lines if text in line]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    handler = Lines()
+    logger = logging.getLogger("pothead.worker")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def running_pool(app: App, listener: wire.Listener, **options: Any) -> Iterator[WorkerPool]:
+    """Run a pool in this process, and see to it that nothing of it is left afterwards."""
+    pool = WorkerPool(app, connect=listener.worker, **options)
+    pool.start()
+    try:
+        yield pool
+    finally:
+        pool.stop_now()
+        pool.join()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("pothead-slot", "pothead-watcher", "Thread-")):
+                thread.join(wire.DEADLINE_S)
+                assert not thread.is_alive(), thread
+
+
+class Serving:
+    """A pool with one slot that serves `app`, and this test's end of its connection."""
+
+    def __init__(self, listener: wire.Listener, pool: WorkerPool) -> None:
+        self.listener = listener
+        self.pool = pool
+        self.peer = listener.accept()
+
+    def accept_again(self) -> wire.Peer:
+        """Wait for the slot's next connection."""
+        self.peer.close()
+        self.peer = self.listener.accept()
+        return self.peer
+
+
+@pytest.fixture
+def serving(listener: wire.Listener) -> Iterator[Callable[..., Serving]]:
+    with contextlib.ExitStack() as stack:
+
+        def serve(app: App, **options: Any) -> Serving:
+            pool = stack.enter_context(running_pool(app, listener, **options))
+            served = Serving(listener, pool)
+            stack.callback(lambda: served.peer.close())
+            return served
+
+        yield serve
+
+
+def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
+    """Return a request's bytes; `start` is its first line without the version."""
+    if body:
+        fields = (*fields, f"Content-Length: {len(body)}")
+    lines = [f"{start} HTTP/1.1", "Host: example.org", "X-Request-Id: r1", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def ask(peer: wire.Peer, start: str = "GET /", *fields: str, body: bytes = b"") -> wire.Response:
+    peer.send(request(start, *fields, body=body))
+    return peer.read_response(start.split()[0].encode())
+
+
+def app_returning(
+    result: Any, status: Any = "200 OK", headers: Any = (DATE,), then: Any = None
+) -> Callable[[Environ, Any], Any]:
+    """Return an app that starts one response and returns `result`."""
+
+    def app(environ: Environ, start_response: Any) -> Any:
+        start_response(status, list(headers) if isinstance(headers, tuple) else headers)
+        return result() if isinstance(result, types.FunctionType) else result
+
+    return app
+
+
+def hello(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [DATE])
+    return [b"hello"]
+
+
+class Body:
+    """An iterable that knows how often it was closed."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self.pieces = pieces
+        self.closed = 0
+        self.was_closed = threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece() if callable(piece) else piece
+
+    def close(self) -> None:
+        self.closed += 1
+        self.was_closed.set()
+
+
+# ---- Responses, byte by byte -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("app", "wanted"),
+    [
+        (app_returning([b"hello"]), b"%bContent-Length: 5\r\n\r\nhello"),
+        (app_returning((b"hello",)), b"%bContent-Length: 5\r\n\r\nhello"),
+        (app_returning([]), b"%bContent-Length: 0\r\n\r\n"),
+        (app_returning([b"", b""]), b"%bContent-Length: 0\r\n\r\n"),
+        (app_returning([b"a", b"bc"]), b"%bTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n2\r\nbc\r\n0\r\n\r\n"),
+        (app_returning(iter([b"x" * 17])), b"%bTransfer-Encoding: chunked\r\n\r\n11\r\n" + b"x" * 17),
+        (
+            app_returning(iter([b"a", b"", b"bc"]), headers=[DATE, ("content-length", "3")]),
+            b"%bcontent-length: 3\r\n\r\nabc",
+        ),
+    ],
+    ids=["list", "tuple", "empty", "only-empty", "chunks", "one-chunk", "own-length"],
+)
+def test_framing_follows_what_the_app_returns(serving: Any, app: App, wanted: bytes) -> None:
+    peer = serving(app).peer
+    peer.send(request())
+    peer.expect(b"HTTP/1.1 200 OK\r\n" + wanted % DATE_LINE)
+
+
+def test_every_field_arrives_in_order_and_a_date_is_added(serving: Any) -> None:
+    fields = [("Set-Cookie", "a=1"), ("X-Latin", "\xe9"), ("Set-Cookie", "b=2")]
+    peer = serving(app_returning([b"x"], "299 So \xe9", fields)).peer
+    response = ask(peer)
+    assert (response.status, response.reason) == (299, b"So \xe9")
+    assert response.values(b"set-cookie") == [b"a=1", b"b=2"]
+    assert response.value(b"x-latin") == b"\xe9"
+    assert re.fullmatch(rb"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", response.value(b"date") or b"")
+
+
+def test_each_piece_is_sent_before_the_next_is_made(serving: Any) -> None:
+    go_on = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"first"
+        assert go_on.wait(wire.DEADLINE_S)
+        yield b"second"
+
+    peer = serving(app_returning(pieces)).peer
+    peer.send(request())
+    peer.read_head()
+    peer.expect(b"5\r\nfirst\r\n")
+    go_on.set()
+    peer.expect(b"6\r\nsecond\r\n0\r\n\r\n")
+
+
+def test_large_pieces_arrive_whole(serving: Any) -> None:
+    pieces = [bytes([number]) * (3 << 20) for number in range(3)]
+    peer = serving(app_returning(lambda: iter(pieces))).peer
+    assert ask(peer).body == b"".join(pieces)
+
+
+def test_written_pieces_come_before_returned_ones(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", [])
+        write(b"one ")
+        write(b"two ")
+        return [b"three"]
+
+    assert ask(serving(app).peer).body == b"one two three"
+
+
+def test_generator_may_call_start_response_late(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b"late"
+
+    assert ask(serving(app).peer).body == b"late"
+
+
+def test_file_wrapper_sends_a_file_and_closes_it(serving: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"contents")
+    opened = path.open("rb")
+
+    def app(environ: Environ, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](opened)
+
+    peer = serving(app).peer
+    assert ask(peer, "GET /", "Connection: close").body == b"contents"
+    peer.expect_eof()
+    assert opened.closed
+
+
+@pytest.mark.parametrize(
+    ("start", "app", "wanted"),
+    [
+        ("HEAD /", app_returning([b"hello"]), b"200 OK\r\n%bContent-Length: 5\r\n\r\n"),
+        (
+            "HEAD /",
+            app_returning([], headers=[DATE, ("Content-Length", "9")]),
+            b"200 OK\r\n%bContent-Length: 9\r\n\r\n",
+        ),
+        ("HEAD /", app_returning([]), b"200 OK\r\n%b\r\n"),
+        ("HEAD /", app_returning([b"a", b"b"]), b"200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n"),
+        (
+            "GET /",
+            app_returning([b"x"], "204 No Content", (DATE, ("Content-Length", "1"))),
+            b"204 No Content\r\n%b\r\n",
+        ),
+        ("GET /", app_returning([b"x", b"y"], "304 Not Modified"), b"304 Not Modified\r\n%b\r\n"),
+        (
+            "GET /",
+            app_returning([], "304 Not Modified", (DATE, ("Content-Length", "7"))),
+            b"304 Not Modified\r\n%bContent-Length: 7\r\n\r\n",
+        ),
+    ],
+)
+def test_head_204_and_304_have_no_body(serving: Any, start: str, app: App, wanted: bytes) -> None:
+    peer = serving(app).peer
+    for _ in range(2):  # a byte too many would show in front of the second response
+        peer.send(request(start))
+        peer.expect(b"HTTP/1.1 " + wanted % DATE_LINE)
+
+
+def test_endless_body_of_a_head_request_is_not_computed(serving: Any) -> None:
+    body = Body(*[b"x"] * 1000, AssertionError("computed to the end"))
+    assert ask(serving(app_returning(body)).peer, "HEAD /").status == 200
+    assert body.was_closed.wait(wire.DEADLINE_S)
+    assert body.closed == 1
+
+
+# ---- Applications that fail --------------------------------------------------------------------------
+
+
+def raising(exc: BaseException) -> App:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        raise exc
+
+    return app
+
+
+def never_starting(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    return [b"x"]
+
+
+def never_starting_nor_answering(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    return []
+
+
+def starting_twice(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return [b"x"]
+
+
+def writing_text(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [])("text")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("app", "named"),
+    [
+        (never_starting, "the body came before start_response"),
+        (never_starting_nor_answering, "start_response was not called"),
+        (starting_twice, "twice without exc_info"),
+        (writing_text, "type str instead of bytes"),
+        (app_returning(None), "returned NoneType"),
+        (app_returning("text"), "returned str"),
+        (app_returning(b"bytes"), "returned bytes"),
+        (app_returning(5), "returned int"),
+        (app_returning(["text"]), "type str instead of bytes"),
+        (app_returning([None]), "type NoneType instead of bytes"),
+        (app_returning([], "200"), "'200'"),
+        (app_returning([], 200), "200"),
+        (app_returning([], b"200 OK"), "b'200 OK'"),
+        (app_returning([], "100 Continue"), "100 Continue"),
+        (app_returning([], "200 OK\r\nX: y"), "status"),
+        (app_returning([], headers=None), "must be a list, not NoneType"),
+        (app_returning([], headers={"A": "b"}), "must be a list, not dict"),
+        (app_returning([], headers=[["A", "b"]]), "must be a tuple"),
+        (app_returning([], headers=[("A",)]), "must be a tuple"),
+        (app_returning([], headers=[(b"A", "b")]), "bad header name b'A'"),
+        (app_returning([], headers=[("A b", "c")]), "bad header name 'A b'"),
+        (app_returning([], headers=[("", "c")]), "bad header name ''"),
+        (app_returning([], headers=[("A\r\nB", "c")]), "bad header name"),
+        (app_returning([], headers=[("A", "b\r\nC: d")]), "header A"),
+        (app_returning([], headers=[("A", "b\n")]), "header A"),
+        (app_returning([], headers=[("A", "b\0")]), "header A"),
+        (app_returning([], headers=[("A", "\u20ac")]), "header A"),
+        (app_returning([], headers=[("A", 1)]), "header A"),
+        (app_returning([], headers=[("Connection", "close")]), "hop-by-hop header Connection"),
+        (app_returning([], headers=[("transfer-encoding", "chunked")]), "hop-by-hop"),
+        (app_returning([], headers=[("Content-Length", "+5")]), "bad Content-Length '+5'"),
+        (app_returning([], headers=[("Content-Length", "0")] * 2), "more than one Content-Length"),
+        (app_returning([], headers=[("Content-Length", "5")]), "shorter than its Content-Length of 5"),
+    ],
+)
+def test_violation_before_the_head_is_named_and_gives_500(
+    serving: Any, lines: Lines, app: App, named: str
+) -> None:
+    peer = serving(app).peer
+    for _ in range(2):  # on the same connection: the slot lives on
+        response = ask(peer)
+        assert response.status == 500
+        assert response.body == b"500 Internal Server Error\nrequest id: r1\n"
+        assert [name for name, _ in response.fields] == [b"Content-Type", b"Content-Length", b"Date"]
+    line = lines.wait_for("WSGI violation", 2)
+    assert line.startswith("ERROR request r1: WSGI violation: ") and named in line
+    assert "Traceback" not in line
+
+
+def raising_after_starting(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("X", "y")])
+    raise RuntimeError("oops")
+
+
+def raising_in_the_iterator(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [])
+    raise RuntimeError("oops")
+    yield b""
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        raising(RuntimeError("oops")),
+        raising_after_starting,
+        raising_in_the_iterator,
+        raising(SystemExit("oops")),
+        raising(KeyboardInterrupt("oops")),
+        raising(GeneratorExit("oops")),
+        raising(BrokenPipeError("oops")),
+    ],
+)
+def test_exception_before_the_head_gives_500_and_a_traceback(serving: Any, lines: Lines, app: App) -> None:
+    peer = serving(app).peer
+    for _ in range(2):
+        response = ask(peer)
+        assert response.status == 500
+        assert b"r1" in response.body
+    line = lines.wait_for("the application raised", 2)
+    assert line.startswith("ERROR request r1: ") and "Traceback" in line and "oops" in line
+
+
+def test_500_for_a_head_request_has_no_body(serving: Any) -> None:
+    peer = serving(raising(RuntimeError())).peer
+    assert ask(peer, "HEAD /").status == 500
+    assert ask(peer, "HEAD /").status == 500
+
+
+def test_exception_after_the_head_cuts_the_response(serving: Any, lines: Lines) -> None:
+    body = Body(b"part", RuntimeError("oops"))
+    served = serving(app_returning(body))
+    served.peer.send(request())
+    served.peer.read_head()
+    served.peer.expect(b"4\r\npart\r\n")
+    served.peer.expect_eof()
+    assert body.closed == 1
+    assert "oops" in lines.wait_for("the application raised")
+    body.pieces = (b"whole",)
+    assert ask(served.accept_again()).body == b"whole"
+
+
+def test_text_after_the_head_cuts_the_response(serving: Any, lines: Lines) -> None:
+    served = serving(app_returning(Body(b"part", "text")))
+    served.peer.send(request())
+    served.peer.read_until(b"4\r\npart\r\n")
+    served.peer.expect_eof()
+    lines.wait_for("WSGI violation: the body has a piece of type str")
+
+
+def test_short_body_is_not_passed_off_as_whole(serving: Any, lines: Lines) -> None:
+    served = serving(app_returning(iter([b"part"]), headers=[("Content-Length", "5")]))
+    served.peer.send(request())
+    served.peer.read_until(b"\r\n\r\npart")
+    served.peer.expect_eof()
+    lines.wait_for("shorter than its Content-Length of 5")
+
+
+@pytest.mark.parametrize("pieces", [[b"whole and more"], [b"whole", b" and more"], [b"wh", b"ole and", b"!"]])
+def test_long_body_is_cut_at_its_length(serving: Any, lines: Lines, pieces: list[bytes]) -> None:
+    body = Body(*pieces)
+    served = serving(app_returning(body, headers=[("Content-Length", "5")]))
+    served.peer.send(request())
+    served.peer.read_until(b"\r\n\r\n")
+    served.peer.expect(b"whole")
+    served.peer.expect_eof()
+    assert body.closed == 1
+    lines.wait_for("longer than its Content-Length of 5")
+    assert served.accept_again()
+
+
+def replacing_the_head(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("X", "first")])
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        start_response("503 Replaced", [DATE], sys.exc_info())
+    return [b"sorry"]
+
+
+def replacing_too_late(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [])
+    yield b"part"
+    try:
+        raise RuntimeError("the original")
+    except RuntimeError:
+        start_response("503 Too Late", [], sys.exc_info())
+    yield b"never"
+
+
+def test_exc_info_before_the_head_replaces_it(serving: Any) -> None:
+    peer = serving(replacing_the_head).peer
+    peer.send(request())
+    peer.expect(b"HTTP/1.1 503 Replaced\r\n%bContent-Length: 5\r\n\r\nsorry" % DATE_LINE)
+
+
+def test_exc_info_after_the_head_raises_it_again(serving: Any, lines: Lines) -> None:
+    peer = serving(replacing_too_late).peer
+    peer.send(request())
+    peer.read_until(b"4\r\npart\r\n")
+    peer.expect_eof()
+    assert "RuntimeError: the original" in lines.wait_for("the application raised")
+
+
+@pytest.mark.parametrize(
+    ("start", "pieces"),
+    [
+        ("GET /", [b"a", b"b"]),
+        ("GET /", []),
+        ("GET /", [RuntimeError("before the first piece")]),
+        ("GET /", [b"a", RuntimeError("after it")]),
+        ("GET /", ["text"]),
+        ("HEAD /", [b"a"]),
+    ],
+)
+def test_the_iterable_is_closed_exactly_once(serving: Any, start: str, pieces: list[Any]) -> None:
+    body = Body(*pieces)
+    peer = serving(app_returning(body)).peer
+    peer.send(request(start))
+    peer.read_head()
+    assert body.was_closed.wait(wire.DEADLINE_S)
+    assert body.closed == 1
+
+
+def test_exception_in_close_is_logged_and_spoils_nothing(serving: Any, lines: Lines) -> None:
+    class BadBody(Body):
+        def close(self) -> None:
+            raise RuntimeError("in close")
+
+    peer = serving(app_returning(BadBody(b"a"))).peer
+    assert ask(peer).body == b"a"
+    assert ask(peer).body == b"a"
+    assert "in close" in lines.wait_for("the application raised")
+
+
+# ---- Request bodies ----------------------------------------------------------------------------------
+
+READS: dict[str, Callable[[Any], bytes]] = {
+    "read": lambda stream: stream.read(),
+    "read(-1)": lambda stream: stream.read(-1),
+    "read(3)": lambda stream: b"".join(iter(lambda: stream.read(3), b"")),
+    "readline": lambda stream: b"".join(iter(stream.readline, b"")),
+    "readline(2)": lambda stream: b"".join(iter(lambda: stream.readline(2), b"")),
+    "readlines": lambda stream: b"".join(stream.readlines()),
+    "iteration": lambda stream: b"".join(stream),
+}
+
+TEXT = b"one\ntwo\n\nthree"
+CHUNKED = b"4\r\none\n\r\n00a;x=y\r\ntwo\n\nthree\r\n0\r\nTrailer: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("framing", ["none", "length", "chunked", "chunked, byte by byte"])
+def test_body_ends_where_it_ends(serving: Any, framing: str, read: Callable[[Any], bytes]) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        body = read(environ["wsgi.input"])
+        assert read(environ["wsgi.input"]) == b""
+        return [body]
+
+    peer = serving(app).peer
+    for _ in range(2):
+        if framing == "none":
+            assert ask(peer).body == b""
+        elif framing == "length":
+            assert ask(peer, "POST /", body=TEXT).body == TEXT
+        else:
+            data = request("POST /", "Transfer-Encoding: chunked") + CHUNKED
+            for piece in [bytes([byte]) for byte in data] if "byte" in framing else [data]:
+                peer.send(piece)
+            assert peer.read_response().body == TEXT
+
+
+def test_what_has_come_of_a_body_can_be_read_at_once(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield environ["wsgi.input"].read(4)
+        yield environ["wsgi.input"].readline()
+
+    peer = serving(app).peer
+    peer.send(request("POST /", "Content-Length: 9") + b"some")
+    peer.read_until(b"4\r\nsome\r\n")
+    peer.send(b"more\n")
+    peer.expect(b"5\r\nmore\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("Content-Length: 10", b"short"),
+        ("Transfer-Encoding: chunked", b""),
+        ("Transfer-Encoding: chunked", b"5\r\nsho"),
+        ("Transfer-Encoding: chunked", b"5\r\nshort\r\n"),
+        ("Transfer-Encoding: chunked", b"5\r\nshort\r\n0\r\n"),
+    ],
+)
+def test_body_cut_short_raises_in_the_app(serving: Any, lines: Lines, head: str, body: bytes) -> None:
+    raised: list[BaseException] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        for _ in range(2):  # not an end of the body the second time either
+            try:
+                while environ["wsgi.input"].read(1000):
+                    pass
+            except ConnectionError as exc:
+                raised.append(exc)
+        raise raised[0]
+
+    peer = serving(app).peer
+    peer.send(request("POST /", head) + body)
+    peer.finish_sending()
+    peer.read_to_end()
+    lines.wait_for("INFO request r1: request body cut short")
+    assert [type(exc) for exc in raised] == [pothead_worker.BodyError] * 2
+    assert not lines.having("ERROR")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"x\r\n",
+        b"\r\n",
+        b"+5\r\nhello\r\n0\r\n\r\n",
+        b"-1\r\n",
+        b"5 \r\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello!\r\n0\r\n\r\n",
+        b"5\r\nhello0\r\n\r\n",
+        b"1" * 2000,
+        b"0\r\nno colon\r\n\r\n",
+        b"0\r\n" + b"a: b\r\n" * 2000 + b"\r\n",
+    ],
+)
+def test_malformed_chunks_give_400_and_the_end_of_the_connection(
+    serving: Any, lines: Lines, body: bytes
+) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return [environ["wsgi.input"].read()]
+
+    peer = serving(app).peer
+    peer.send(request("POST /", "Transfer-Encoding: chunked") + body)
+    response = peer.read_response()
+    assert response.status == 400
+    assert response.value(b"connection") == b"close"
+    peer.finish_sending()
+    peer.expect_eof()
+    assert not lines.having("ERROR")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: 900000\r\n\r\n" + b"x" * 900_000,
+        b"Content-Length: 5\r\n\r\nhello",
+    ],
+)
+def test_unread_body_is_read_away(serving: Any, rest: bytes) -> None:
+    peer = serving(hello).peer
+    for _ in range(2):
+        peer.send(request("POST /")[:-2] + rest)
+        assert peer.read_response().value(b"connection") is None
+
+
+def test_chunked_body_left_unread_ends_the_connection(serving: Any) -> None:
+    peer = serving(hello).peer
+    peer.send(request("POST /", "Transfer-Encoding: chunked") + CHUNKED)
+    assert peer.read_response().value(b"connection") == b"close"
+    peer.expect_eof()
+
+
+def test_chunked_body_read_but_for_its_end_keeps_the_connection(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        yield b""
+        body = environ["wsgi.input"].read(1000) + environ["wsgi.input"].read()
+        start_response("200 OK", [])
+        yield body
+
+    peer = serving(app).peer
+    for _ in range(2):
+        peer.send(request("POST /", "Transfer-Encoding: chunked") + CHUNKED)
+        assert peer.read_response().body == TEXT
+
+
+def test_8_mib_in_both_directions_do_not_deadlock(serving: Any) -> None:
+    answer = b"y" * (8 << 20)
+    peer = serving(app_returning(lambda: [answer])).peer
+    data = request("POST /", body=b"x" * (8 << 20))
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            peer.send(data)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    response = peer.read_response()
+    assert response.body == answer
+    assert response.value(b"connection") == b"close"
+    peer.sock.shutdown(socket.SHUT_RDWR)
+    sender.join()
+
+
+def test_unread_body_that_does_not_come_ends_the_connection(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pothead_worker, "DISCARD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(pothead_worker, "LINGER_S", 0.05)
+    peer = serving(hello).peer
+    peer.send(request("POST /", "Content-Length: 10") + b"part")
+    assert peer.read_response().body == b"hello"
+    peer.expect_eof()
+
+
+def test_unread_body_that_trickles_in_ends_the_connection(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pothead_worker, "DISCARD_TIMEOUT_S", 0.0)
+    served = serving(hello)
+    served.peer.send(request("POST /", "Content-Length: 10") + b"part")
+    assert served.peer.read_response().body == b"hello"
+    served.peer.finish_sending()
+    served.peer.expect_eof()
+
+
+# ---- Request heads -----------------------------------------------------------------------------------
+
+
+def whole_environ(serving: Any, start: str, *fields: str) -> Environ:
+    seen: list[Environ] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        seen.append(environ)
+        return hello(environ, start_response)
+
+    ask(serving(app).peer, start, *fields)
+    return seen[0]
+
+
+def test_environ_says_what_the_request_said(serving: Any) -> None:
+    environ = whole_environ(
+        serving,
+        "PUT /a%20b/%C3%A9?c=%20d",
+        "X-Forwarded-For: 192.0.2.7",
+        "X-Forwarded-Proto: https",
+        "X-Request-Start: t=1.5",
+        "Pothead-Queue-Seconds: 0.250",
+        "Pothead-Attempt: 2",
+        "Content-Type: text/plain",
+        "Content-Length: 0",
+        "Connection: keep-alive",
+        "Accept: a",
+        "ACCEPT:  b\t",
+        "Cookie: c=1",
+        "Cookie: d=2",
+        "Proxy: evil",
+        "X_Request_Id: evil",
+        "Empty:",
+    )
+    assert isinstance(environ.pop("pothead.cancelled"), threading.Event)
+    assert environ.pop("wsgi.input").read() == b""
+    assert environ.pop("wsgi.errors") is sys.stderr
+    assert callable(environ.pop("wsgi.file_wrapper"))
+    assert environ == {
+        "REQUEST_METHOD": "PUT",
+        "SCRIPT_NAME": "",
+        "PATH_INFO": "/a b/\xc3\xa9",
+        "QUERY_STRING": "c=%20d",
+        "REQUEST_URI": "/a%20b/%C3%A9?c=%20d",
+        "SERVER_NAME": "example.org",
+        "SERVER_PORT": "443",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": "192.0.2.7",
+        "REQUEST_ID": "r1",
+        "CONTENT_TYPE": "text/plain",
+        "CONTENT_LENGTH": "0",
+        "HTTP_HOST": "example.org",
+        "HTTP_X_REQUEST_ID": "r1",
+        "HTTP_X_FORWARDED_FOR": "192.0.2.7",
+        "HTTP_X_FORWARDED_PROTO": "https",
+        "HTTP_X_REQUEST_START": "t=1.5",
+        "HTTP_ACCEPT": "a, b",
+        "HTTP_COOKIE": "c=1; d=2",
+        "HTTP_EMPTY": "",
+        "pothead.queue_seconds": 0.25,
+        "pothead.attempt": 2,
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "https",
+        "wsgi.input_terminated": True,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+
+
+def test_environ_has_defaults_for_what_the_hub_did_not_say(serving: Any) -> None:
+    environ = whole_environ(serving, "OPTIONS *", "Pothead-Attempt: x", "Pothead-Queue-Seconds: -1")
+    assert environ["REMOTE_ADDR"] == "127.0.0.1"
+    assert (environ["wsgi.url_scheme"], environ["SERVER_PORT"]) == ("http", "80")
+    assert (environ["pothead.queue_seconds"], environ["pothead.attempt"]) == (0.0, 1)
+    assert (environ["PATH_INFO"], environ["REQUEST_URI"]) == ("", "*")
+
+
+def test_repeated_body_of_the_environ_tells_a_chunked_one(serving: Any) -> None:
+    environ = whole_environ(serving, "POST /", "Transfer-Encoding: Chunked\r\n\r\n0")
+    assert "CONTENT_LENGTH" not in environ
+    assert "HTTP_TRANSFER_ENCODING" not in environ  # or an app would decode the body a second time
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("", ""),
+        ("192.0.2.1", "192.0.2.1"),
+        ("made-up, 192.0.2.1", "192.0.2.1"),
+        ("made-up, 192.0.2.1, 127.0.0.1", "192.0.2.1"),
+        ("192.0.2.1, ::1", "192.0.2.1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("2001:db8::1", "2001:db8::1"),
+    ],
+)
+def test_remote_address_is_the_nearest_one_beyond_loopback(field: str, wanted: str) -> None:
+    assert pothead_worker.forwarded_address({"X_FORWARDED_FOR": field}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("host", "scheme", "wanted"),
+    [
+        ("example.org", "http", ("example.org", "80")),
+        ("example.org:8080", "https", ("example.org", "8080")),
+        ("[::1]:81", "http", ("[::1]", "81")),
+        ("[::1]", "https", ("[::1]", "443")),
+        ("", "http", ("localhost", "80")),
+        ("a:b:c", "http", ("localhost", "80")),
+    ],
+)
+def test_server_name_and_port_come_from_the_host(host: str, scheme: str, wanted: tuple[str, str]) -> None:
+    assert pothead_worker.split_host(host, scheme) == wanted
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\r\n\r\n",
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 408 Request Timeout\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.0\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET x HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: x\n\n\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 70_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 66_000 + b"\r\n\r\n",
+    ],
+)
+def test_garbage_gives_400_and_the_end_of_the_connection(serving: Any, lines: Lines, garbage: bytes) -> None:
+    served = serving(hello)
+    served.peer.send(garbage)
+    served.peer.expect(b"HTTP/1.1 400 Bad Request\r\n")
+    served.peer.read_until(b"\r\n\r\nBad Request\n")
+    served.peer.finish_sending()
+    served.peer.expect_eof()
+    assert lines.wait_for("not a request from the hub").startswith("WARNING ")
+    assert ask(served.accept_again()).body == b"hello"
+
+
+def test_connection_that_ends_within_a_head_is_no_fault(serving: Any, lines: Lines) -> None:
+    served = serving(hello)
+    served.peer.send(b"GET / HT")
+    served.peer.finish_sending()
+    served.peer.expect_eof()
+    assert ask(served.accept_again()).body == b"hello"
+    assert not lines.having("WARNING")
+
+
+def test_connection_reset_while_waiting_is_no_fault(serving: Any, lines: Lines) -> None:
+    served = serving(hello)
+    lines.wait_for("connected")
+    served.peer.reset()
+    assert ask(served.accept_again()).body == b"hello"
+    assert not lines.having("WARNING")
+
+
+def test_requests_sent_together_are_answered_in_order(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return [environ["PATH_INFO"].encode() + environ["wsgi.input"].read()]
+
+    peer = serving(app).peer
+    peer.send(request("POST /1", body=b"x") + request("GET /2") + request("GET /3"))
+    assert [peer.read_response().body for _ in range(3)] == [b"/1x", b"/2", b"/3"]
+
+
+def test_connection_close_of_the_hub_is_obeyed(serving: Any) -> None:
+    served = serving(hello)
+    assert ask(served.peer, "GET /", "Connection: x, Close").value(b"connection") == b"close"
+    served.peer.expect_eof()
+    assert ask(served.accept_again()).body == b"hello"
+
+
+# ---- Cancellation ------------------------------------------------------------------------------------
+
+
+class Computing:
+    """An app that computes until it is cancelled, and then yields once more."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.noticed_at: float | None = None
+        self.body = Body(self._compute, b"never")
+
+    def _compute(self) -> bytes:
+        self.began.set()
+        if self.cancelled.wait(wire.DEADLINE_S):
+            self.noticed_at = time.monotonic()
+        return b""
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        self.cancelled: threading.Event = environ["pothead.cancelled"]
+        start_response("200 OK", [])
+        return self.body
+
+
+def leave_by_fin(peer: wire.Peer) -> None:
+    peer.finish_sending()
+
+
+def leave_by_reset(peer: wire.Peer) -> None:
+    peer.reset()
+
+
+@pytest.mark.parametrize("leave", [leave_by_fin, leave_by_reset])
+@pytest.mark.parametrize("body", [b"", b"unread" * 10_000], ids=["no body", "unread body"])
+def test_app_is_told_within_100_ms_that_the_consumer_has_gone(
+    serving: Any, lines: Lines, body: bytes, leave: Callable[[wire.Peer], None]
+) -> None:
+    app = Computing()
+    served = serving(app)
+    served.peer.send(request("POST /", body=body))
+    assert app.began.wait(wire.DEADLINE_S)
+    left_at = time.monotonic()
+    leave(served.peer)
+    assert app.body.was_closed.wait(wire.DEADLINE_S)
+    assert app.noticed_at and app.noticed_at - left_at < 0.1
+    assert app.body.closed == 1
+    lines.wait_for("INFO request r1: the consumer has gone")
+    assert not lines.having("ERROR")
+    served.accept_again()
+
+
+def test_where_there_is_no_epoll_peeking_notices_too(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("select.epoll")
+    for leave in (leave_by_fin, leave_by_reset):
+        app = Computing()
+        served = serving(app)
+        served.peer.send(request())
+        assert app.began.wait(wire.DEADLINE_S)
+        leave(served.peer)
+        assert app.body.was_closed.wait(wire.DEADLINE_S)
+        assert app.noticed_at
+        served.pool.stop_now()
+        served.peer.close()
+
+
+def test_response_that_is_complete_too_late_is_dropped(serving: Any, lines: Lines) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        assert environ["pothead.cancelled"].wait(wire.DEADLINE_S)
+        return []
+
+    peer = serving(app).peer
+    peer.send(request())
+    peer.finish_sending()
+    peer.expect_eof()
+    lines.wait_for("the consumer has gone")
+
+
+def test_failing_send_means_that_the_consumer_has_gone(serving: Any, lines: Lines) -> None:
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b"x" * 100_000
+
+    peer = serving(app_returning(endless)).peer
+    peer.send(request())
+    peer.read_head()
+    peer.reset()
+    lines.wait_for("INFO request r1: the consumer has gone")
+
+
+def test_next_request_is_not_cancelled_by_the_one_before(serving: Any) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        return [str(environ["pothead.cancelled"].is_set()).encode()]
+
+    served = serving(app)
+    served.peer.close()
+    assert ask(served.accept_again()).body == b"False"
+
+
+def test_request_whose_consumer_left_before_it_began_is_not_run(
+    listener: wire.Listener, lines: Lines
+) -> None:
+    halt = pothead_worker.Halt()
+    slot = types.SimpleNamespace(
+        halt=halt,
+        application=raising(AssertionError("was run")),
+        on_open=lambda handler: handler.on_hang_up(),
+        on_close=lambda handler: None,
+    )
+    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
+        peer.send(request())
+        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
+    halt.close()
+    lines.wait_for("the consumer had gone before it began")
+    assert not lines.having("was run")
+
+
+# ---- Slots and their connections ---------------------------------------------------------------------
+
+
+def test_each_slot_serves_one_request_at_a_time(listener: wire.Listener) -> None:
+    both = threading.Barrier(2)
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        both.wait(wire.DEADLINE_S)
+        return hello(environ, start_response)
+
+    with running_pool(app, listener, workers=2), listener.accept() as one, listener.accept() as two:
+        one.send(request())
+        two.send(request())
+        assert one.read_response().body == two.read_response().body == b"hello"
+
+
+def test_connections_are_logged_once_they_all_are_there(listener: wire.Listener, lines: Lines) -> None:
+    with running_pool(hello, listener, workers=2), listener.accept(), listener.accept():
+        host, port = listener.worker
+        assert lines.wait_for("connected") == f"INFO connected slots=2 hub={host}:{port}"
+
+
+def test_connection_sends_at_once_and_notices_a_dead_hub(listener: wire.Listener) -> None:
+    with socket.create_connection(listener.worker) as sock, listener.accept():
+        pothead_worker.set_options(sock)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+
+
+def test_hub_that_comes_back_is_found_and_logged_once_an_episode(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pothead_worker, "BACKOFF_LAST_S", 0.01)
+    monkeypatch.setattr(pothead_worker, "BACKOFF_FIRST_S", 0.01)
+    tries = count_tries(monkeypatch)
+    with contextlib.ExitStack() as stack:
+        listener = wire.Listener()
+        address = listener.worker
+        stack.enter_context(running_pool(hello, listener, workers=2))
+        for wanted in ("connected slots=2", "connected again"):
+            with listener, listener.accept(), listener.accept():
+                lines.wait_for(wanted)
+            assert tries.acquire_many(10)
+            listener = reopen(address)
+        listener.close()
+    assert len(lines.having("unreachable")) == 2
+    assert lines.having("unreachable")[0].startswith(
+        f"WARNING hub {address[0]}:{address[1]} unreachable, trying again: Connection refused"
+    )
+    assert len(lines.having("connected again")) == 1
+
+
+class Tries:
+    def __init__(self) -> None:
+        self._semaphore = threading.Semaphore(0)
+
+    def release(self) -> None:
+        self._semaphore.release()
+
+    def acquire_many(self, count: int) -> bool:
+        return all(self._semaphore.acquire(timeout=wire.DEADLINE_S) for _ in range(count))
+
+
+def count_tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
+    """Count failed tries to reach the hub, with the real thing still being done."""
+    tries = Tries()
+    on_failed = pothead_worker.Reachability.on_failed
+
+    def counting(self: pothead_worker.Reachability, reason: OSError) -> None:
+        on_failed(self, reason)
+        tries.release()
+
+    monkeypatch.setattr(pothead_worker.Reachability, "on_failed", counting)
+    return tries
+
+
+def reopen(address: wire.Address) -> wire.Listener:
+    """Listen at the address of a listener that was closed."""
+    listener = wire.Listener()
+    listener.sock.close()
+    listener.sock = socket.create_server(address)
+    listener.sock.settimeout(wire.DEADLINE_S)
+    return listener
+
+
+def test_back_off_doubles_from_50_ms_to_5_s_and_spreads() -> None:
+    backoff = pothead_worker.Backoff()
+    for limit_s in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0):
+        assert limit_s / 2 <= backoff.next_wait_s() <= limit_s
+    backoff.reset()
+    assert 0.05 <= backoff.next_wait_s() <= 0.1
+
+
+def test_connection_that_brought_no_request_is_followed_by_a_wait(serving: Any) -> None:
+    served = serving(hello)
+    times = []
+    for _ in range(4):
+        served.accept_again()
+        times.append(time.monotonic())
+    assert times[-1] - times[0] > 0.1 + 0.2 / 2
+
+
+def test_fault_of_the_worker_itself_is_logged_and_the_slot_lives_on(
+    serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(hello)
+    monkeypatch.setattr(pothead_worker, "parse_head", None)
+    served.peer.send(request())
+    served.peer.expect_eof()
+    assert "Traceback" in lines.wait_for("a fault of the worker itself")
+    monkeypatch.undo()
+    assert ask(served.accept_again()).body == b"hello"
+
+
+def answers_from(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
+    """Have the resolver give these answers, one after the other; the last one for ever."""
+    left = list(answers)
+
+    def getaddrinfo(*_args: object, **_kwargs: object) -> Any:
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer() if callable(answer) else answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def address_info(address: wire.Address) -> tuple[Any, ...]:
+    return socket.AF_INET, socket.SOCK_STREAM, 0, "", address
+
+
+def test_last_good_addresses_are_used_while_the_name_service_fails(
+    serving: Any, listener: wire.Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_from(monkeypatch, [address_info(listener.worker)], socket.gaierror("no such name"))
+    served = serving(hello)
+    assert ask(served.peer, "GET /", "Connection: close").status == 200
+    assert ask(served.accept_again()).status == 200
+
+
+def test_every_address_of_the_hub_is_tried(
+    serving: Any, listener: wire.Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        dead = closed.getsockname()
+    answers_from(monkeypatch, [address_info(dead), address_info(listener.worker)])
+    assert ask(serving(hello).peer).status == 200
+
+
+@pytest.mark.parametrize(
+    "failure", [socket.gaierror(-2, "Name or service not known"), UnicodeError("label empty or too long")]
+)
+def test_hub_without_an_address_is_unreachable(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    answers_from(monkeypatch, failure)
+    pool = WorkerPool(hello, "nowhere.invalid:1")
+    pool.start()
+    lines.wait_for(f"WARNING hub nowhere.invalid:1 unreachable, trying again: {failure.args[-1]}")
+    pool.stop()
+    assert pool.join()
+
+
+# ---- Ending a pool -----------------------------------------------------------------------------------
+
+
+def ended_within(seconds: float, pool: WorkerPool) -> bool:
+    """Return whether the pool drained; fail if that takes longer."""
+    began_at = time.monotonic()
+    drained = pool.join()
+    assert time.monotonic() - began_at < seconds
+    return drained
+
+
+def test_waiting_slots_are_closed_at_once(serving: Any) -> None:
+    served = serving(hello)
+    served.pool.stop()
+    assert ended_within(1, served.pool)
+    served.peer.expect_eof()
+
+
+def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        began.set()
+        assert go_on.wait(wire.DEADLINE_S)
+        return hello(environ, start_response)
+
+    served = serving(app)
+    served.peer.send(request())
+    assert began.wait(wire.DEADLINE_S)
+    served.pool.stop()
+    served.pool.stop()  # a second one changes nothing
+    go_on.set()
+    response = served.peer.read_response()
+    assert (response.body, response.value(b"connection")) == (b"hello", b"close")
+    assert served.pool.join() is True
+
+
+def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
+    halt = pothead_worker.Halt()
+    slot = types.SimpleNamespace(
+        halt=halt, application=hello, on_open=lambda handler: halt.set(), on_close=lambda handler: None
+    )
+    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
+        peer.send(request())
+        assert pothead_worker.wait_ready(sock, 1, halt)
+        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
+        assert peer.read_response().value(b"connection") == b"close"
+    halt.close()
+
+
+def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -> None:
+    app = Computing()
+    served = serving(app, graceful_timeout_s=0.05)
+    served.peer.send(request())
+    assert app.began.wait(wire.DEADLINE_S)
+    served.pool.stop()
+    assert ended_within(2, served.pool) is False
+    assert app.noticed_at
+    served.peer.expect_eof()
+    lines.wait_for("WARNING stopping at once: running requests cut off: 1")
+
+
+def test_stop_now_does_not_wait_for_an_app_that_does_not_listen(serving: Any) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        began.set()
+        assert go_on.wait(wire.DEADLINE_S)
+        return hello(environ, start_response)
+
+    served = serving(app)
+    served.peer.send(request())
+    assert began.wait(wire.DEADLINE_S)
+    served.pool.stop_now()
+    assert ended_within(2, served.pool) is False
+    go_on.set()
+
+
+def test_stop_interrupts_a_wait_for_the_next_try(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pothead_worker, "BACKOFF_FIRST_S", 60.0)
+    monkeypatch.setattr(pothead_worker, "BACKOFF_LAST_S", 60.0)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    pool = WorkerPool(hello, address)
+    pool.start()
+    lines.wait_for("unreachable")
+    pool.stop()
+    assert ended_within(1, pool)
+
+
+def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = threading.Event()
+    wait_ready = pothead_worker.wait_ready
+
+    def telling(*arguments: Any) -> bool:
+        waiting.set()
+        return wait_ready(*arguments)
+
+    monkeypatch.setattr(pothead_worker, "wait_ready", telling)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        stack.enter_context(socket.create_connection(listening.getsockname()))  # the one place in its queue
+        pool = WorkerPool(hello, listening.getsockname())
+        pool.start()
+        assert waiting.wait(wire.DEADLINE_S)
+        pool.stop()
+        assert ended_within(1, pool)
+    assert not lines.having("WARNING")
+
+
+def test_connection_attempt_has_a_time_limit(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pothead_worker, "CONNECT_TIMEOUT_S", 0.05)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        stack.enter_context(socket.create_connection(listening.getsockname()))
+        pool = WorkerPool(hello, listening.getsockname())
+        pool.start()
+        lines.wait_for("unreachable, trying again: Connection timed out")
+        pool.stop()
+        pool.join()
+
+
+def test_stop_does_not_wait_for_the_name_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def answer() -> list[Any]:
+        asked.set()
+        go_on.wait(wire.DEADLINE_S)
+        return []
+
+    answers_from(monkeypatch, answer)
+    pool = WorkerPool(hello, "slow.invalid:1")
+    pool.start()
+    assert asked.wait(wire.DEADLINE_S)
+    pool.stop()
+    assert ended_within(1, pool)
+    go_on.set()
+
+
+def test_pool_runs_in_a_thread_and_is_stopped_from_another(listener: wire.Listener) -> None:
+    results: list[bool] = []
+    pool = WorkerPool(hello, connect="{}:{}".format(*listener.worker))
+    thread = threading.Thread(target=lambda: results.append(pool.run()))
+    thread.start()
+    with listener.accept() as peer:
+        assert ask(peer).body == b"hello"
+        pool.stop()
+        thread.join(wire.DEADLINE_S)
+    assert results == [True]
+    pool.stop()
+    pool.stop_now()
+    with pytest.raises(RuntimeError, match="runs once"):
+        pool.start()
+
+
+@pytest.mark.parametrize("stop", [WorkerPool.stop, WorkerPool.stop_now])
+def test_pool_that_was_stopped_before_it_began_ends_at_once(stop: Callable[[WorkerPool], None]) -> None:
+    pool = WorkerPool(hello, ("127.0.0.1", 1), graceful_timeout_s=60)
+    stop(pool)
+    assert pool.run() is True
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"connect": "nowhere"}, {"connect": "[::1]:0"}])
+def test_pool_refuses_senseless_arguments(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        WorkerPool(hello, **options)
+
+
+# ---- The demo application ----------------------------------------------------------------------------
+
+demo = validator(pothead_worker.demo_app)
+
+
+def test_demo_greets(serving: Any) -> None:
+    peer = serving(demo).peer
+    text = ask(peer, "GET /", "Pothead-Queue-Seconds: 1.25").body.decode()
+    assert "request id: r1\n" in text and "queued: 1.250 s\n" in text and "thread: pothead-slot-1\n" in text
+    assert re.search(r"^process: [0-9]+$", text, re.MULTILINE)
+    assert ask(peer, "HEAD /").value(b"content-length") == str(len(text.replace("1.250", "0.000"))).encode()
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+def test_demo_compresses(serving: Any, method: str) -> None:
+    data = bytes(range(256)) * 4000
+    peer = serving(demo).peer
+    response = ask(peer, f"{method} /xz", body=data)
+    assert response.value(b"content-type") == b"application/x-xz"
+    assert lzma.decompress(response.body) == data
+
+
+@pytest.mark.parametrize(
+    ("start", "status", "allow"),
+    [
+        ("GET /nowhere", 404, None),
+        ("PUT /", 405, b"GET, HEAD"),
+        ("GET /xz", 405, b"POST, PUT"),
+        ("OPTIONS *", 404, None),
+    ],
+)
+def test_demo_refuses_the_rest(serving: Any, start: str, status: int, allow: bytes | None) -> None:
+    response = ask(serving(demo).peer, start)
+    assert (response.status, response.value(b"allow")) == (status, allow)
+
+
+def test_demo_stops_compressing_for_nobody() -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    assert list(pothead_worker.compressed({"pothead.cancelled": cancelled})) == []
+
+
+# ---- The command line --------------------------------------------------------------------------------
+
+
+def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a worker that is to end by itself; return its exit status and what it wrote to stderr."""
+    program = wire.Program(wire.python(str(wire.ROOT / "pothead_worker.py"), *arguments), cwd, environment)
+    status = program.wait()
+    with contextlib.suppress(AssertionError):
+        program.stop()
+    return status, program.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["--connect", "localhost"], {}, "--connect: 'localhost' is not HOST:PORT"),
+        (["--connect", ":4040"], {}, "--connect: ':4040'"),
+        (["--connect", "::1:4040"], {}, "--connect: '::1:4040'"),
+        (["--connect", "localhost:70000"], {}, "--connect: 'localhost:70000'"),
+        (["--workers", "0"], {}, "--workers: '0'"),
+        (["--workers", "x"], {}, "--workers: 'x'"),
+        (["--graceful-timeout", "soon"], {}, "--graceful-timeout: 'soon' is not a duration"),
+        (["--log-level", "loud"], {}, "--log-level: 'loud'"),
+        (["--no-such-option"], {}, "--no-such-option"),
+        (["--work", "2"], {}, "--work"),
+        ([":app"], {}, "':app' is not MODULE:APP"),
+        (["a.py:app:x"], {}, "'a.py:app:x' is not MODULE:APP"),
+        ([], {"POTHEAD_CONNECT": "x"}, "POTHEAD_CONNECT: 'x'"),
+        ([], {"POTHEAD_WORKER_CONNECT": "x", "POTHEAD_CONNECT": "a:1"}, "POTHEAD_WORKER_CONNECT: 'x'"),
+        ([], {"POTHEAD_WORKERS": "-1"}, "POTHEAD_WORKERS: '-1'"),
+        ([], {"POTHEAD_WORKER_WORKERS": "1_0"}, "POTHEAD_WORKER_WORKERS: '1_0'"),
+        ([], {"POTHEAD_WORKER_GRACEFUL_TIMEOUT": "1d"}, "POTHEAD_WORKER_GRACEFUL_TIMEOUT: '1d'"),
+    ],
+)
+def test_senseless_option_is_named_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environment: dict[str, str],
+    named: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert pothead_worker.main(arguments) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("pothead-worker: ") and named in written.err
+    assert written.err.count("\n") == 1
+
+
+def test_process_ends_with_2_after_a_usage_error(tmp_path: Path) -> None:
+    status, stderr = run_worker(["--connect", "localhost"], tmp_path)
+    assert status == 2
+    assert stderr.count("\n") == 1
+
+
+def test_options_come_from_the_command_line_then_the_environment_then_the_defaults() -> None:
+    environment = {"POTHEAD_WORKER_WORKERS": "3", "POTHEAD_WORKERS": "4", "POTHEAD_CONNECT": "[::1]:5"}
+    options = pothead_worker.parse_args(["--graceful-timeout", "1.5m", "m:a"], environment)
+    assert options == pothead_worker.Options(
+        connect=pothead_worker.Address("::1", 5),
+        workers=3,
+        graceful_timeout_s=90.0,
+        log_level="info",
+        app="m:a",
+    )
+    assert str(options.connect) == "[::1]:5"
+    assert pothead_worker.parse_args(["--workers", "2"], environment).workers == 2
+    defaults = pothead_worker.parse_args([], {"POTHEAD_WORKER_CONNECT": "", "POTHEAD_WORKERS": "4"})
+    assert str(defaults.connect) == "localhost:4040"
+    assert (defaults.workers, defaults.graceful_timeout_s, defaults.app) == (4, 30.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("250ms", 0.25), ("30s", 30), ("2m", 120), ("1h", 3600), ("7", 7), ("0", 0)]
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert pothead_worker.parse_duration(text) == seconds
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        pothead_worker.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--connect", "--workers", "--graceful-timeout", "--log-level", "MODULE:APP"):
+        assert option in text
+
+
+# ---- Loading an application --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory to be the working directory, which is left as it was found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("def app(e, s): return 'it'", "mod:app"),
+        ("def app(e, s): return 'it'\ndef application(e, s): return 'not it'", "mod"),
+        ("def application(e, s): return 'it'", "mod"),
+        ("class Site:\n    def app(self, e, s): return 'it'\nsite = Site()", "mod:site.app"),
+    ],
+)
+def test_app_is_found_in_the_working_directory(modules: Path, source: str, name: str) -> None:
+    (modules / "mod.py").write_text(source)
+    assert pothead_worker.load_app(name)({}, None) == "it"  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'"),
+        ("nopack.mod:app", "cannot load 'nopack.mod:app': there is no module 'nopack'"),
+        ("pack.nomod:app", "cannot load 'pack.nomod:app': there is no module 'pack.nomod'"),
+        ("mod.py", "cannot load 'mod.py': there is no module 'mod.py'"),
+        ("mod:nothing", "cannot load 'mod:nothing': module 'mod' has no attribute 'nothing'"),
+        ("mod:a.b", "cannot load 'mod:a.b': module 'mod' has no attribute 'a.b'"),
+        ("mod", "cannot load 'mod': module 'mod' has no attribute 'app or application'"),
+        ("mod:number", "cannot load 'mod:number': 'number' of module 'mod' is not callable"),
+    ],
+)
+def test_app_that_is_not_there_is_named_in_one_line(modules: Path, name: str, wanted: str) -> None:
+    (modules / "mod.py").write_text("number = 5")
+    (modules / "pack").mkdir()
+    (modules / "pack" / "__init__.py").touch()
+    status, stderr = run_worker([name], modules)
+    assert (status, stderr) == (3, f"pothead-worker: {wanted}\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
+        ("import sys; sys.exit('no licence')", "SystemExit: no licence"),
+        ("def app(", "SyntaxError: '(' was never closed"),
+    ],
+)
+def test_import_that_fails_shows_its_own_traceback_first(modules: Path, source: str, wanted: str) -> None:
+    (modules / "mod.py").write_text(source)
+    status, stderr = run_worker(["mod:app"], modules)
+    *trace, last = stderr.splitlines()
+    assert (status, last) == (3, "pothead-worker: cannot load 'mod:app': importing module 'mod' failed")
+    assert trace[-1] == wanted
+    assert "pothead_worker.py" not in stderr and "importlib" not in stderr and "mod.py" in stderr
+
+
+# ---- The process -------------------------------------------------------------------------------------
+
+SLOW_APP = """
+    import threading
+
+    def app(environ, start_response):
+        print("running", flush=True)
+        if environ["PATH_INFO"] == "/compute":
+            threading.Event().wait(60)
+        body = environ["wsgi.input"].read()
+        start_response("200 OK", [])
+        return [body]
+"""
+
+
+@pytest.fixture
+def slow_app(tmp_path: Path) -> Path:
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW_APP))
+    return tmp_path
+
+
+def is_line(text: str) -> Callable[[str], bool]:
+    return lambda line: text in line
+
+
+def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -> None:
+    with wire.worker_process(listener, "--workers", "2") as worker:
+        with listener.accept() as one, listener.accept() as two:
+            worker.wait_for_error(is_line("INFO connected slots=2 hub=127.0.0.1:"))
+            assert f"process: {worker.pid}".encode() in ask(one).body
+            worker.send_signal(signal.SIGHUP)
+            assert ask(two).status == 200
+            worker.terminate()
+            one.expect_eof()
+            two.expect_eof()
+            assert worker.wait() == 0
+
+
+def test_process_can_be_run_as_a_module_with_its_options_in_the_environment(
+    listener: wire.Listener, slow_app: Path
+) -> None:
+    environment = {
+        "POTHEAD_CONNECT": "{}:{}".format(*listener.worker),
+        "POTHEAD_WORKERS": "2",
+        "POTHEAD_WORKER_LOG_LEVEL": "Debug",
+        "PYTHONPATH": str(wire.ROOT),
+    }
+    program = wire.Program(wire.python("-m", "pothead_worker", "slow:app"), slow_app, environment)
+    with wire.running(program) as worker, listener.accept() as one, listener.accept():
+        assert ask(one, "GET /?secret").body == b""
+        assert "secret" not in worker.wait_for_error(is_line("DEBUG request r1: GET /"))
+
+
+def test_process_finishes_what_runs_before_it_ends(listener: wire.Listener, slow_app: Path) -> None:
+    with wire.worker_process(listener, "slow:app", cwd=slow_app) as worker, listener.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 4"))
+        worker.wait_for_line(is_line("running"))
+        worker.terminate()
+        worker.wait_for_error(is_line("draining"))
+        peer.send(b"done")
+        assert peer.read_response().body == b"done"
+        peer.expect_eof()
+        assert worker.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT], [signal.SIGINT]]
+)
+def test_process_cuts_off_what_runs_when_told_twice_or_interrupted(
+    listener: wire.Listener, slow_app: Path, signals: list[signal.Signals]
+) -> None:
+    with wire.worker_process(listener, "slow:app", cwd=slow_app) as worker, listener.accept() as peer:
+        peer.send(request("GET /compute"))
+        worker.wait_for_line(is_line("running"))
+        for number in signals:
+            worker.send_signal(number)
+            if number == signal.SIGTERM:
+                worker.wait_for_error(is_line("draining"))
+        peer.expect_eof()
+        assert worker.wait() == 1
+        assert "Traceback" not in worker.stderr
+
+
+def test_process_drains_within_the_graceful_timeout(listener: wire.Listener, slow_app: Path) -> None:
+    arguments = ["--graceful-timeout", "50ms", "slow:app"]
+    with wire.worker_process(listener, *arguments, cwd=slow_app) as worker, listener.accept() as peer:
+        peer.send(request("GET /compute"))
+        worker.wait_for_line(is_line("running"))
+        worker.terminate()
+        assert worker.wait() == 1
+        peer.expect_eof()
+
+
+def test_interrupt_ends_an_idle_process_quietly(listener: wire.Listener) -> None:
+    with wire.worker_process(listener) as worker, listener.accept():
+        worker.wait_for_error(is_line("connected"))
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait() == 0
+        assert worker.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_the_app_is_imported_ends_the_process_quietly(
+    listener: wire.Listener, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "big.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    with wire.worker_process(listener, "big:app", cwd=tmp_path) as worker:
+        worker.wait_for_line(is_line("importing"))
+        worker.send_signal(number)
+        assert worker.wait() == 0
+        assert worker.stderr == ""
+
+
+def test_process_does_not_wait_for_threads_that_the_app_left_behind(
+    listener: wire.Listener, tmp_path: Path
+) -> None:
+    (tmp_path / "leaky.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, args=(60,), name='left-behind').start()\n"
+        "def app(environ, start_response): pass\n"
+    )
+    with wire.worker_process(listener, "leaky:app", cwd=tmp_path) as worker, listener.accept():
+        worker.terminate()
+        worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
+        assert worker.wait() == 0
