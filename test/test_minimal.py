@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import wire
 
 # No environment variables of Python's, no site-packages, no directory of the script on the path.
