@@ -1,0 +1,383 @@
+"""The queue policy: order, bound, expiry and cancellation of requests, and the choice among waiting slots."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from pothead import IdleSlots, RequestQueue, wait_estimate
+
+
+def filled(*items: str, max_length: int = 100, timeout_s: float = 60.0) -> RequestQueue[str]:
+    """Return a queue that got `items` at the times 0, 1, 2, …"""
+    queue: RequestQueue[str] = RequestQueue(max_length, timeout_s)
+    for now, item in enumerate(items):
+        assert queue.put(item, float(now))
+    return queue
+
+
+def take_all(queue: RequestQueue[str]) -> str:
+    return "".join(iter(queue.take, None))
+
+
+# ---- Order and bound ---------------------------------------------------------------------------------
+
+
+def test_requests_leave_in_the_order_they_came() -> None:
+    assert take_all(filled("a", "b", "c")) == "abc"
+
+
+def test_empty_queue_has_nothing_to_take() -> None:
+    queue = filled()
+    assert (len(queue), list(queue), queue.take()) == (0, [], None)
+
+
+def test_iteration_shows_the_oldest_first_and_takes_nothing() -> None:
+    queue = filled("a", "b", "c")
+    assert list(queue) == ["a", "b", "c"]
+    assert len(queue) == 3
+
+
+def test_full_queue_refuses_until_there_is_room_again() -> None:
+    queue = filled("a", "b", max_length=2)
+    assert not queue.put("c", 2.0)
+    assert list(queue) == ["a", "b"]
+    assert queue.take() == "a"
+    assert queue.put("c", 3.0)
+    assert take_all(queue) == "bc"
+
+
+def test_cancelled_request_makes_room_at_once() -> None:
+    queue = filled("a", "b", max_length=2)
+    queue.cancel("a")
+    assert queue.put("c", 2.0)
+    assert take_all(queue) == "bc"
+
+
+def test_queue_of_no_length_refuses_everything() -> None:
+    assert not RequestQueue(0, 60.0).put("a", 0.0)
+
+
+# ---- Requests whose worker died ----------------------------------------------------------------------
+
+
+def test_request_put_back_goes_ahead_of_those_that_came_later() -> None:
+    queue = filled("a", "b", "c")
+    queue.take()
+    queue.put_back("a")
+    assert take_all(queue) == "abc"
+
+
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_requests_put_back_in_any_order_keep_the_order_of_arrival(order: str) -> None:
+    queue = filled("a", "b", "c", "d")
+    for _ in order:
+        queue.take()
+    queue.put("e", 9.0)
+    for item in order:
+        queue.put_back(item)
+    assert list(queue) == ["a", "b", "c", "d", "e"]
+    assert take_all(queue) == "abcde"
+
+
+def test_request_put_back_does_not_overtake_an_older_one() -> None:
+    queue = filled("a", "b", "c")
+    queue.take()
+    queue.take()
+    queue.put_back("a")
+    queue.put_back("b")
+    assert take_all(queue) == "abc"
+
+
+def test_request_is_put_back_even_into_a_full_queue() -> None:
+    queue = filled("a", max_length=1)
+    queue.take()
+    assert queue.put("b", 1.0)
+    queue.put_back("a")
+    assert len(queue) == 2
+    assert not queue.put("c", 2.0)
+    assert take_all(queue) == "ab"
+
+
+def test_request_may_be_put_back_twice() -> None:
+    queue = filled("a", "b")
+    for _ in range(2):
+        assert queue.take() == "a"
+        queue.put_back("a")
+    assert take_all(queue) == "ab"
+
+
+# ---- Cancellation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gone", "rest"), [("a", "bc"), ("b", "ac"), ("c", "ab")])
+def test_cancelled_request_is_never_taken(gone: str, rest: str) -> None:
+    queue = filled("a", "b", "c")
+    queue.cancel(gone)
+    assert len(queue) == 2
+    assert list(queue) == list(rest)
+    assert take_all(queue) == rest
+
+
+def test_cancelling_what_is_not_queued_changes_nothing() -> None:
+    queue = filled("a", "b")
+    queue.cancel("x")
+    queue.take()
+    queue.cancel("a")
+    queue.cancel("a")
+    assert (len(queue), list(queue)) == (1, ["b"])
+
+
+def test_request_put_back_can_be_cancelled() -> None:
+    queue = filled("a", "b")
+    queue.take()
+    queue.put_back("a")
+    queue.cancel("a")
+    assert take_all(queue) == "b"
+
+
+def test_cancelling_many_requests_costs_linear_time() -> None:
+    queue: RequestQueue[int] = RequestQueue(100_000, 60.0)
+    for item in range(50_000):
+        queue.put(item, 0.0)
+    began = time.process_time()
+    for item in range(49_999, 0, -1):
+        queue.cancel(item)
+    assert time.process_time() - began < 2.0
+    assert list(queue) == [0]
+
+
+# ---- Expiry ------------------------------------------------------------------------------------------
+
+
+def test_requests_expire_when_they_have_waited_for_the_timeout() -> None:
+    queue = filled("a", "b", "c", timeout_s=10.0)
+    assert queue.expire(9.999) == []
+    assert queue.expire(10.0) == ["a"]
+    assert queue.expire(12.5) == ["b", "c"]
+    assert (len(queue), queue.take()) == (0, None)
+
+
+def test_next_expiry_is_that_of_the_oldest_request() -> None:
+    queue = filled("a", "b", timeout_s=10.0)
+    assert queue.next_expiry() == 10.0
+    queue.take()
+    assert queue.next_expiry() == 11.0
+    queue.cancel("b")
+    assert queue.next_expiry() == math.inf
+
+
+def test_request_put_back_expires_by_its_first_arrival() -> None:
+    queue = filled("a", "b", timeout_s=10.0)
+    queue.take()
+    queue.put_back("a")
+    assert queue.next_expiry() == 10.0
+    assert queue.oldest_wait(4.0) == 4.0
+    assert queue.expire(10.5) == ["a"]
+    assert list(queue) == ["b"]
+
+
+def test_cancelled_request_does_not_expire() -> None:
+    queue = filled("a", "b", timeout_s=10.0)
+    queue.cancel("a")
+    assert queue.expire(100.0) == ["b"]
+
+
+def test_expired_requests_make_room() -> None:
+    queue = filled("a", max_length=1, timeout_s=10.0)
+    queue.expire(10.0)
+    assert queue.put("b", 10.0)
+
+
+def test_requests_never_expire_without_a_timeout() -> None:
+    queue = filled("a", timeout_s=math.inf)
+    assert queue.next_expiry() == math.inf
+    assert queue.expire(1e12) == []
+    assert list(queue) == ["a"]
+
+
+def test_empty_queue_has_no_oldest_wait_and_no_expiry() -> None:
+    queue = filled()
+    assert (queue.oldest_wait(5.0), queue.next_expiry(), queue.expire(5.0)) == (0.0, math.inf, [])
+
+
+def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
+    queue = filled("a", "b")
+    assert queue.oldest_wait(5.0) == 5.0
+    queue.cancel("a")
+    assert queue.oldest_wait(5.0) == 4.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> None:
+    rng = random.Random(seed)
+    queue: RequestQueue[int] = RequestQueue(8, 10.0)
+    waiting: list[int] = []
+    taken: list[int] = []
+    for now in range(500):
+        action = rng.choice(("put", "put", "put", "take", "put back", "cancel", "expire"))
+        if action == "put":
+            assert queue.put(now, float(now)) == (len(waiting) < 8)
+            waiting += [now] if len(waiting) < 8 else []
+        elif action == "take":
+            assert queue.take() == (waiting[0] if waiting else None)
+            taken += waiting[:1]
+            del waiting[:1]
+        elif action == "put back" and taken:
+            waiting.append(taken.pop(rng.randrange(len(taken))))
+            queue.put_back(waiting[-1])
+            waiting.sort()
+        elif action == "cancel" and waiting:
+            queue.cancel(waiting.pop(rng.randrange(len(waiting))))
+        elif action == "expire":
+            assert queue.expire(float(now)) == [item for item in waiting if now - item >= 10]
+            waiting = [item for item in waiting if now - item < 10]
+        assert (len(queue), list(queue)) == (len(waiting), waiting)
+        assert queue.next_expiry() == (waiting[0] + 10.0 if waiting else math.inf)
+
+
+# ---- The estimate of the wait ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("queued", "slots", "mean_service_s", "seconds"),
+    [
+        pytest.param(10, 2, 3.0, 15, id="queued through the slots"),
+        pytest.param(3, 2, 1.0, 2, id="rounded up"),
+        pytest.param(0, 4, 30.0, 1, id="at least a second"),
+        pytest.param(5, 4, 0.001, 1, id="short requests"),
+        pytest.param(5, 0, 2.0, 10, id="no slots count as one"),
+        pytest.param(5, 1, 0.0, 1, id="nothing known yet"),
+    ],
+)
+def test_estimated_wait(queued: int, slots: int, mean_service_s: float, seconds: int) -> None:
+    estimate = wait_estimate(queued, slots, mean_service_s)
+    assert (estimate, type(estimate)) == (seconds, int)
+
+
+# ---- Waiting slots -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Slot:
+    name: str
+    machine: str
+
+
+def parked(*names: str) -> tuple[IdleSlots, dict[str, Slot]]:
+    """Return slots that were parked in this order; the first letter of a name is its machine."""
+    slots = {name: Slot(name, name[0]) for name in names}
+    idle = IdleSlots()
+    for slot in slots.values():
+        idle.park(slot)
+    return idle, slots
+
+
+def names_taken(idle: IdleSlots, count: int) -> list[str]:
+    return [idle.take().name for _ in range(count)]
+
+
+def test_without_waiting_slots_there_is_none_to_take() -> None:
+    idle = IdleSlots()
+    assert (len(idle), idle.running, idle.take()) == (0, 0, None)
+
+
+def test_slots_of_one_machine_are_taken_most_recently_parked_first() -> None:
+    idle, _ = parked("a1", "a2", "a3")
+    assert names_taken(idle, 3) == ["a3", "a2", "a1"]
+
+
+def test_machine_with_the_fewest_running_requests_is_taken_first() -> None:
+    idle, _ = parked("b1", "b2", "a1", "a2")
+    assert names_taken(idle, 4) == ["a2", "b2", "a1", "b1"]
+
+
+def test_among_equally_busy_machines_the_most_recently_parked_slot_is_taken() -> None:
+    idle, slots = parked("a1", "b1", "c1")
+    assert names_taken(idle, 2) == ["c1", "b1"]
+    idle.release(slots["c1"])
+    idle.park(slots["c1"])
+    assert names_taken(idle, 2) == ["c1", "a1"]
+
+
+def test_released_slot_counts_no_longer_and_waits_only_once_it_is_parked() -> None:
+    idle, slots = parked("a1", "a2", "b1")
+    assert names_taken(idle, 2) == ["b1", "a2"]
+    assert (len(idle), idle.running) == (1, 2)
+    idle.release(slots["b1"])
+    assert (len(idle), idle.running) == (1, 1)
+    idle.park(slots["b1"])
+    assert (len(idle), idle.running) == (2, 1)
+    assert names_taken(idle, 2) == ["b1", "a1"]
+
+
+def test_slot_that_hung_up_while_waiting_is_not_taken() -> None:
+    idle, slots = parked("a1", "a2", "b1")
+    idle.remove(slots["b1"])
+    idle.remove(slots["a2"])
+    assert len(idle) == 1
+    assert idle.take() is slots["a1"]
+    assert idle.take() is None
+
+
+def test_slot_that_died_while_running_frees_its_machine() -> None:
+    idle, slots = parked("a1", "a2", "b1", "b2")
+    assert names_taken(idle, 2) == ["b2", "a2"]
+    idle.release(slots["a2"])
+    assert names_taken(idle, 1) == ["a1"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choice_of_a_slot_is_that_of_a_plain_search(seed: int) -> None:
+    rng = random.Random(seed)
+    idle = IdleSlots()
+    waiting: list[Slot] = []
+    running: list[Slot] = []
+    for number in range(600):
+        action = rng.choice(("park", "take", "take", "hang up", "finish", "finish", "die"))
+        if action == "park" and len(waiting) + len(running) < 12:
+            waiting.append(Slot(str(number), rng.choice("abcd")))
+            idle.park(waiting[-1])
+        elif action == "take":
+            wanted = plain_search(waiting, running)
+            assert idle.take() is wanted
+            if wanted is not None:
+                waiting.remove(wanted)
+                running.append(wanted)
+        elif action == "hang up" and waiting:
+            idle.remove(waiting.pop(rng.randrange(len(waiting))))
+        elif action in ("finish", "die") and running:
+            slot = running.pop(rng.randrange(len(running)))
+            idle.release(slot)
+            if action == "finish":
+                waiting.append(slot)
+                idle.park(slot)
+        assert (len(idle), idle.running) == (len(waiting), len(running))
+
+
+def plain_search(waiting: list[Slot], running: list[Slot]) -> Slot | None:
+    """Return the latest of the waiting slots whose machine runs the fewest requests."""
+
+    def load(slot: Slot) -> int:
+        return sum(other.machine == slot.machine for other in running)
+
+    least = min(map(load, waiting), default=0)
+    return next((slot for slot in reversed(waiting) if load(slot) == least), None)
+
+
+@pytest.mark.parametrize("machines", [1, 100, 10_000])
+def test_choosing_among_ten_thousand_slots_is_quick(machines: int) -> None:
+    slots = [Slot(str(number), str(number % machines)) for number in range(10_000)]
+    idle = IdleSlots()
+    began = time.process_time()
+    for slot in slots:
+        idle.park(slot)
+    taken = [idle.take() for _ in slots]
+    for slot in taken:
+        idle.release(slot)
+    assert time.process_time() - began < 2.0
+    assert set(taken) == set(slots)
