@@ -43,7 +43,6 @@ import importlib
 import io
 import logging
 import os
-import queue
 import random
 import re
 import select
@@ -1517,43 +1516,63 @@ def configure_logging(level: str) -> None:
 
 
 class Signals:
-    """SIGTERM and SIGINT: while the app is being imported they interrupt it, later they wait in a queue.
+    """SIGTERM and SIGINT: while the app is being imported they interrupt it, later `wait` returns them.
 
-    A handler may run between any two instructions of the main thread, so it must take no lock; SimpleQueue
-    is made for that. SIGHUP is ignored: there is nothing to read again, and a closed terminal is no reason
-    to drop requests.
+    They come through a descriptor, since a main thread that waits for a lock or a queue would miss one that
+    arrives just before it waits. SIGHUP is ignored: there is nothing to read again, and a closed terminal is
+    no reason to drop requests.
     """
 
+    END = 0
+
     def __init__(self) -> None:
-        self.is_loading = True
-        self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._is_loading = True
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_loading:
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._is_loading:
             raise KeyboardInterrupt
-        self.queue.put(number)
+
+    def listen(self) -> None:
+        """Stop raising. Called after the import, during which an app may use the wake-up descriptor itself."""
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._is_loading = False
+
+    def wait(self) -> int:
+        """Return the number of the next signal of any kind, or END."""
+        return self._reader.recv(1)[0]
+
+    def end(self) -> None:
+        """Have `wait` return END. Called by another thread."""
+        self._writer.send(bytes([self.END]))
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
 
 
 def serve(pool: WorkerPool, signals: Signals) -> bool:
-    """Run the pool until it has ended, as the signals say. Return True if every request could be finished."""
+    """Run the pool and obey the signals until it has ended. Return True if no request was cut off."""
 
     def wait_for_end() -> None:
         pool.join()
-        signals.queue.put(None)
+        signals.end()
 
     pool.start()
     threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
     is_draining = False
-    while (number := signals.queue.get()) is not None:
-        if is_draining or number == signal.SIGINT:
+    while (number := signals.wait()) != Signals.END:
+        if number == signal.SIGINT or (number == signal.SIGTERM and is_draining):
             pool.stop_now()
-        else:
+        elif number == signal.SIGTERM:
             log.info("draining")
             pool.stop()
-        is_draining = True
+            is_draining = True
     return pool.join()
 
 
@@ -1564,18 +1583,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as exc:
         print(f"pothead-worker: {exc}", file=sys.stderr)
         return 2
-    try:
-        signals = Signals()
-        configure_logging(options.log_level)
-        app = load_app(options.app) if options.app else demo_app
-        pool = WorkerPool(app, options.connect, options.workers, options.graceful_timeout_s)
-        signals.is_loading = False
-    except LoadError as exc:
-        print(f"pothead-worker: {exc}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        return 0
-    status = 0 if serve(pool, signals) else 1
+    with contextlib.closing(Signals()) as signals:
+        try:
+            configure_logging(options.log_level)
+            app = load_app(options.app) if options.app else demo_app
+            pool = WorkerPool(app, options.connect, options.workers, options.graceful_timeout_s)
+            signals.listen()
+        except LoadError as exc:
+            print(f"pothead-worker: {exc}", file=sys.stderr)
+            return 3
+        except KeyboardInterrupt:
+            signals.listen()  # an impatient second one must not show a traceback
+            return 0
+        status = 0 if serve(pool, signals) else 1
     threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
     return status
 

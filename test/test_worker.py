@@ -576,9 +576,11 @@ def test_what_has_come_of_a_body_can_be_read_at_once(serving: Any) -> None:
     ],
 )
 def test_body_cut_short_raises_in_the_app(serving: Any, lines: Lines, head: str, body: bytes) -> None:
+    began = threading.Event()
     raised: list[BaseException] = []
 
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        began.set()
         start_response("200 OK", [])
         for _ in range(2):  # not an end of the body the second time either
             try:
@@ -590,6 +592,7 @@ def test_body_cut_short_raises_in_the_app(serving: Any, lines: Lines, head: str,
 
     peer = serving(app).peer
     peer.send(request("POST /", head) + body)
+    assert began.wait(wire.DEADLINE_S)
     peer.finish_sending()
     peer.read_to_end()
     lines.wait_for("INFO request r1: request body cut short")
@@ -953,13 +956,17 @@ def test_where_there_is_no_epoll_peeking_notices_too(serving: Any, monkeypatch: 
 
 
 def test_response_that_is_complete_too_late_is_dropped(serving: Any, lines: Lines) -> None:
+    began = threading.Event()
+
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         start_response("200 OK", [])
+        began.set()
         assert environ["pothead.cancelled"].wait(wire.DEADLINE_S)
         return []
 
     peer = serving(app).peer
     peer.send(request())
+    assert began.wait(wire.DEADLINE_S)
     peer.finish_sending()
     peer.expect_eof()
     lines.wait_for("the consumer has gone")
