@@ -1538,7 +1538,7 @@ class Signals:
             raise KeyboardInterrupt
 
     def listen(self) -> None:
-        """Stop raising. Called after the import, during which an app may use the wake-up descriptor itself."""
+        """Stop raising; called after the import, in which an app may use the wake-up descriptor itself."""
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._is_loading = False
 
