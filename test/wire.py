@@ -206,7 +206,8 @@ class Peer:
         except ConnectionResetError:
             return False
         except TimeoutError:
-            raise AssertionError(f"nothing came for {DEADLINE_S} s after {bytes(self.received)!r}") from None
+            got, deadline_s = bytes(self.received), self.sock.gettimeout()
+            raise AssertionError(f"nothing came for {deadline_s} s after {got!r}") from None
         self.received += data
         return bool(data)
 
