@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import heapq
 import http
 import http.client
@@ -58,7 +59,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import BinaryIO, Final, Generic, Protocol, TypeVar
+from typing import BinaryIO, Final, Generic, NamedTuple, Protocol, TypeVar
 
 __version__ = "0.1.0"
 
@@ -221,27 +222,38 @@ class Inbuf(bytearray):
 
     def take(self, size: int) -> bytes:
         """Removes and returns the first ``size`` bytes."""
+        self.searched = 0
+        if size == len(self):
+            data = bytes(self)
+            self.clear()
+            return data
         with memoryview(self) as view:
             data = bytes(view[:size])
         del self[:size]
-        self.searched = 0
         return data
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestHead:
-    """A request line and its fields, as received but for the target, which is in origin form."""
+class RequestHead(NamedTuple):
+    """A request line and its fields, as received but for the target, which is in origin form.
+
+    A tuple, since a frozen dataclass takes three times as long to make, and each request makes one.
+    """
 
     method: bytes
     target: bytes
     minor_version: int
     host: bytes | None
-    fields: tuple[Field, ...]
+    fields: Sequence[Field]
     content_length: int | None
     is_chunked: bool
     keep_alive: bool
     expects_continue: bool
     connection_options: frozenset[bytes]
+
+    @property
+    def path(self) -> bytes:
+        """The target without its query, which may hold what a log should not."""
+        return self.target.partition(b"?")[0]
 
     @property
     def is_idempotent(self) -> bool:
@@ -252,14 +264,13 @@ class RequestHead:
 IDEMPOTENT_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """A status line and its fields, as received."""
 
     status: int
     reason: bytes
     minor_version: int
-    fields: tuple[Field, ...]
+    fields: Sequence[Field]
     content_length: int | None
     is_chunked: bool
     keep_alive: bool
@@ -347,10 +358,17 @@ def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
             raise ProtocolError(400, "this is not HTTP")
         if not is_request and not buffer.startswith(b"HTTP/1."[: len(buffer)]):
             raise ProtocolError(502, "this is not HTTP/1.x")
-    elif line_end >= buffer.searched and is_request:  # the line has just become complete
-        line = _REQUEST_LINE.match(buffer)
-        if line is None or line[3] != b"1" or line.end() > LIMITS.request_line_bytes:
-            raise _request_line_error(bytes(buffer[: line_end + 2]))
+    elif line_end + 2 > buffer.searched:  # the line has just become complete
+        line = bytes(buffer[: line_end + 2])
+        if not is_request and not _STATUS_LINE.match(line):
+            raise ProtocolError(502, "no status line of HTTP/1.x")
+        if is_request and not _is_request_line(line):
+            raise _request_line_error(line)
+
+
+def _is_request_line(line: bytes) -> bool:
+    match = _REQUEST_LINE.match(line)
+    return match is not None and match[3] == b"1" and len(line) <= LIMITS.request_line_bytes
 
 
 def _request_line_error(head: bytes) -> ProtocolError:
@@ -362,16 +380,18 @@ def _request_line_error(head: bytes) -> ProtocolError:
     return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
 
 
-def _take_fields(head: bytes, start: int, status: int) -> tuple[tuple[Field, ...], dict[bytes, list[bytes]]]:
+def _take_fields(head: bytes, start: int, status: int) -> tuple[list[Field], dict[bytes, list[bytes]]]:
     """Returns all fields, and the values of those that the hub itself acts on by lower-case name."""
     lines = _FIELD_LINE.findall(head, start)
     if len(lines) != head.count(b"\n", start):
         raise ProtocolError(status, "a field line that is not 'name: value'")
     if len(lines) > LIMITS.head_fields:
         raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
-    fields = tuple([(name, value.strip(b" \t")) for name, value in lines])
+    fields = []
     framing: dict[bytes, list[bytes]] = {}
-    for name, value in fields:
+    for name, padded in lines:
+        value = padded.strip(b" \t")
+        fields.append((name, value))
         key = name.lower()
         if key in _FRAMING_FIELDS:
             framing.setdefault(key, []).append(value)
@@ -699,12 +719,6 @@ class Framing(enum.Enum):
     CLOSE = enum.auto()
 
 
-def _join_fields(parts: list[bytes], fields: Iterable[Field], dropped: frozenset[bytes]) -> None:
-    for name, value in fields:
-        if name.lower() not in dropped:
-            parts += (name, b": ", value, b"\r\n")
-
-
 def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) -> bytes:
     """Returns the head to send to a worker.
 
@@ -712,7 +726,11 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     ready field lines that the hub adds.
     """
     parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host or b"", b"\r\n"]
-    _join_fields(parts, head.fields, _REQUEST_DROPS | head.connection_options)
+    dropped = _REQUEST_DROPS | head.connection_options if head.connection_options else _REQUEST_DROPS
+    for name, value in head.fields:
+        # X_Forwarded_For is X-Forwarded-For to every program that reads fields as CGI variables.
+        if name.lower().replace(b"_", b"-") not in dropped:
+            parts += (name, b": ", value, b"\r\n")
     if length is not None:
         parts.append(b"Content-Length: %d\r\n" % length)
     elif head.is_chunked:
@@ -728,7 +746,10 @@ def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, 
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1).
     """
     parts = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
-    _join_fields(parts, head.fields, _RESPONSE_DROPS | head.connection_options)
+    dropped = _RESPONSE_DROPS | head.connection_options if head.connection_options else _RESPONSE_DROPS
+    for name, value in head.fields:
+        if name.lower() not in dropped:
+            parts += (name, b": ", value, b"\r\n")
     if framing is Framing.CHUNKED:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     elif head.content_length is not None and head.status not in (204, 103):
@@ -741,6 +762,7 @@ def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, 
     return b"".join(parts)
 
 
+@functools.lru_cache(maxsize=4)
 def http_date(epoch_s: int) -> bytes:
     """Returns the time as the fields of HTTP have it (RFC 9110 §5.6.7)."""
     day = time.gmtime(epoch_s)
@@ -769,7 +791,7 @@ def own_response(
 ) -> bytes:  # fmt: skip
     """Returns a whole response of the hub's own."""
     parts = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status))]
-    _join_fields(parts, fields, NO_OPTIONS)
+    parts += [b"%b: %b\r\n" % field for field in fields]
     parts.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type.encode(), len(body)))
     parts.append(b"Date: %b\r\n" % http_date(int(time.time())))
     parts.append(b"Connection: keep-alive\r\n\r\n" if keep_alive else b"Connection: close\r\n\r\n")
@@ -839,7 +861,7 @@ class RequestQueue(Generic[Item]):
         self._entries[item] = entry
 
     def take(self) -> Item | None:
-        """Removes and returns the oldest item.  ``forget`` it when it is sure not to come back."""
+        """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
         self._sweep()
         if not self._waiting:
             return None
@@ -962,11 +984,14 @@ class IdleSlots(Generic[Slot]):
             return slot
         return None
 
-    def release(self, slot: Slot) -> None:
-        """Stops counting the slot as running."""
+    def release(self, slot: Slot, *, park: bool = False) -> None:
+        """Stops counting the slot as running; with ``park`` it waits again."""
         machine = self._machines[slot.machine]
         machine.running -= 1
         self.running -= 1
+        if park:
+            machine.idle[slot] = next(self._parked)
+            self._idle += 1
         self._rank(slot.machine, machine)
 
     def _rank(self, name: str, machine: _Machine[Slot]) -> None:
@@ -1535,6 +1560,8 @@ class State(enum.Enum):
     RESPONDING = "responding"
     FINISHED = "finished"
 
+    __hash__ = object.__hash__  # members are one of a kind; Enum's own is a function in Python
+
 
 TRANSITIONS: Final = {
     State.RECEIVING: (State.QUEUED, State.FINISHED),
@@ -1563,6 +1590,8 @@ class Outcome(enum.Enum):
     CONSUMER_GONE_QUEUED = ("CQ", 499, "the consumer left before a worker was found")
     CONSUMER_GONE_RUNNING = ("CR", 499, "the consumer left while the request ran")
     HUB_FAULT = ("HB", 500, "the hub met a fault of its own")
+
+    __hash__ = object.__hash__  # members are one of a kind; Enum's own is a function in Python
 
     def __init__(self, code: str, status: int, sentence: str) -> None:
         self.code = code
@@ -1904,7 +1933,7 @@ class Exchange:
             "id": self.request_id.decode(),
             "consumer": self.consumer.stream.address,
             "method": self.head.method.decode(),
-            "path": self.head.target.partition(b"?")[0].decode(),
+            "path": self.head.path.decode(),
             "age_seconds": round(now - self.received_at, 3),
             "attempts": self.attempts,
         }
@@ -1941,12 +1970,13 @@ class Phase(enum.Enum):
 class Consumer:
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
-    __slots__ = ("_hub", "_phase", "_reader", "_taken_before", "exchange", "is_trusted", "stream")
+    __slots__ = ("_hub", "_phase", "_reader", "_taken_before", "exchange", "host", "is_trusted", "stream")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self.stream = stream
         self.exchange: Exchange | None = None
+        self.host = host_of(stream.address).encode()
         self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
         self._phase = Phase.IDLE
         self._reader: BodyReader | None = None
@@ -2534,10 +2564,9 @@ class Hub:
 
     def release(self, worker: Worker, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
-        self.idle.release(worker)
-        if reusable and not worker.stream.closed:
-            self.idle.park(worker)
-        else:
+        reusable = reusable and not worker.stream.closed
+        self.idle.release(worker, park=reusable)
+        if not reusable:
             self.workers.discard(worker)
             worker.stream.close()
 
@@ -2581,7 +2610,7 @@ class Hub:
     def fields_for_worker(self, exchange: Exchange) -> bytes:
         """Returns the field lines that the hub adds to a request."""
         head, consumer = exchange.head, exchange.consumer
-        hops, proto, host = host_of(consumer.stream.address).encode(), b"http", head.host or b""
+        hops, proto, host = consumer.host, b"http", head.host or b""
         if consumer.is_trusted:
             before = [value for name, value in head.fields if name.lower() == b"x-forwarded-for"]
             hops = b", ".join([*before, hops])
@@ -2801,14 +2830,31 @@ def descriptor_limit() -> int:
 # .. the access log ..
 
 
-def _log_fields(exchange: Exchange, now: float) -> dict[str, object]:
-    """The fields of the access log, in their order; the path goes without its query."""
-    assert exchange.outcome is not None
-    fields: dict[str, object] = {
+def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
+    """One line of ``name=value`` pairs; the path goes without its query."""
+    head, outcome = exchange.head, exchange.outcome
+    assert outcome is not None
+    detail = f" detail={json.dumps(exchange.detail)}" if exchange.detail else ""
+    return (
+        f"{timestamp(wall_s)} id={exchange.request_id.decode()} consumer={exchange.consumer.stream.address}"
+        f" method={head.method.decode()} path={head.path.decode()} status={exchange.status}"
+        f" bytes_in={exchange.bytes_in} bytes_out={exchange.bytes_out}"
+        f" queued_ms={exchange.queued_s * 1000:.1f} worker_ms={exchange.worker_s * 1000:.1f}"
+        f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.worker_address}"
+        f" attempts={exchange.attempts} code={outcome.code}{detail}\n"
+    )
+
+
+def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
+    """The same as an object of JSON."""
+    head, outcome = exchange.head, exchange.outcome
+    assert outcome is not None
+    fields = {
+        "time": timestamp(wall_s),
         "id": exchange.request_id.decode(),
         "consumer": exchange.consumer.stream.address,
-        "method": exchange.head.method.decode(),
-        "path": exchange.head.target.partition(b"?")[0].decode(),
+        "method": head.method.decode(),
+        "path": head.path.decode(),
         "status": exchange.status,
         "bytes_in": exchange.bytes_in,
         "bytes_out": exchange.bytes_out,
@@ -2817,30 +2863,22 @@ def _log_fields(exchange: Exchange, now: float) -> dict[str, object]:
         "total_ms": round((now - exchange.received_at) * 1000, 1),
         "worker": exchange.worker_address,
         "attempts": exchange.attempts,
-        "code": exchange.outcome.code,
+        "code": outcome.code,
     }
     if exchange.detail:
         fields["detail"] = exchange.detail
-    return fields
-
-
-def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
-    """One line of ``name=value`` pairs."""
-    fields = _log_fields(exchange, now)
-    detail = fields.pop("detail", None)
-    line = " ".join([timestamp(wall_s), *[f"{name}={value}" for name, value in fields.items()]])
-    return f"{line} detail={json.dumps(detail)}\n" if detail else line + "\n"
-
-
-def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
-    return json.dumps({"time": timestamp(wall_s), **_log_fields(exchange, now)}) + "\n"
+    return json.dumps(fields) + "\n"
 
 
 def timestamp(epoch_s: float) -> str:
     """Returns the time in UTC, with milliseconds (RFC 3339)."""
-    whole = math.floor(epoch_s)
-    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
-    return f"{text}.{int((epoch_s - whole) * 1000):03d}Z"
+    whole = int(epoch_s)
+    return f"{_second(whole)}.{int((epoch_s - whole) * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=4)
+def _second(epoch_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
 
 
 # ---- The command line -------------------------------------------------------------------------------------
