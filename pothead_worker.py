@@ -612,9 +612,8 @@ class Response(BaseHandler):
         self.finish_content()
 
     def close(self) -> None:
-        """Close the app's iterable, once."""
+        """Close the app's iterable. Only `run` calls this, once."""
         close = getattr(self.result, "close", None)
-        self.result = ()
         if close is not None:
             close()
 
