@@ -1324,7 +1324,7 @@ def compressed(environ: WSGIEnvironment) -> Iterator[bytes]:
     """Yield after each piece that was read: even an empty one lets the worker stop a job nobody waits for."""
     import lzma  # here, because a Python may have been built without it
 
-    compressor = lzma.LZMACompressor(preset=1)
+    compressor = lzma.LZMACompressor(preset=0)
     cancelled = environ["pothead.cancelled"]
     while not cancelled.is_set() and (data := environ["wsgi.input"].read(RECEIVE_BYTES)):
         yield compressor.compress(data)
