@@ -1013,14 +1013,16 @@ def test_request_that_was_answered_is_not_cancelled_by_the_end_of_its_connection
     serving: Any, lines: Lines
 ) -> None:
     events: list[threading.Event] = []
+    computing = Computing()
 
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         events.append(environ["pothead.cancelled"])
-        return Computing()(environ, start_response) if len(events) == 2 else hello(environ, start_response)
+        return (computing if len(events) == 2 else hello)(environ, start_response)
 
     served = serving(app)
     ask(served.peer)
     served.peer.send(request())
+    assert computing.began.wait(wire.DEADLINE_S)
     served.peer.finish_sending()
     lines.wait_for("gone")
     assert ask(served.accept_again()).body == b"hello"
