@@ -193,9 +193,14 @@ _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
-_FRAMING_FIELDS: Final = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date")
-)
+# The fields that the hub itself looks at; the values of the others it only passes on.
+_KNOWN_FIELDS: Final = frozenset(
+    (
+        b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date", b"idempotency-key",
+        b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
+    )
+)  # fmt: skip
+KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
 class ProtocolError(http.client.HTTPException):
@@ -244,6 +249,7 @@ class RequestHead(NamedTuple):
     minor_version: int
     host: bytes | None
     fields: Sequence[Field]
+    known: KnownFields
     content_length: int | None
     is_chunked: bool
     keep_alive: bool
@@ -258,9 +264,13 @@ class RequestHead(NamedTuple):
     @property
     def is_idempotent(self) -> bool:
         """Whether sending it twice does no harm (RFC 9110 §9.2.2), or its sender vouches for that."""
-        return self.method in IDEMPOTENT_METHODS or first_value(self.fields, b"idempotency-key") is not None
+        return self.method in IDEMPOTENT_METHODS or b"idempotency-key" in self.known
 
 
+REFUSED_METHODS: Final = {
+    b"CONNECT": (501, "CONNECT: this is no tunnel"),
+    b"TRACE": (405, "TRACE is not allowed"),
+}
 IDEMPOTENT_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 
 
@@ -296,15 +306,18 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
     minor_version = min(int(minor), 1)
-    fields, framing = _take_fields(head, line.end(), 400)
-    options = _connection_options(framing)
-    length, is_chunked = _framing(framing, minor_version, 400)
-    _check_method(method)
-    host = _host(framing.get(b"host", ()), minor_version)
-    target, host = _origin_form(method, target, host)
+    fields, known = _take_fields(head, line.end(), 400)
+    length, is_chunked = _framing(known, minor_version, 400)
+    if method in REFUSED_METHODS:
+        raise ProtocolError(*REFUSED_METHODS[method])
+    host = _host(known.get(b"host", ()), minor_version)
+    if not target.startswith(b"/"):
+        target, host = _origin_form(method, target, host)
+    options = _connection_options(known)
+    expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
     return RequestHead(
-        method, target, minor_version, host, fields, length, is_chunked,
-        _keeps_alive(options, minor_version), _expects_continue(framing, minor_version), options,
+        method, target, minor_version, host, fields, known, length, is_chunked,
+        _keeps_alive(options, minor_version), expects_continue, options,
     )  # fmt: skip
 
 
@@ -320,12 +333,12 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     if line is None:
         raise ProtocolError(502, "no status line of HTTP/1.x")
     minor_version = min(int(line[1]), 1)
-    fields, framing = _take_fields(head, line.end(), 502)
-    options = _connection_options(framing)
-    length, is_chunked = _framing(framing, minor_version, 502)
+    fields, known = _take_fields(head, line.end(), 502)
+    options = _connection_options(known)
+    length, is_chunked = _framing(known, minor_version, 502)
     return ResponseHead(
         int(line[2]), line[3] or b"", minor_version, fields, length, is_chunked,
-        _keeps_alive(options, minor_version), b"date" in framing, options,
+        _keeps_alive(options, minor_version), b"date" in known, options,
     )  # fmt: skip
 
 
@@ -388,14 +401,14 @@ def _take_fields(head: bytes, start: int, status: int) -> tuple[list[Field], dic
     if len(lines) > LIMITS.head_fields:
         raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
     fields = []
-    framing: dict[bytes, list[bytes]] = {}
+    known: dict[bytes, list[bytes]] = {}
     for name, padded in lines:
         value = padded.strip(b" \t")
         fields.append((name, value))
         key = name.lower()
-        if key in _FRAMING_FIELDS:
-            framing.setdefault(key, []).append(value)
-    return fields, framing
+        if key in _KNOWN_FIELDS:
+            known.setdefault(key, []).append(value)
+    return fields, known
 
 
 def _list_of(values: Iterable[bytes]) -> list[bytes]:
@@ -406,8 +419,8 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
 
 
-def _connection_options(framing: Mapping[bytes, list[bytes]]) -> frozenset[bytes]:
-    values = framing.get(b"connection")
+def _connection_options(known: KnownFields) -> frozenset[bytes]:
+    values = known.get(b"connection")
     return frozenset(_list_of(values)) if values else NO_OPTIONS
 
 
@@ -416,11 +429,9 @@ def _keeps_alive(options: frozenset[bytes], minor_version: int) -> bool:
     return b"close" not in options and (minor_version == 1 or b"keep-alive" in options)
 
 
-def _framing(
-    framing: Mapping[bytes, list[bytes]], minor_version: int, status: int
-) -> tuple[int | None, bool]:
+def _framing(known: KnownFields, minor_version: int, status: int) -> tuple[int | None, bool]:
     """Returns the body's length, if there is one, and whether it is chunked (RFC 9112 §6)."""
-    lengths, codings = framing.get(b"content-length"), framing.get(b"transfer-encoding")
+    lengths, codings = known.get(b"content-length"), known.get(b"transfer-encoding")
     if codings is None:
         return (None if lengths is None else _content_length(lengths, status)), False
     if lengths is not None:
@@ -443,20 +454,13 @@ def _check_codings(codings: list[bytes], status: int) -> None:
 
 def _content_length(values: list[bytes], status: int) -> int:
     """Returns the one length that all values agree on (RFC 9112 §6.3, rule 5)."""
-    members = set(_list_of(values))
+    members = set(values) if len(values) == 1 and b"," not in values[0] else set(_list_of(values))
     digits = members.pop()
     if members or not _DIGITS.fullmatch(digits):
         raise ProtocolError(status, "a malformed Content-Length, or several that differ")
     if len(digits) > LIMITS.length_digits and len(digits.lstrip(b"0")) > LIMITS.length_digits:
         raise ProtocolError(413 if status == 400 else status, "a Content-Length beyond all measure")
     return int(digits[-LIMITS.length_digits :])
-
-
-def _check_method(method: bytes) -> None:
-    if method == b"CONNECT":
-        raise ProtocolError(501, "CONNECT: this is no tunnel")
-    if method == b"TRACE":
-        raise ProtocolError(405, "TRACE is not allowed")
 
 
 def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
@@ -471,9 +475,7 @@ def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
-    """Returns path and host; an absolute target overrules the Host field (RFC 9112 §3.2.2)."""
-    if target.startswith(b"/"):
-        return target, host
+    """Returns path and host of a target that is no path; an absolute target overrules the Host field (RFC 9112 §3.2.2)."""
     if target == b"*" and method == b"OPTIONS":
         return target, host
     absolute = _ABSOLUTE_FORM.fullmatch(target)
@@ -487,22 +489,13 @@ def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[byte
     return (path if path[:1] in (b"/", b"*") else b"/" + path), absolute[1]
 
 
-def _expects_continue(framing: Mapping[bytes, list[bytes]], minor_version: int) -> bool:
+def _expects_continue(values: list[bytes], minor_version: int) -> bool:
     """Whether the consumer waits for a 100 before it sends its body (RFC 9110 §10.1.1)."""
-    values = framing.get(b"expect")
-    if values is None or minor_version == 0:
+    if minor_version == 0:
         return False
     if any(value.lower() != b"100-continue" for value in values):
         raise ProtocolError(417, "an expectation other than 100-continue")
     return True
-
-
-def first_value(fields: Iterable[Field], lower_name: bytes) -> bytes | None:
-    """Returns the value of the first field of that name, ``None`` if there is none."""
-    for name, value in fields:
-        if name.lower() == lower_name:
-            return value
-    return None
 
 
 # .. bodies ..
@@ -812,12 +805,13 @@ Item = TypeVar("Item")
 class _Entry(Generic[Item]):
     """A place in the queue; a cancelled one stays in the deque, without its item, until it is swept."""
 
-    __slots__ = ("item", "number", "since")
+    __slots__ = ("item", "number", "since", "waits")
 
     def __init__(self, item: Item, number: int, since: float) -> None:
         self.item: Item | None = item
         self.number = number
         self.since = since
+        self.waits = True
 
 
 class RequestQueue(Generic[Item]):
@@ -826,62 +820,60 @@ class RequestQueue(Generic[Item]):
     def __init__(self, max_length: int, timeout_s: float) -> None:
         self._max_length = max_length
         self._timeout_s = timeout_s
-        self._waiting: deque[_Entry[Item]] = deque()
-        self._entries: dict[Item, _Entry[Item]] = {}  # those that wait
-        self._taken: dict[Item, _Entry[Item]] = {}  # those that may come back
+        self._deque: deque[_Entry[Item]] = deque()
+        self._entries: dict[Item, _Entry[Item]] = {}  # those that wait, and those that may come back
         self._numbers = itertools.count()
+        self.length = 0  # of those that wait
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.length
 
     def __iter__(self) -> Iterator[Item]:
-        return (entry.item for entry in self._waiting if entry.item is not None)
+        return (entry.item for entry in self._deque if entry.item is not None)
 
     @property
     def is_full(self) -> bool:
-        return len(self._entries) >= self._max_length
+        return self.length >= self._max_length
 
     def put(self, item: Item, now: float) -> bool:
         """Appends the item; false if the queue is full."""
-        if self.is_full:
+        if self.length >= self._max_length:
             return False
         entry = _Entry(item, next(self._numbers), now)
-        self._waiting.append(entry)
+        self._deque.append(entry)
         self._entries[item] = entry
+        self.length += 1
         return True
 
     def put_back(self, item: Item) -> None:
         """Returns an item that ``take`` gave to its old place, ahead of all that came later."""
-        entry = self._taken.pop(item)
-        entry.item = item
+        entry = self._entries[item]
         place = 0
-        while place < len(self._waiting) and self._waiting[place].number < entry.number:
+        while place < len(self._deque) and self._deque[place].number < entry.number:
             place += 1
-        self._waiting.insert(place, entry)
-        self._entries[item] = entry
+        self._deque.insert(place, entry)
+        entry.waits = True
+        self.length += 1
 
     def take(self) -> Item | None:
         """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
-        self._sweep()
-        if not self._waiting:
-            return None
-        entry = self._waiting.popleft()
-        item = entry.item
-        assert item is not None
-        del self._entries[item]
-        self._taken[item] = entry
-        entry.item = None
-        return item
+        while self._deque:
+            entry = self._deque.popleft()
+            if entry.item is not None:
+                entry.waits = False
+                self.length -= 1
+                return entry.item
+        return None
 
     def cancel(self, item: Item) -> None:
-        """Removes the item, wherever it is; does nothing if it is not there."""
-        self._taken.pop(item, None)
+        """Forgets the item, wherever it is; does nothing if it is not known."""
         entry = self._entries.pop(item, None)
-        if entry is None:
+        if entry is None or not entry.waits:
             return
         entry.item = None
-        if len(self._waiting) > 2 * len(self._entries) + 16:
-            self._waiting = deque(entry for entry in self._waiting if entry.item is not None)
+        self.length -= 1
+        if len(self._deque) > 2 * self.length + 16:
+            self._deque = deque(entry for entry in self._deque if entry.item is not None)
 
     def expire(self, now: float) -> list[Item]:
         """Removes and returns all that have waited for the time limit or longer."""
@@ -889,23 +881,24 @@ class RequestQueue(Generic[Item]):
         while now >= self.next_expiry():
             item = self.take()
             assert item is not None
-            del self._taken[item]
+            del self._entries[item]
             expired.append(item)
         return expired
 
     def next_expiry(self) -> float:
         """Returns when ``expire`` will next have something to do, infinity if nothing waits."""
-        self._sweep()
-        return self._waiting[0].since + self._timeout_s if self._waiting else math.inf
+        oldest = self._oldest()
+        return oldest.since + self._timeout_s if oldest is not None else math.inf
 
     def oldest_wait(self, now: float) -> float:
         """Returns how long the oldest item has waited, in seconds."""
-        self._sweep()
-        return now - self._waiting[0].since if self._waiting else 0.0
+        oldest = self._oldest()
+        return now - oldest.since if oldest is not None else 0.0
 
-    def _sweep(self) -> None:
-        while self._waiting and self._waiting[0].item is None:
-            self._waiting.popleft()
+    def _oldest(self) -> _Entry[Item] | None:
+        while self._deque and self._deque[0].item is None:
+            self._deque.popleft()
+        return self._deque[0] if self._deque else None
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int:
@@ -947,11 +940,11 @@ class IdleSlots(Generic[Slot]):
         self._machines: dict[str, _Machine[Slot]] = {}
         self._heap: list[tuple[tuple[int, int], str]] = []
         self._parked = itertools.count(1)
-        self._idle = 0
+        self.waiting = 0
         self.running = 0
 
     def __len__(self) -> int:
-        return self._idle
+        return self.waiting
 
     def park(self, slot: Slot) -> None:
         """Adds a slot that waits."""
@@ -959,14 +952,14 @@ class IdleSlots(Generic[Slot]):
         if machine is None:
             machine = self._machines[slot.machine] = _Machine()
         machine.idle[slot] = next(self._parked)
-        self._idle += 1
+        self.waiting += 1
         self._rank(slot.machine, machine)
 
     def remove(self, slot: Slot) -> None:
         """Removes a slot that hung up while it waited."""
         machine = self._machines[slot.machine]
         del machine.idle[slot]
-        self._idle -= 1
+        self.waiting -= 1
         self._rank(slot.machine, machine)
 
     def take(self) -> Slot | None:
@@ -978,7 +971,7 @@ class IdleSlots(Generic[Slot]):
                 continue
             slot, _ = machine.idle.popitem()
             machine.running += 1
-            self._idle -= 1
+            self.waiting -= 1
             self.running += 1
             self._rank(name, machine)
             return slot
@@ -991,10 +984,11 @@ class IdleSlots(Generic[Slot]):
         self.running -= 1
         if park:
             machine.idle[slot] = next(self._parked)
-            self._idle += 1
+            self.waiting += 1
         self._rank(slot.machine, machine)
 
     def _rank(self, name: str, machine: _Machine[Slot]) -> None:
+        """Files the machine under its present rank."""
         if machine.idle:
             heapq.heappush(self._heap, (machine.rank(), name))
         elif not machine.running:
@@ -1399,26 +1393,22 @@ class Stream(Watched):
         self._failed = False
         self.address = address
         self.inbuf = Inbuf()
-        self.outbuf: Spool | None = None  # made when the network first does not take everything at once
+        self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
         self.role: Role = _NoRole()
         self.written = 0  # bytes that the network has taken
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    @property
-    def has_outbuf(self) -> bool:
-        return self.outbuf is not None and self.outbuf.size > 0
-
     def wanted_events(self) -> int:
-        events = WRITE if self.has_outbuf else 0
-        return events | READ if self.role.may_read() else events
+        events = READ if self.role.may_read() else 0
+        return events if self.outbuf is None else events | WRITE
 
     def write(self, data: Bytes) -> None:
         """Sends ``data``, or keeps what the network does not take; never blocks, never fails."""
         if self._failed or self.closed:
             return
-        if not self.has_outbuf:
+        if self.outbuf is None:
             sent = self._send(data)
             if sent == len(data):
                 return
@@ -1499,10 +1489,12 @@ class Stream(Watched):
     def _flush(self) -> None:
         """Sends one piece of the outbuf: one, so that a fast reader does not starve the others."""
         outbuf = self.outbuf
-        if outbuf is None or not outbuf.size:
+        if outbuf is None:
             return
         outbuf.advance(self._send(outbuf.peek(LIMITS.receive_bytes)))
         if not outbuf.size:
+            outbuf.close()
+            self.outbuf = None
             self.role.on_drained()
 
     def _send(self, data: Bytes) -> int:
@@ -1602,7 +1594,7 @@ class Outcome(enum.Enum):
 CONSUMER_GONE_STATUS: Final = 499
 ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 # What stands in the log for a request whose head could not be read.
-UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), None, False, False, False, NO_OPTIONS)
+UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
 
 
 class Exchange:
@@ -1748,7 +1740,7 @@ class Exchange:
         worker, spool = self.worker, self.spool
         if worker is None or spool is None or self._body_sent:
             return
-        while spool.size and not worker.stream.has_outbuf:
+        while spool.size and worker.stream.outbuf is None:
             data = self._take_body(LIMITS.receive_bytes)
             worker.stream.write(chunk(data) if self._is_chunked else data)
         if self.received and not spool.size:
@@ -1798,7 +1790,7 @@ class Exchange:
         worker = self._let_worker_go(reusable=reusable and self._body_sent)
         worker.served += 1
         self._hub.on_served(self.worker_s)
-        if not self.consumer.stream.has_outbuf:
+        if self.consumer.stream.outbuf is None:
             self.finish(Outcome.COMPLETED)
 
     def on_consumer_drained(self) -> None:
@@ -2049,9 +2041,10 @@ class Consumer:
 
     def write(self, data: Bytes) -> None:
         """Sends a part of a response; what the consumer does not take yet is kept."""
-        had_outbuf = self.stream.has_outbuf
-        self.stream.write(data)
-        if not had_outbuf and self.stream.has_outbuf:
+        stream = self.stream
+        kept_before = stream.outbuf is not None
+        stream.write(data)
+        if stream.outbuf is not None and not kept_before:
             self._set_deadline()
 
     def is_over(self, limit: int) -> bool:
@@ -2073,7 +2066,7 @@ class Consumer:
         self.exchange = self._reader = None
         stream = self.stream
         if not keep_alive:
-            if stream.inbuf or stream.has_outbuf or self._phase is not Phase.RESPONSE:
+            if stream.inbuf or stream.outbuf is not None or self._phase is not Phase.RESPONSE:
                 Farewell(self._hub.loop, stream)
             else:
                 stream.close()
@@ -2092,7 +2085,7 @@ class Consumer:
 
     def close_if_idle(self) -> None:
         """Closes the stream unless a request is under way."""
-        if self._phase is Phase.IDLE and not self.stream.has_outbuf and not self.stream.inbuf:
+        if self._phase is Phase.IDLE and self.stream.outbuf is None and not self.stream.inbuf:
             self.stream.close()
 
     def on_hangup(self, *, reset: bool) -> None:
@@ -2106,9 +2099,9 @@ class Consumer:
 
     def on_deadline(self) -> None:
         options, exchange = self._hub.options, self.exchange
-        if self.stream.has_outbuf and self.stream.written > self._taken_before:
+        if self.stream.outbuf is not None and self.stream.written > self._taken_before:
             self._set_deadline()  # slow, but not stalled
-        elif self.stream.has_outbuf:
+        elif self.stream.outbuf is not None:
             if exchange is not None:
                 exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
             self.stream.close(abort=True)
@@ -2128,7 +2121,7 @@ class Consumer:
         stream, options, now = self.stream, self._hub.options, self._hub.loop.now
         if stream.role is not self:
             return  # it has said farewell
-        if stream.has_outbuf:
+        if stream.outbuf is not None:
             self._taken_before = stream.written
             stream.deadline = now + options.stall_timeout
         elif not self.may_read():
@@ -2162,7 +2155,7 @@ class Farewell:
         stream.inbuf.clear()
         stream.deadline = loop.now + LIMITS.lingering_s
         loop.touch(stream)
-        if not stream.has_outbuf:
+        if stream.outbuf is None:
             stream.end_output()
 
     def may_read(self) -> bool:
@@ -2192,6 +2185,7 @@ class Worker:
         "exchange",
         "failures",
         "machine",
+        "parked_at",
         "served",
         "since",
         "stream",
@@ -2202,7 +2196,7 @@ class Worker:
         self.stream = stream
         self.machine = stream.address.rpartition(":")[0]
         self.exchange: Exchange | None = None
-        self.since = hub.loop.now
+        self.since = self.parked_at = hub.loop.now
         self.served = 0
         self.failures = 0
         self._keep_alive = True  # the connection, after the response under way
@@ -2218,6 +2212,7 @@ class Worker:
         """The slot has nothing to do with its exchange any more."""
         self.exchange = self._reader = None
         self.stream.deadline = math.inf
+        self.parked_at = self._hub.loop.now
         self._hub.release(self, reusable=reusable and not self.stream.inbuf)
 
     def describe(self, now: float) -> dict[str, object]:
@@ -2323,7 +2318,7 @@ class Admin:
         self._set_deadline()
 
     def may_read(self) -> bool:
-        return not self._stream.has_outbuf
+        return self._stream.outbuf is None
 
     def on_bytes(self, data: memoryview) -> None:
         self._stream.inbuf += data
@@ -2539,10 +2534,11 @@ class Hub:
 
     def dispatch(self) -> None:
         """Hands the oldest requests to waiting slots; the only place where the two meet."""
-        while len(self.queue) and len(self.idle):
+        while self.queue.length and self.idle.waiting:
             worker = self.idle.take()
             assert worker is not None
-            if worker.stream.has_hung_up():  # between the last turn and now: nobody need notice
+            # A slot that has left since the last turn is passed over, and nobody need notice.
+            if worker.parked_at < self.loop.now and worker.stream.has_hung_up():
                 self.release(worker, reusable=False)
                 continue
             exchange = self.queue.take()
@@ -2595,9 +2591,9 @@ class Hub:
 
     def request_id(self, head: RequestHead) -> bytes:
         """Returns the request's id: the consumer's if it is well-formed, else a new one."""
-        given = first_value(head.fields, b"x-request-id")
-        if given is not None and _REQUEST_ID.fullmatch(given):
-            return given
+        given = head.known.get(b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given[0]):
+            return given[0]
         return b"%s-%x" % (self._id_prefix.encode(), next(self._request_ids))
 
     def trusts(self, address: str) -> bool:
@@ -2612,10 +2608,10 @@ class Hub:
         head, consumer = exchange.head, exchange.consumer
         hops, proto, host = consumer.host, b"http", head.host or b""
         if consumer.is_trusted:
-            before = [value for name, value in head.fields if name.lower() == b"x-forwarded-for"]
-            hops = b", ".join([*before, hops])
-            proto = first_value(head.fields, b"x-forwarded-proto") or proto
-            host = first_value(head.fields, b"x-forwarded-host") or host
+            known = head.known
+            hops = b", ".join([*known.get(b"x-forwarded-for", ()), hops])
+            proto = known.get(b"x-forwarded-proto", (proto,))[0]
+            host = known.get(b"x-forwarded-host", (host,))[0]
         return (
             b"Via: 1.%d pothead\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
             b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\nPothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
@@ -2685,7 +2681,7 @@ class Hub:
             self.loop.stop()
 
     def _has_unsent_bytes(self) -> bool:
-        return any(isinstance(each, Stream) and each.has_outbuf for each in self.loop.watched)
+        return any(isinstance(each, Stream) and each.outbuf is not None for each in self.loop.watched)
 
     # .. the admin port ..
 
