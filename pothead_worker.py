@@ -359,8 +359,8 @@ class ChunkedBody(RequestBody):
         return count
 
     def _begin_chunk(self) -> None:
-        if self._has_begun and self._intake.take_line(0):
-            self._intake.fail("malformed chunked body")
+        if self._has_begun:
+            self._intake.take_line(limit_bytes=0)  # what ends the chunk before
         self._has_begun = True
         match = self.SIZE_LINE.fullmatch(self._intake.take_line(MAX_CHUNK_LINE_BYTES))
         if match is None:

@@ -217,6 +217,19 @@ def test_large_pieces_arrive_whole(serving: Any) -> None:
     assert ask(peer).body == b"".join(pieces)
 
 
+@pytest.mark.parametrize("sent_at_first", [1, 20_000, 20_001, 40_000, 40_002])
+def test_send_that_was_interrupted_is_completed(sent_at_first: int) -> None:
+    class Interrupted(socket.socket):
+        def sendmsg(self, buffers: Any, *arguments: Any) -> int:
+            return self.send(b"".join(buffers)[:sent_at_first])
+
+    pieces = [b"a" * 20_000, b"", b"b" * 20_000, b"\r\n"]
+    one, two = socket.socketpair()
+    with Interrupted(fileno=one.detach()) as sender, two:
+        pothead_worker.send_pieces(sender, pieces)
+        assert two.recv(40_002, socket.MSG_WAITALL) == b"".join(pieces)
+
+
 def test_written_pieces_come_before_returned_ones(serving: Any) -> None:
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         write = start_response("200 OK", [])
