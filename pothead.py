@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import fcntl
 import functools
 import heapq
 import http
@@ -59,7 +60,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import BinaryIO, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 __version__ = "0.1.0"
 
@@ -84,7 +85,9 @@ class Limits:
     chunk_line_bytes: int = 1 * KIB  # a chunk's size and its extensions, which nobody uses
     trailer_bytes: int = 8 * KIB
     length_digits: int = 18  # of a Content-Length: below 2**63
-    receive_bytes: int = 256 * KIB  # one read; large, since a read costs more than its bytes
+    receive_bytes: int = 256 * KIB  # one read or write; large, since a call costs more than its bytes
+    shortcut_bytes: int = 64 * KIB  # of a body still to come, from where on moving it uncopied pays
+    patience_s: float = 0.25  # in sum, that a slot waits for its consumer before the response is absorbed
     pipelined_bytes: int = 64 * KIB  # kept of the requests that follow the one in progress
     lingering_s: float = 5.0  # for a refused consumer to take the refusal before the connection is cut
     gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
@@ -142,6 +145,8 @@ class Options:
         for name in ("main_port", "worker_port", "admin_port"):
             port = getattr(self, name)
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
+        for name in ("main_host", "worker_host", "admin_host"):
+            _check(getattr(self, name) != "", name, "is empty")
         for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
@@ -678,7 +683,7 @@ def take_body(reader: BodyReader, inbuf: Inbuf, data: memoryview) -> Bytes:
     The usual case, a piece from the middle of a body, is passed on without being copied; it is then
     valid only as long as ``data`` is.
     """
-    if not inbuf and len(data) <= reader.verbatim:
+    if not inbuf and 0 < len(data) <= reader.verbatim:
         reader.skip(len(data))
         return data
     inbuf += data
@@ -1076,6 +1081,22 @@ class Spool:
             self._budget.used += size  # it is held all the same, and shall be counted
             self._append_to_memory(data)
 
+    def spill(self, memory_limit: int) -> None:
+        """Lowers the mark, and moves to the file what is beyond it."""
+        self._memory_limit = memory_limit
+        if self._held <= memory_limit:
+            return
+        parts, self._unread = self._unread, deque()
+        read, self._offset, self.size = self._offset, 0, 0
+        for part in parts:
+            if isinstance(part, _Extent):
+                self._unread.append(_Extent(part.offset + read, part.length - read))
+                self.size += part.length - read
+            else:
+                self._forget(len(part))
+                self.append(memoryview(part)[read:])
+            read = 0
+
     def is_over(self, limit: int) -> bool:
         """Whether the spool should take in no more until it has been read."""
         return self.size > limit or self._file_end > limit or self.disk_error is not None
@@ -1142,7 +1163,7 @@ class Spool:
         while written < len(data):
             written += os.pwrite(self._file.fileno(), data[written:], self._file_end + written)
         last = self._unread[-1] if self._unread else None
-        if isinstance(last, _Extent):
+        if isinstance(last, _Extent) and last.offset + last.length == self._file_end:
             last.length += written
         else:
             self._unread.append(_Extent(self._file_end, written))
@@ -1163,6 +1184,7 @@ class Spool:
 
 # ---- The event loop ---------------------------------------------------------------------------------------
 
+CAN_SPLICE: Final = hasattr(os, "splice") and hasattr(fcntl, "F_SETPIPE_SZ")
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
 
@@ -1212,6 +1234,7 @@ class EventLoop:
         self.before_sleep: list[Callable[[], None]] = []
         # One buffer to receive into serves all streams, since one is read at a time.
         self.scratch = memoryview(bytearray(LIMITS.receive_bytes))
+        self.pipe: Pipe | None = None  # the same for bytes that are moved without being received
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Watched]] = []  # heap; the number breaks ties
         self._numbers = itertools.count()
@@ -1258,6 +1281,8 @@ class EventLoop:
             watched.closed = True
         for watched in list(self.watched):
             self._reconcile(watched)
+        if self.pipe is not None:
+            self.pipe.close()
         self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -1340,6 +1365,32 @@ class EventLoop:
                 self.touch(watched)
 
 
+class Pipe:
+    """A pipe through which bytes go from one socket to another inside of the kernel (Linux).
+
+    It is empty whenever the loop is not in the middle of a move; if it might not be, it is closed.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(OSError):  # a small one will do, if a large one is not to be had
+            fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, LIMITS.receive_bytes)
+
+    def take(self, size: int) -> bytes:
+        """Removes and returns ``size`` bytes, which must be in it."""
+        pieces = []
+        while size:
+            pieces.append(os.read(self.reader, size))
+            size -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
 # ---- Streams ----------------------------------------------------------------------------------------------
 
 
@@ -1380,6 +1431,7 @@ class Stream(Watched):
         "inbuf",
         "outbuf",
         "role",
+        "shortcut",
         "written",
     )
 
@@ -1395,6 +1447,7 @@ class Stream(Watched):
         self.inbuf = Inbuf()
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
         self.role: Role = _NoRole()
+        self.shortcut: Shortcut | None = None  # for bytes that nobody here need look at
         self.written = 0  # bytes that the network has taken
 
     def fileno(self) -> int:
@@ -1413,12 +1466,7 @@ class Stream(Watched):
             if sent == len(data):
                 return
             data = memoryview(data)[sent:]
-        if self._failed:
-            return
-        if self.outbuf is None:
-            self.outbuf = self._new_outbuf()
-        self.outbuf.append(data)
-        self._loop.touch(self)
+        self._keep(data)
 
     def close(self, *, abort: bool = False) -> None:
         """Closes the connection at the end of this turn; with ``abort`` so that the peer sees an error."""
@@ -1473,6 +1521,8 @@ class Stream(Watched):
         self._socket.close()
 
     def _fill(self) -> None:
+        if self.shortcut is not None and self._move(self.shortcut):
+            return
         try:
             size = self._socket.recv_into(self._loop.scratch)
         except (BlockingIOError, InterruptedError):
@@ -1485,6 +1535,43 @@ class Stream(Watched):
             self.role.on_bytes(self._loop.scratch[:size])
         else:
             self.role.on_hangup(reset=False)
+
+    def _move(self, shortcut: Shortcut) -> bool:
+        """Moves bytes to the shortcut's target without copying them; false if they must be received."""
+        limit = min(shortcut.left(), LIMITS.receive_bytes)
+        if limit < LIMITS.shortcut_bytes or shortcut.target.outbuf is not None:
+            return False
+        loop = self._loop
+        pipe = loop.pipe = loop.pipe or Pipe()
+        try:
+            size = os.splice(self.fileno(), pipe.writer, limit, flags=os.SPLICE_F_NONBLOCK)
+            if size:
+                shortcut.target.write_from(pipe, size)
+        except BlockingIOError:
+            return True
+        except BaseException as exc:
+            loop.pipe = None
+            pipe.close()
+            if isinstance(exc, OSError):
+                return False  # receiving will tell what is wrong
+            raise
+        if size:
+            shortcut.on_moved(size)
+        return size > 0
+
+    def write_from(self, pipe: Pipe, size: int) -> None:
+        """Sends ``size`` bytes out of the pipe, or keeps what the network does not take."""
+        sent = 0
+        if not self._failed and not self.closed:
+            try:
+                sent = os.splice(pipe.reader, self.fileno(), size, flags=os.SPLICE_F_NONBLOCK)
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                self._fail(exc)
+        self.written += sent
+        if sent < size:
+            self._keep(pipe.take(size - sent))
 
     def _flush(self) -> None:
         """Sends one piece of the outbuf: one, so that a fast reader does not starve the others."""
@@ -1503,12 +1590,24 @@ class Stream(Watched):
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as exc:
-            log.debug("%s: %s", self.address, exc)
-            self._failed = True  # on_hangup follows, but not in the middle of what goes on here
-            self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
+            self._fail(exc)
             return 0
         self.written += sent
         return sent
+
+    def _keep(self, data: Bytes) -> None:
+        if self._failed or self.closed:
+            return
+        if self.outbuf is None:
+            self.outbuf = self._new_outbuf()
+        self.outbuf.append(data)
+        self._loop.touch(self)
+
+    def _fail(self, exc: OSError) -> None:
+        """Writing is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
+        log.debug("%s: %s", self.address, exc)
+        self._failed = True
+        self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
 
     def _give_up_writing(self) -> None:
         """Reads what the peer may have said before it went, then tells the role."""
@@ -1526,6 +1625,14 @@ class Stream(Watched):
             call(*arguments)
         except OSError as exc:
             log.debug("%s: %s", self.address, exc)
+
+
+class Shortcut(NamedTuple):
+    """Where the next bytes of a stream may go unseen."""
+
+    target: Stream
+    left: Callable[[], int]  # how many bytes that holds for
+    on_moved: Callable[[int], None]
 
 
 class _NoRole:
@@ -1605,7 +1712,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_replayable", "_since", "attempts", "bytes_in", "bytes_out",
+        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_patience_s", "_replayable", "_since", "attempts", "bytes_in", "bytes_out",
         "consumer", "detail", "head", "method", "outcome", "queued_s", "received", "received_at", "request_id",
         "spool", "state", "status", "worker", "worker_address", "worker_s", "written_before",
     )  # fmt: skip
@@ -1633,6 +1740,8 @@ class Exchange:
         self._replayable = True  # nothing of the body has been sent and dropped
         self._heard = False  # a byte of the response
         self._framing = Framing.NONE  # of the response
+        self._patience_s = LIMITS.patience_s  # left
+        self._absorbs = False  # the response, whatever the consumer takes
         hub.exchanges.add(self)
 
     def _to(self, state: State) -> None:
@@ -1753,8 +1862,30 @@ class Exchange:
     # .. from the worker ..
 
     def may_relay(self) -> bool:
-        """Whether the response has room: a slow consumer holds the slot only when the spool is full."""
-        return not self.consumer.is_over(self._hub.options.response_spool)
+        """Whether the response has room.
+
+        The slot waits for a consumer that is nearly as fast as itself, which costs nothing.  One that is
+        slow is not waited for: its response is absorbed, and holds the slot only when the spool is full.
+        """
+        outbuf = self.consumer.stream.outbuf
+        return outbuf is None or (self._absorbs and not outbuf.is_over(self._hub.options.response_spool))
+
+    def _wait_for_consumer(self, worker: Worker) -> None:
+        if not self._absorbs and worker.stream.deadline == math.inf:
+            worker.stream.deadline = self._hub.loop.now + self._patience_s
+            worker.resume()
+
+    def _stop_waiting(self, worker: Worker) -> None:
+        if worker.stream.deadline != math.inf:
+            self._patience_s = worker.stream.deadline - self._hub.loop.now
+            worker.stream.deadline = math.inf
+        worker.resume()
+
+    def _absorb(self) -> None:
+        """The consumer is slow: from now on the response goes into the spool as fast as it comes."""
+        self._absorbs = True
+        if self.consumer.stream.outbuf is not None:
+            self.consumer.stream.outbuf.spill(self._hub.options.spool_memory)
 
     def on_heard(self) -> None:
         """The worker has said something: from now on nobody else may answer."""
@@ -1785,6 +1916,15 @@ class Exchange:
         """More of the response's body; the last of it ends the worker's part."""
         self._relay(data, b"", is_last=is_last)
 
+    def shortcut(self) -> Stream | None:
+        """Returns where the body of the response may go as it stands; ``None`` if it is put into chunks."""
+        return None if self._framing is Framing.CHUNKED else self.consumer.stream
+
+    def on_response_moved(self, size: int, *, is_last: bool) -> None:
+        """``size`` bytes of the body have taken the shortcut."""
+        self.bytes_out += size
+        self._after_relay(is_last=is_last)
+
     def on_worker_done(self, *, reusable: bool) -> None:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
         worker = self._let_worker_go(reusable=reusable and self._body_sent)
@@ -1795,9 +1935,11 @@ class Exchange:
 
     def on_consumer_drained(self) -> None:
         """The consumer has taken everything so far."""
+        if self.state is not State.RESPONDING:
+            return
         if self.worker is not None:
-            self.worker.resume()
-        elif self.state is State.RESPONDING:
+            self._stop_waiting(self.worker)
+        else:
             self.finish(Outcome.COMPLETED)
 
     def _framing_for_consumer(self, reader: BodyReader | None) -> Framing:
@@ -1814,6 +1956,15 @@ class Exchange:
             data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
         if data:
             self.consumer.write(data)
+        if self.consumer.stream.outbuf is not None:
+            self._after_relay(is_last=is_last)
+
+    def _after_relay(self, *, is_last: bool) -> None:
+        if self.consumer.stream.outbuf is None or self.worker is None:
+            return
+        self.consumer.resume()  # it has to take what is kept
+        if not is_last:
+            self._wait_for_consumer(self.worker)
 
     # .. the ends ..
 
@@ -1859,11 +2010,14 @@ class Exchange:
         cut = self.state is State.RESPONDING
         self.finish(Outcome.WORKER_CUT if cut else Outcome.WORKER_GARBAGE, error.detail)
 
-    def on_worker_timeout(self) -> None:
-        """No response in time."""
+    def on_worker_deadline(self) -> None:
+        """No response in time; or the slot has waited for its consumer for long enough."""
         assert self.worker is not None
-        self.worker.failures += 1
-        self.finish(Outcome.WORKER_TIMEOUT)
+        if self.state is State.RESPONDING:
+            self._absorb()
+        else:
+            self.worker.failures += 1
+            self.finish(Outcome.WORKER_TIMEOUT)
 
     def on_consumer_gone(self, detail: str = "") -> None:
         """The consumer has left, or does not take what it asked for."""
@@ -2047,10 +2201,6 @@ class Consumer:
         if stream.outbuf is not None and not kept_before:
             self._set_deadline()
 
-    def is_over(self, limit: int) -> bool:
-        """Whether more than ``limit`` bytes wait to be taken."""
-        return self.stream.outbuf is not None and self.stream.outbuf.is_over(limit)
-
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_drained()
@@ -2210,7 +2360,7 @@ class Worker:
 
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more."""
-        self.exchange = self._reader = None
+        self.exchange = self._reader = self.stream.shortcut = None
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
         self._hub.release(self, reusable=reusable and not self.stream.inbuf)
@@ -2266,6 +2416,19 @@ class Worker:
         exchange.on_response(head, reader, body, is_last=is_last)
         if is_last:
             exchange.on_worker_done(reusable=self._keep_alive)
+        elif CAN_SPLICE and reader is not None and reader.verbatim > LIMITS.receive_bytes:
+            target = exchange.shortcut()
+            if target is not None:
+                self.stream.shortcut = Shortcut(target, lambda: reader.verbatim, self._on_moved)
+
+    def _on_moved(self, size: int) -> None:
+        """A part of the body has gone to the consumer by itself."""
+        exchange, reader = self.exchange, self._reader
+        assert exchange is not None and reader is not None
+        reader.skip(size)
+        exchange.on_response_moved(size, is_last=reader.done)
+        if reader.done:
+            exchange.on_worker_done(reusable=self._keep_alive)
 
     def _take_body(self, exchange: Exchange, reader: BodyReader, data: Bytes) -> None:
         exchange.on_response_body(data, is_last=reader.done)
@@ -2298,7 +2461,7 @@ class Worker:
 
     def on_deadline(self) -> None:
         if self.exchange is not None:
-            self.exchange.on_worker_timeout()
+            self.exchange.on_worker_deadline()
 
     def on_fault(self) -> None:
         if self.exchange is not None:
@@ -2459,6 +2622,9 @@ class Hub:
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
         self._started = self.loop.now
+        self.at_end: list[
+            Callable[[], None]
+        ] = []  # called when the work is over, before the ports are closed
         self._listeners: list[Listener] = []
         self._listen()
         self.loop.before_sleep += [self.dispatch, self._end_drain]
@@ -2510,7 +2676,7 @@ class Hub:
         return len(self.loop.watched) + self.budget.files < self._descriptors
 
     def _new_stream(self, sock: socket.socket, address: str) -> Stream:
-        stream = Stream(self.loop, sock, address, self.new_spool)
+        stream = Stream(self.loop, sock, address, self._new_outbuf)
         self.loop.add(stream)
         _tune(sock)
         return stream
@@ -2526,9 +2692,14 @@ class Hub:
     def _accept_admin(self, stream: Stream) -> None:
         stream.role = Admin(self, stream)
 
-    def new_spool(self, *, keep: bool = False) -> Spool:
-        """Returns an empty spool under the common budget."""
+    def new_spool(self, *, keep: bool) -> Spool:
+        """Returns an empty spool for the body of a request."""
         return Spool(self.budget, self.options.spool_memory, self.options.spool_dir, keep)
+
+    def _new_outbuf(self) -> Spool:
+        """Returns an empty spool for what a peer has not taken yet: one piece stays in memory."""
+        memory_limit = max(LIMITS.receive_bytes + 1 * KIB, self.options.spool_memory)
+        return Spool(self.budget, memory_limit, self.options.spool_dir)
 
     # .. pairing ..
 
@@ -2651,6 +2822,8 @@ class Hub:
             unfinished = list(self.exchanges)
             for exchange in unfinished:
                 exchange.finish(Outcome.DRAINING)
+            for function in self.at_end:
+                function()
         finally:
             self.loop.close()
         return 1 if unfinished else 0
@@ -2767,7 +2940,7 @@ def _bind(what: str, host: str, port: int) -> socket.socket:
             sock.close()
             raise
     except (OSError, UnicodeError) as exc:
-        reason = getattr(exc, "strerror", None) or str(exc)
+        reason = getattr(exc, "strerror", None) or "no valid host name"
         raise OSError(f"cannot listen for {what} on {host}:{port}: {reason}") from exc
     return sock
 
@@ -3037,8 +3210,14 @@ def _default_text(name: str) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line, without the list of all options."""
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pothead",
         usage="%(prog)s [options] [-- command ...]",
         description="The hub: queues HTTP requests for workers that connect to it.",
@@ -3050,11 +3229,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, (reader, placeholder, text) in OPTION_HELP.items():
         flag = f"--{name.replace('_', '-')}"
         if reader is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
             default = _default_text(name)
             suffix = f" (default: {default})" if default else ""
-            parser.add_argument(flag, type=reader, metavar=placeholder, help=text + suffix)
+            parser.add_argument(
+                flag, type=reader, metavar=placeholder, default=argparse.SUPPRESS, help=text + suffix
+            )
     parser.add_argument("--version", action="version", version=f"pothead {__version__}")
     return parser
 
@@ -3068,7 +3249,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         if not command:
             _parser().error("after -- there must be a command")
     parser = _parser()
-    given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+    given = vars(parser.parse_args(words))
     for name, (reader, _, _) in OPTION_HELP.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
         text = environ.get(variable, "")
@@ -3108,9 +3289,12 @@ class Companion:
             log.log(logging.ERROR if status else logging.INFO, "%s ended with status %d", self._name, status)
             self._hub.loop.stop()
 
-    def end(self) -> int:
-        """Ends the command if it has not ended by itself; returns its exit status if it has."""
+    def terminate(self) -> None:
+        """Asks the command to end."""
         self._process.terminate()
+
+    def wait(self) -> int:
+        """Waits for its end; returns its exit status if it ended by itself, else 0."""
         try:
             self._process.wait(self._hub.options.graceful_timeout)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -3141,16 +3325,20 @@ def _serve(options: Options, command: list[str]) -> int:
     log.addHandler(OutputHandler(err))
     log.setLevel(options.log_level.upper())
     log.propagate = False
+    signals = SignalHandler(hub)
     companion = _start_companion(command, hub) if command else None
     # 2. Ready.
-    _handle_signals(hub, companion)
+    if companion is not None:
+        signals.on_child = companion.check
+        hub.loop.call_soon(companion.check)  # it may have ended already
+        hub.at_end.append(companion.terminate)
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(f"listening {name}={address}\n")
-    # 3. Serve; then end what has been started.
+    # 3. Serve; then wait for what has been started.
     status = hub.run()
     if companion is not None:
-        status = companion.end() or status
+        status = companion.wait() or status
     out.flush()
     err.flush()
     return 1 if status else 0
@@ -3164,22 +3352,24 @@ def _start_companion(command: list[str], hub: Hub) -> Companion:
         raise OSError(f"cannot start {command[0]}: {exc.strerror}") from exc
 
 
-def _handle_signals(hub: Hub, companion: Companion | None) -> None:
-    """TERM drains, a second one or INT stops, HUP does nothing."""
-    terms = 0
+class SignalHandler:
+    """TERM drains, a second one or INT stops, HUP does nothing, CHLD looks after the companion."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal terms
-        terms += number == signal.SIGTERM
-        if number == signal.SIGINT or terms > 1:
-            hub.stop()
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._terms = 0
+        self.on_child: Callable[[], None] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._terms += number == signal.SIGTERM
+        if number == signal.SIGINT or self._terms > 1:
+            self._hub.stop()
         elif number == signal.SIGTERM:
-            hub.drain()
-        elif number == signal.SIGCHLD and companion is not None:
-            hub.loop.call_from_thread(companion.check)
-
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(each, on_signal)
+            self._hub.drain()
+        elif number == signal.SIGCHLD and self.on_child is not None:
+            self._hub.loop.call_from_thread(self.on_child)
 
 
 if __name__ == "__main__":
