@@ -923,27 +923,26 @@ Slot = TypeVar("Slot", bound=SlotLike)
 class _Machine(Generic[Slot]):
     """The slots of one worker address: those that wait, oldest first, and how many run."""
 
-    __slots__ = ("idle", "running")
+    __slots__ = ("entry", "idle", "name", "running")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.idle: dict[Slot, int] = {}  # slot -> when it was parked, as a running number
         self.running = 0
-
-    def rank(self) -> tuple[int, int]:
-        """The order of choice: the fewest running, then the most recently parked slot."""
-        return self.running, -self.idle[next(reversed(self.idle))]
+        self.entry: tuple[int, int, _Machine[Slot]] | None = None  # in the heap, if a slot waits
 
 
 class IdleSlots(Generic[Slot]):
     """The waiting slots, and which one is next.
 
-    A heap holds an entry for every machine with a waiting slot.  An entry that no longer tells its
-    machine's rank is stale, and skipped when it comes up; so each step costs O(log machines).
+    A heap holds an entry for every machine with a waiting slot: the fewest running come first, then the
+    most recently parked.  What was the machine's entry once and is no more is stale, and skipped when it
+    comes up; so each step costs O(log machines).
     """
 
     def __init__(self) -> None:
         self._machines: dict[str, _Machine[Slot]] = {}
-        self._heap: list[tuple[tuple[int, int], str]] = []
+        self._heap: list[tuple[int, int, _Machine[Slot]]] = []
         self._parked = itertools.count(1)
         self.waiting = 0
         self.running = 0
@@ -955,31 +954,30 @@ class IdleSlots(Generic[Slot]):
         """Adds a slot that waits."""
         machine = self._machines.get(slot.machine)
         if machine is None:
-            machine = self._machines[slot.machine] = _Machine()
+            machine = self._machines[slot.machine] = _Machine(slot.machine)
         machine.idle[slot] = next(self._parked)
         self.waiting += 1
-        self._rank(slot.machine, machine)
+        self._file(machine)
 
     def remove(self, slot: Slot) -> None:
         """Removes a slot that hung up while it waited."""
         machine = self._machines[slot.machine]
         del machine.idle[slot]
         self.waiting -= 1
-        self._rank(slot.machine, machine)
+        self._file(machine)
 
     def take(self) -> Slot | None:
         """Removes the best slot, counts it as running and returns it."""
         while self._heap:
-            rank, name = heapq.heappop(self._heap)
-            machine = self._machines.get(name)
-            if machine is None or not machine.idle or machine.rank() != rank:
-                continue
-            slot, _ = machine.idle.popitem()
-            machine.running += 1
-            self.waiting -= 1
-            self.running += 1
-            self._rank(name, machine)
-            return slot
+            entry = heapq.heappop(self._heap)
+            machine = entry[2]
+            if machine.entry is entry:
+                slot, _ = machine.idle.popitem()
+                machine.running += 1
+                self.waiting -= 1
+                self.running += 1
+                self._file(machine)
+                return slot
         return None
 
     def release(self, slot: Slot, *, park: bool = False) -> None:
@@ -990,17 +988,20 @@ class IdleSlots(Generic[Slot]):
         if park:
             machine.idle[slot] = next(self._parked)
             self.waiting += 1
-        self._rank(slot.machine, machine)
+        self._file(machine)
 
-    def _rank(self, name: str, machine: _Machine[Slot]) -> None:
-        """Files the machine under its present rank."""
+    def _file(self, machine: _Machine[Slot]) -> None:
+        """Makes a new entry for a machine that has changed."""
+        machine.entry = None
         if machine.idle:
-            heapq.heappush(self._heap, (machine.rank(), name))
+            newest = machine.idle[next(reversed(machine.idle))]
+            machine.entry = entry = (machine.running, -newest, machine)
+            heapq.heappush(self._heap, entry)
+            if len(self._heap) > 4 * len(self._machines) + 64:
+                self._heap = [each.entry for each in self._machines.values() if each.entry is not None]
+                heapq.heapify(self._heap)
         elif not machine.running:
-            del self._machines[name]
-        if len(self._heap) > 4 * len(self._machines) + 64:
-            self._heap = [(each.rank(), name) for name, each in self._machines.items() if each.idle]
-            heapq.heapify(self._heap)
+            del self._machines[machine.name]
 
 
 # ---- The spool --------------------------------------------------------------------------------------------
@@ -1277,10 +1278,10 @@ class EventLoop:
 
     def close(self) -> None:
         """Closes everything that is watched, and what is the loop's own."""
-        for watched in self.watched:
-            watched.closed = True
         for watched in list(self.watched):
-            self._reconcile(watched)
+            if watched.registered:
+                self._register(watched, 0)
+            self._release(watched)
         if self.pipe is not None:
             self.pipe.close()
         self._selector.close()
@@ -1316,22 +1317,20 @@ class EventLoop:
         for step in self.before_sleep:
             step()
         while self._touched:
-            self._reconcile(self._touched.pop())
+            watched = self._touched.pop()
+            wanted = 0 if watched.closed else watched.wanted_events()
+            if wanted != watched.registered:
+                self._register(watched, wanted)
+            if watched.closed:
+                self._release(watched)
+            elif watched.deadline < watched.armed:
+                watched.armed = watched.deadline
+                heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
 
-    def _reconcile(self, watched: Watched) -> None:
-        if watched.closed:
-            wanted = 0
-            watched.deadline = math.inf
-        else:
-            wanted = watched.wanted_events()
-        if wanted != watched.registered:
-            self._register(watched, wanted)
-        if watched.closed:
-            self.watched.discard(watched)
-            watched.release()
-        elif watched.deadline < watched.armed:
-            watched.armed = watched.deadline
-            heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
+    def _release(self, watched: Watched) -> None:
+        watched.deadline = math.inf
+        self.watched.discard(watched)
+        watched.release()
 
     def _register(self, watched: Watched, wanted: int) -> None:
         # Unregistered when nothing is wanted: a selector that waits for no event still reports a hang-up,
@@ -1896,7 +1895,7 @@ class Exchange:
         if head.status == 101:
             self.finish(Outcome.WORKER_GARBAGE, "101 Switching Protocols, which nobody asked for")
         elif head.status == 103 and self.head.minor_version == 1:
-            self.consumer.write(forwarded_response(head, Framing.NONE, b"", self._hub.wall_s()))
+            self.consumer.write(forwarded_response(head, Framing.NONE, b"", time.time()))
 
     def on_response(
         self, head: ResponseHead, reader: BodyReader | None, body: Bytes, *, is_last: bool
@@ -1909,7 +1908,7 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        prefix = forwarded_response(head, self._framing, connection, self._hub.wall_s())
+        prefix = forwarded_response(head, self._framing, connection, time.time())
         self._relay(body, prefix, is_last=is_last)
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
@@ -1929,7 +1928,7 @@ class Exchange:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
         worker = self._let_worker_go(reusable=reusable and self._body_sent)
         worker.served += 1
-        self._hub.on_served(self.worker_s)
+        self._hub.counters.on_served(self.worker_s)
         if self.consumer.stream.outbuf is None:
             self.finish(Outcome.COMPLETED)
 
@@ -2756,10 +2755,6 @@ class Hub:
 
     # .. what exchanges ask and report ..
 
-    def wall_s(self) -> float:
-        """Returns the time of day, in seconds since the epoch; for people only, never for deadlines."""
-        return time.time()
-
     def request_id(self, head: RequestHead) -> bytes:
         """Returns the request's id: the consumer's if it is well-formed, else a new one."""
         given = head.known.get(b"x-request-id")
@@ -2788,12 +2783,8 @@ class Hub:
             b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\nPothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
         ) % (
             head.minor_version, hops, proto, host, exchange.request_id,
-            self.wall_s() - (self.loop.now - exchange.received_at), exchange.attempts, exchange.queued_s,
+            time.time() - (self.loop.now - exchange.received_at), exchange.attempts, exchange.queued_s,
         )  # fmt: skip
-
-    def on_served(self, worker_s: float) -> None:
-        """A worker has answered a request, in so many seconds."""
-        self.counters.on_served(worker_s)
 
     def on_disk_error(self, error: OSError) -> None:
         """A spool's file could not be written; warns, at most once a minute."""
@@ -2806,7 +2797,7 @@ class Hub:
         self.exchanges.discard(exchange)
         self.counters.on_finished(exchange)
         if self.access_log is not None:
-            self.access_log(self._format(exchange, self.wall_s(), self.loop.now))
+            self.access_log(self._format(exchange, time.time(), self.loop.now))
 
     # .. living and dying ..
 
