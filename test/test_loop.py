@@ -77,10 +77,13 @@ def has_unsent(stream: Stream) -> bool:
 
 def take_now(peer: socket.socket, limit: int) -> bytes:
     """Return what has come, without waiting for more."""
+    peer.setblocking(False)
     try:
-        return peer.recv(limit, socket.MSG_DONTWAIT)
+        return peer.recv(limit)
     except BlockingIOError:
         return b""
+    finally:
+        peer.settimeout(DEADLINE_S)
 
 
 class Rig:
