@@ -3284,11 +3284,15 @@ class Companion:
         """Asks the command to end."""
         self._process.terminate()
 
+    def kill(self) -> None:
+        """Ends the command."""
+        self._process.kill()
+
     def wait(self) -> int:
         """Waits for its end; returns its exit status if it ended by itself, else 0."""
         try:
             self._process.wait(self._hub.options.graceful_timeout)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         return self._status
@@ -3329,6 +3333,7 @@ def _serve(options: Options, command: list[str]) -> int:
     # 3. Serve; then wait for what has been started.
     status = hub.run()
     if companion is not None:
+        signals.on_impatience = companion.kill
         status = companion.wait() or status
     out.flush()
     err.flush()
@@ -3350,13 +3355,14 @@ class SignalHandler:
         self._hub = hub
         self._terms = 0
         self.on_child: Callable[[], None] | None = None
+        self.on_impatience = hub.stop
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM
         if number == signal.SIGINT or self._terms > 1:
-            self._hub.stop()
+            self.on_impatience()
         elif number == signal.SIGTERM:
             self._hub.drain()
         elif number == signal.SIGCHLD and self.on_child is not None:
