@@ -48,6 +48,7 @@ class Recorder:
         self.events: list[object] = []
         self.wants_bytes = True
         self.on_first_byte: Callable[[], None] | None = None
+        self.on_all_gone: Callable[[], None] | None = None
 
     def may_read(self) -> bool:
         return self.wants_bytes
@@ -63,6 +64,8 @@ class Recorder:
 
     def on_drained(self) -> None:
         self.events.append("drained")
+        if self.on_all_gone is not None:
+            self.on_all_gone()
 
     def on_deadline(self) -> None:
         self.events.append("deadline")
@@ -290,6 +293,17 @@ def test_bytes_that_come_with_the_deadline_can_move_it(rig: Rig) -> None:
     assert role.events == [b"just in time", "deadline"]
 
 
+def test_loop_without_a_deadline_sleeps_until_it_is_called(rig: Rig) -> None:
+    rig.pair()
+    turns = Events()
+    rig.loop.before_sleep.append(turns.note("turn"))
+    caller = threading.Timer(0.05, rig.loop.call_from_thread, [rig.loop.stop])
+    caller.start()
+    rig.loop.run()
+    caller.join()
+    assert len(turns) <= 3
+
+
 def test_loop_sleeps_until_the_next_deadline(rig: Rig) -> None:
     rig.pair()
     assert rig.count_turns_for(0.05) <= 3
@@ -395,6 +409,34 @@ def test_what_was_closed_in_this_turn_gets_no_event_any_more(rig: Rig) -> None:
     rig.turn()
     rig.turn()
     assert one.events + other.events == [b"x"]
+
+
+def test_what_is_still_to_be_sent_is_not_sent_by_a_stream_that_was_closed_in_this_turn(rig: Rig) -> None:
+    first, one, first_peer = rig.pair()
+    second, other, second_peer = rig.pair()
+    for stream in (first, second):
+        stream.write(b"x" * MIB)
+    one.on_first_byte, other.on_first_byte = second.close, first.close
+    rig.turn()
+    sent_before = (first.written, second.written)
+    for peer in (first_peer, second_peer):
+        peer.send(b"x")
+        take_now(peer, MIB)
+    rig.turn()
+    assert [first.closed, second.closed].count(True) == 1
+    assert [first.written > sent_before[0], second.written > sent_before[1]].count(True) == 1
+
+
+def test_stream_that_is_closed_when_it_has_drained_reads_no_more(rig: Rig) -> None:
+    stream, role, peer = rig.pair()
+    role.on_all_gone = stream.close
+    while not has_unsent(stream):
+        stream.write(b"x" * 1000)
+    while take_now(peer, MIB):
+        pass
+    peer.send(b"more")
+    rig.turn()
+    assert role.events == ["drained"]
 
 
 def test_stream_can_be_closed_twice(rig: Rig) -> None:
