@@ -960,9 +960,10 @@ class IdleSlots(Generic[Slot]):
         self._file(machine)
 
     def remove(self, slot: Slot) -> None:
-        """Removes a slot that hung up while it waited."""
-        machine = self._machines[slot.machine]
-        del machine.idle[slot]
+        """Removes a slot that hung up while it waited; does nothing if it does not wait."""
+        machine = self._machines.get(slot.machine)
+        if machine is None or machine.idle.pop(slot, None) is None:
+            return
         self.waiting -= 1
         self._file(machine)
 
@@ -1308,7 +1309,14 @@ class EventLoop:
             method(*arguments)
         except Exception:
             log.exception("this is a fault of the hub; only the exchange that met it is ended")
+            self._give_up(watched)
+
+    def _give_up(self, watched: Watched) -> None:
+        try:
             watched.on_fault()
+        except Exception:
+            log.exception("nor could it be ended in an orderly way")
+            watched.closed = True
 
     def _settle(self) -> None:
         """Does everything that is left to do before the loop may sleep."""
@@ -1758,7 +1766,7 @@ class Exchange:
             self.finish(Outcome.DRAINING)
         elif length > hub.options.max_request_body:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
-        elif hub.queue.is_full:
+        elif not hub.has_room():
             self.finish(Outcome.QUEUE_FULL)
         elif not has_body:
             self.on_request_end()
@@ -1799,7 +1807,7 @@ class Exchange:
             self.pump()
 
     def _enqueue(self) -> None:
-        if not self._hub.queue.put(self, self._hub.loop.now):
+        if not (self._hub.has_room() and self._hub.queue.put(self, self._hub.loop.now)):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(State.QUEUED)
@@ -1811,6 +1819,7 @@ class Exchange:
         """Sends the request to a slot."""
         now = self._hub.loop.now
         self.worker = worker
+        worker.begin(self)
         self.worker_address = worker.stream.address
         self.written_before = worker.stream.written
         self.attempts += 1
@@ -1818,7 +1827,6 @@ class Exchange:
         self._since = now
         self._to(State.SENT)
         self._heard = False
-        worker.begin(self)
         length = self._length_for_worker()
         self._is_chunked = length is None
         head = forwarded_request(self.head, length, self._hub.fields_for_worker(self))
@@ -1993,9 +2001,8 @@ class Exchange:
         return self.head.is_idempotent and self.attempts < self._hub.options.max_attempts
 
     def _requeue(self) -> None:
-        log.info(
-            "%s: worker %s was lost; back to the head of the queue", self.request_id, self.worker_address
-        )
+        request_id = self.request_id.decode()
+        log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.worker_address)
         self._let_worker_go(reusable=False)
         if self.spool is not None:
             self.spool.rewind()
@@ -2120,6 +2127,7 @@ class Consumer:
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self.stream = stream
+        stream.role = self
         self.exchange: Exchange | None = None
         self.host = host_of(stream.address).encode()
         self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
@@ -2143,6 +2151,8 @@ class Consumer:
         self.stream.inbuf += data
         if self.exchange is None:
             self.begin()
+        elif not self.may_read():
+            self._set_deadline()  # it is not heard any more, so it must be looked after
 
     def begin(self) -> None:
         """Begins the next exchange, if its head is there."""
@@ -2343,6 +2353,7 @@ class Worker:
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self.stream = stream
+        stream.role = self
         self.machine = stream.address.rpartition(":")[0]
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
@@ -2477,6 +2488,7 @@ class Admin:
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self._stream = stream
+        stream.role = self
         self._set_deadline()
 
     def may_read(self) -> bool:
@@ -2681,15 +2693,15 @@ class Hub:
         return stream
 
     def _accept_consumer(self, stream: Stream) -> None:
-        stream.role = Consumer(self, stream)
+        Consumer(self, stream)
 
     def _accept_worker(self, stream: Stream) -> None:
-        stream.role = worker = Worker(self, stream)
+        worker = Worker(self, stream)
         self.workers.add(worker)
         self.idle.park(worker)
 
     def _accept_admin(self, stream: Stream) -> None:
-        stream.role = Admin(self, stream)
+        Admin(self, stream)
 
     def new_spool(self, *, keep: bool) -> Spool:
         """Returns an empty spool for the body of a request."""
@@ -2717,6 +2729,12 @@ class Hub:
         if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
             self._queue_timer.deadline = expiry
             self.loop.touch(self._queue_timer)
+
+    def has_room(self) -> bool:
+        """Whether the queue takes another request; those that a slot waits for do not count."""
+        if self.queue.is_full and self.idle.waiting:
+            self.dispatch()
+        return not self.queue.is_full
 
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
@@ -3240,7 +3258,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         if not command:
             _parser().error("after -- there must be a command")
     parser = _parser()
-    given = vars(parser.parse_args(words))
+    given = vars(parser.parse_args(_join_negatives(words)))
     for name, (reader, _, _) in OPTION_HELP.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
         text = environ.get(variable, "")
@@ -3253,6 +3271,17 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         return Options(**given), command
     except ValueError as exc:
         parser.error(str(exc))
+
+
+def _join_negatives(words: list[str]) -> list[str]:
+    """Joins ``--option -1`` into one word: argparse would take -1 for an option and not say what is wrong."""
+    joined: list[str] = []
+    for word in words:
+        if re.match(r"-[0-9.]", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _truth(text: str) -> bool:

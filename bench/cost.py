@@ -38,7 +38,7 @@ defaults
     http-reuse always
 listen main
     bind 127.0.0.1:{port}
-    server responder 127.0.0.1:{responder} maxconn {slots} pool-max-conn {slots}
+{servers}
 """
 
 
@@ -82,9 +82,14 @@ def hub(slots: int, log_path: str) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def haproxy(slots: int, config_path: str) -> Iterator[tuple[int, int]]:
+def haproxy(slots: int, config_path: str, *, servers: int = 1) -> Iterator[tuple[int, int]]:
+    """The same for HAProxy; its slots are the connections to one server, or one each to several."""
     port, responder_port = free_port(), free_port()
-    config = HAPROXY_CONFIG.format(port=port, responder=responder_port, slots=slots)
+    lines = [
+        f"    server responder{number} 127.0.0.1:{responder_port} maxconn {slots // servers}"
+        for number in range(servers)
+    ]
+    config = HAPROXY_CONFIG.format(port=port, servers="\n".join(lines))
     pathlib.Path(config_path).write_text(config)
     with responder("listen", f"127.0.0.1:{responder_port}"), process("haproxy", "-f", config_path) as child:
         wait_for_port(port)

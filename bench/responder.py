@@ -3,7 +3,8 @@
     python3 bench/responder.py connect HOST:PORT SLOTS     as POTHEAD's workers do
     python3 bench/responder.py listen  HOST:PORT           as HAProxy's servers do
 
-``GET /large`` is answered with 16 MiB, everything else with two bytes.  It stops with its parent.
+``GET /large`` is answered with 16 MiB, ``GET /sleep/50.5`` with two bytes after 50.5 ms, everything else
+with two bytes at once.  It stops with its parent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 
 SMALL = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
 LARGE_BYTES = 16 * 1024 * 1024
@@ -32,6 +34,8 @@ def serve(sock: socket.socket) -> None:
                     sock.sendall(LARGE_HEAD)
                     sock.sendall(LARGE_BODY)
                 else:
+                    if head.startswith(b"GET /sleep/"):
+                        time.sleep(float(head.split(b" ", 2)[1][len(b"/sleep/") :]) / 1000)
                     sock.sendall(SMALL)
 
 
