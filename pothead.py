@@ -201,7 +201,8 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
 # The fields that the hub itself looks at; the values of the others it only passes on.
 _KNOWN_FIELDS: Final = frozenset(
     (
-        b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date", b"idempotency-key",
+        b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
+        b"idempotency-key",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
     )
 )  # fmt: skip
@@ -480,7 +481,10 @@ def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
-    """Returns path and host of a target that is no path; an absolute target overrules the Host field (RFC 9112 §3.2.2)."""
+    """Returns path and host of a target that is no path.
+
+    An absolute target overrules the Host field (RFC 9112 §3.2.2).
+    """
     if target == b"*" and method == b"OPTIONS":
         return target, host
     absolute = _ABSOLUTE_FORM.fullmatch(target)
@@ -694,7 +698,8 @@ def take_body(reader: BodyReader, inbuf: Inbuf, data: memoryview) -> Bytes:
 
 HOP_BY_HOP: Final = frozenset(
     (
-        b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+        b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
+        b"upgrade",
     )
 )  # fmt: skip
 # Fields of a request that the hub makes itself; what a consumer sends under these names is dropped.
@@ -765,7 +770,8 @@ def http_date(epoch_s: int) -> bytes:
     """Returns the time as the fields of HTTP have it (RFC 9110 §5.6.7)."""
     day = time.gmtime(epoch_s)
     return b"%b, %02d %b %d %02d:%02d:%02d GMT" % (
-        _DAYS[day.tm_wday], day.tm_mday, _MONTHS[day.tm_mon - 1], day.tm_year, day.tm_hour, day.tm_min, day.tm_sec,
+        _DAYS[day.tm_wday], day.tm_mday, _MONTHS[day.tm_mon - 1], day.tm_year,
+        day.tm_hour, day.tm_min, day.tm_sec,
     )  # fmt: skip
 
 
@@ -1719,9 +1725,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_patience_s", "_replayable", "_since", "attempts", "bytes_in", "bytes_out",
-        "consumer", "detail", "head", "method", "outcome", "queued_s", "received", "received_at", "request_id",
-        "spool", "state", "status", "worker", "worker_address", "worker_s", "written_before",
+        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_patience_s",
+        "_replayable", "_since", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
+        "method", "outcome", "queued_s", "received", "received_at", "request_id", "spool", "state",
+        "status", "worker", "worker_address", "worker_s", "written_before",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
@@ -2072,7 +2079,8 @@ class Exchange:
             fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
-        text = f"{status} {http.HTTPStatus(status).phrase}: {sentence}.\nrequest id: {self.request_id.decode()}\n"
+        request_id = self.request_id.decode()
+        text = f"{status} {http.HTTPStatus(status).phrase}: {sentence}.\nrequest id: {request_id}\n"
         keep_alive = self.keeps_consumer
         with_body = self.head.method != b"HEAD"
         page = own_response(status, text.encode(), fields=fields, keep_alive=keep_alive, with_body=with_body)
@@ -2739,7 +2747,7 @@ class Hub:
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
         for exchange in self.queue.expire(self.loop.now):
-            exchange.finish(Outcome.QUEUE_TIMEOUT)
+            self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT)
 
     def requeue(self, exchange: Exchange) -> None:
         """Puts a request whose worker was lost back to the head of the queue."""
@@ -2798,7 +2806,8 @@ class Hub:
             host = known.get(b"x-forwarded-host", (host,))[0]
         return (
             b"Via: 1.%d pothead\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
-            b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\nPothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
+            b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\n"
+            b"Pothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
         ) % (
             head.minor_version, hops, proto, host, exchange.request_id,
             time.time() - (self.loop.now - exchange.received_at), exchange.attempts, exchange.queued_s,
@@ -2830,7 +2839,7 @@ class Hub:
             self.loop.run()
             unfinished = list(self.exchanges)
             for exchange in unfinished:
-                exchange.finish(Outcome.DRAINING)
+                self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.DRAINING)
             for function in self.at_end:
                 function()
         finally:
@@ -3188,7 +3197,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
     "max_attempts": (number, "N", "how often a request is started when workers die before they answer"),
     "max_request_body": (size, "SIZE", "longer bodies are refused with 413"),
-    "response_spool": (size, "SIZE", "of each response: what is taken from the worker ahead of a slow consumer"),
+    "response_spool": (size, "SIZE", "of each response: taken from the worker ahead of a slow consumer"),
     "spool_memory": (size, "SIZE", "of each body: kept in memory, the rest in a temporary file"),
     "memory_budget": (size, "SIZE", "of all bodies together: kept in memory"),
     "spool_dir": (str, "DIR", "where those files are made (default: the system's directory for them)"),
@@ -3230,9 +3239,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="pothead",
         usage="%(prog)s [options] [-- command ...]",
         description="The hub: queues HTTP requests for workers that connect to it.",
-        epilog="With '-- command ...' the command is started when the hub is ready, with POTHEAD_CONNECT=host:port "
-        "in its environment, and both end together. Times take ms, s, m, h; sizes k, m, g. Each option can be set "
-        f"in the environment too: {ENVIRONMENT_PREFIX}MAX_QUEUE=50.",
+        epilog="With '-- command ...' the command is started when the hub is ready, with "
+        "POTHEAD_CONNECT=host:port in its environment, and both end together. Times take ms, s, m, h; "
+        f"sizes k, m, g. Each option can be set in the environment too: {ENVIRONMENT_PREFIX}MAX_QUEUE=50.",
         allow_abbrev=False,
     )
     for name, (reader, placeholder, text) in OPTION_HELP.items():

@@ -145,7 +145,8 @@ def main() -> None:
         print(
             f"{what}: hub {costs['hub']:.1f} {unit} at {rates['hub']:.0f}/s, "
             f"haproxy {costs['haproxy']:.1f} {unit} at {rates['haproxy']:.0f}/s, "
-            f"cost ratio {costs['hub'] / costs['haproxy']:.2f}, rate ratio {rates['hub'] / rates['haproxy']:.2f}"
+            f"cost ratio {costs['hub'] / costs['haproxy']:.2f}, "
+            f"rate ratio {rates['hub'] / rates['haproxy']:.2f}"
         )
 
 

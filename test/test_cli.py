@@ -381,7 +381,7 @@ def test_port_in_use_is_one_line_that_says_which(option: str, what: str) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = run(HUB, *FREE_PORTS, option, str(taken.getsockname()[1]))
-    assert ended == Ended(1, [], f"pothead: cannot listen for {what} on {address}: Address already in use\n")
+    assert ended == Ended(2, [], f"pothead: cannot listen for {what} on {address}: Address already in use\n")
 
 
 @pytest.mark.parametrize("option", ["--main-host", "--worker-host", "--admin-host"])
@@ -494,7 +494,7 @@ def test_signal_that_comes_while_the_command_is_started_leaves_no_orphan(tmp_pat
 )
 def test_command_that_cannot_be_started_is_one_line(command: str, reason: str) -> None:
     ended = run(HUB, *FREE_PORTS, "--", command, "argument")
-    assert ended.status == 1 and ended.lines == []
+    assert ended.status == 2 and ended.lines == []
     assert ended.stderr.startswith(f"pothead: cannot start {command}: {reason}")
     assert ended.stderr.count("\n") == 1
 
