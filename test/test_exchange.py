@@ -1,0 +1,514 @@
+"""Exchanges inside one process: the hub turns by hand, under a clock that the test moves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import pothead
+import wire
+from pothead import Hub, Options, Outcome, State
+from wire import Peer
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    """A hub on free ports that turns only when told to, and the peers that a test connects to it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.lines: list[str] = []
+        self.hub = Hub(Options(main_port=0, worker_port=0, admin_port=None, **options), self.lines.append)
+        self.clock = self.hub.loop.clock = Clock()
+        self.hub.loop.now = self.clock()
+        self._peers: list[Peer] = []
+
+    def turn(self) -> None:
+        """Let the hub deal with what has happened, without sleeping."""
+        self.hub.loop.call_from_thread(lambda: None)
+        self.hub.loop.turn()
+
+    def until(self, holds: Callable[[], object]) -> None:
+        ends_at = time.monotonic() + wire.DEADLINE_S
+        while not holds():
+            assert time.monotonic() < ends_at, self.hub.stats()
+            self.turn()
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.turn()
+        self.turn()  # what a timer did may have left something to do
+
+    def slot(self) -> Peer:
+        count = len(self.hub.workers)
+        peer = self.connect(self.hub.worker_address)
+        self.until(lambda: len(self.hub.workers) == count + 1)
+        return peer
+
+    def consumer(self, data: bytes = b"") -> Peer:
+        """Connect a consumer, and let the hub begin with its first request."""
+        count = len(self.hub.exchanges)
+        peer = self.connect(self.hub.main_address)
+        peer.send(data)
+        if data:
+            self.until(lambda: len(self.hub.exchanges) == count + 1)
+        return peer
+
+    def exchange(self, path: bytes) -> pothead.Exchange:
+        (found,) = [each for each in self.hub.exchanges if each.head.path == path]
+        return found
+
+    def response(self, consumer: Peer) -> wire.Response:
+        self.until(lambda: has_bytes(consumer))
+        return consumer.read_response()
+
+    def is_closed(self, peer: Peer) -> bool:
+        """Whether the hub has closed the connection, with nothing left to read."""
+        peer.sock.setblocking(False)
+        try:
+            return peer.sock.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
+        finally:
+            peer.sock.settimeout(wire.DEADLINE_S)
+
+    def close(self) -> None:
+        self.hub.loop.close()
+        for peer in self._peers:
+            peer.close()
+
+    def connect(self, address: str | None) -> Peer:
+        assert address
+        host, _, port = address.rpartition(":")
+        peer = Peer.connect((host, int(port)))
+        self._peers.append(peer)
+        return peer
+
+
+def has_bytes(peer: Peer) -> bool:
+    peer.sock.setblocking(False)
+    try:
+        return bool(peer.sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        peer.sock.settimeout(wire.DEADLINE_S)
+
+
+def take(peer: Peer) -> int:
+    """Receive what has come; returns how much the peer holds."""
+    peer.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        peer.received += peer.sock.recv(1 << 20)
+    peer.sock.settimeout(wire.DEADLINE_S)
+    return len(peer.received)
+
+
+def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
+    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: pothead.test", *lines)
+    return b"\r\n".join(head) + b"\r\n\r\n"
+
+
+@pytest.fixture
+def new_rig() -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(**options: Any) -> Rig:
+        rigs.append(Rig(**options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(new_rig: Callable[..., Rig]) -> Rig:
+    return new_rig()
+
+
+def codes(rig: Rig) -> list[str]:
+    return [line.partition(" code=")[2][:2] for line in rig.lines]
+
+
+# ---- States ------------------------------------------------------------------------------------------
+
+
+def test_every_state_can_end_and_the_end_is_final() -> None:
+    for state, following in pothead.TRANSITIONS.items():
+        assert (State.FINISHED in following) == (state is not State.FINISHED)
+    assert set(pothead.TRANSITIONS) == set(State)
+    assert pothead.TRANSITIONS[State.FINISHED] == ()
+
+
+def test_exchange_goes_through_its_states_in_order(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/", b"Content-Length: 2", method=b"PUT") + b"x")
+    exchange = rig.exchange(b"/")
+    assert exchange.state is State.RECEIVING
+    consumer.send(b"y")
+    rig.until(lambda: exchange.state is State.QUEUED)
+    slot = rig.slot()
+    rig.until(lambda: exchange.state is State.SENT)
+    slot.send(OK[:-1])
+    rig.until(lambda: exchange.state is State.RESPONDING)
+    slot.send(OK[-1:])
+    rig.until(lambda: exchange.state is State.FINISHED)
+    assert exchange.outcome is Outcome.COMPLETED
+    assert not rig.hub.exchanges
+
+
+def test_illegal_steps_are_faults_of_the_hub(rig: Rig) -> None:
+    rig.consumer(get(b"/"))
+    exchange = rig.exchange(b"/")
+    head = pothead.take_response_head(pothead.Inbuf(OK))
+    assert head
+    with pytest.raises(AssertionError):  # a response to what was sent to nobody
+        exchange.on_response(head, None, b"", is_last=True)
+    assert exchange.state is State.QUEUED
+    rig.slot()
+    rig.until(lambda: exchange.state is State.SENT)
+    (worker,) = rig.hub.workers
+    with pytest.raises(AssertionError):  # a second worker for one request
+        exchange.start(worker)
+    exchange.finish(Outcome.WORKER_LOST)
+    for step in (lambda: exchange.start(worker), lambda: exchange.on_response(head, None, b"", is_last=True)):
+        with pytest.raises(AssertionError):
+            step()
+
+
+WITH_A_STATUS = [each for each in Outcome if each.status not in (0, 499)]
+
+
+@pytest.mark.parametrize("outcome", WITH_A_STATUS)
+def test_exchange_is_finished_once_and_by_the_first_reason(rig: Rig, outcome: Outcome) -> None:
+    consumer = rig.consumer(get(b"/"))
+    exchange = rig.exchange(b"/")
+    exchange.finish(outcome)
+    exchange.finish(Outcome.HUB_FAULT if outcome is not Outcome.HUB_FAULT else Outcome.QUEUE_FULL)
+    exchange.refuse(400, "too late")
+    exchange.on_consumer_gone()
+    response = rig.response(consumer)
+    assert (response.status, response.values(b"Retry-After") != []) == (outcome.status, outcome.status == 503)
+    assert codes(rig) == [outcome.code]
+    assert sum(rig.hub.counters.outcomes.values()) == rig.hub.counters.outcomes[outcome] == 1
+    assert len(rig.hub.queue) == len(rig.hub.exchanges) == 0
+    consumer.send(get(b"/next"))  # and nothing else was written
+    slot = rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    slot.send(OK)
+    assert rig.response(consumer).body == b"ok"
+
+
+@pytest.mark.parametrize("outcome", [each for each in WITH_A_STATUS if each is not Outcome.QUEUE_FULL])
+def test_what_has_begun_is_cut_and_not_followed_by_an_error_page(rig: Rig, outcome: Outcome) -> None:
+    consumer, slot = rig.consumer(get(b"/")), rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    slot.send(OK[:-1])
+    rig.until(lambda: has_bytes(consumer))
+    consumer.read_until(b"\r\n\r\n")
+    rig.exchange(b"/").finish(outcome)
+    rig.turn()
+    assert consumer.read_to_end() in (b"", b"o")
+    assert codes(rig) == [outcome.code]
+    assert "status=200" in rig.lines[0]
+    rig.until(lambda: rig.is_closed(slot) if not has_bytes(slot) else not slot.read_request())
+
+
+# ---- Faults of the hub's own -------------------------------------------------------------------------
+
+
+def break_for(rig: Rig, name: str, path: bytes) -> None:
+    """Let the hub's method `name`, whose last argument is an exchange, fail for the request for `path`."""
+    method = getattr(rig.hub, name)
+
+    def broken(exchange: pothead.Exchange) -> object:
+        if exchange.head.path == path:
+            raise ZeroDivisionError(f"the fault that {name} was given")
+        return method(exchange)
+
+    setattr(rig.hub, name, broken)
+
+
+def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    before, faulty, after = (rig.consumer(get(path)) for path in (b"/before", b"/fault", b"/after"))
+    break_for(rig, "fields_for_worker", b"/fault")
+    slots = [rig.connect(rig.hub.worker_address) for _ in range(3)]
+    assert rig.response(faulty).status == 500
+    assert codes(rig) == ["HB"]
+    rig.until(lambda: rig.hub.idle.running == 2)
+    for slot in slots:
+        if has_bytes(slot):
+            slot.read_request()
+            slot.send(OK)
+    assert rig.response(before).body == rig.response(after).body == b"ok"
+    assert codes(rig) == ["HB", "OK", "OK"]
+    assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.ERROR] == [
+        True
+    ]
+    assert "ZeroDivisionError" in caplog.text
+    assert len(rig.hub.idle) == len(rig.hub.workers) == 2  # the slot in the midst of the fault is let go
+
+
+@pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
+def test_access_log_that_fails_does_not_end_the_hub(
+    rig: Rig, caplog: pytest.LogCaptureFixture, connection: bytes
+) -> None:
+    break_for(rig, "on_finished", b"/fault")
+    consumer, slot = rig.consumer(get(b"/fault")), rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    slot.send(OK.replace(b"\r\n\r\n", b"\r\nConnection: %b\r\n\r\n" % connection))
+    assert rig.response(consumer).body == b"ok"
+    rig.turn()
+    slots = [slot, rig.connect(rig.hub.worker_address)]
+    another = rig.consumer(get(b"/next"))
+    rig.until(lambda: any(has_bytes(each) for each in slots))
+    (chosen,) = filter(has_bytes, slots)
+    chosen.send(OK)
+    assert rig.response(another).body == b"ok"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_fault_with_one_expired_request_does_not_lose_the_others(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(queue_timeout=60.0)
+    break_for(rig, "on_finished", b"/0")
+    consumers = [rig.consumer(get(b"/%d" % number)) for number in range(3)]
+    rig.pass_time(61)
+    for consumer in consumers:
+        assert rig.response(consumer).status == 503
+    assert codes(rig) == ["QT", "QT"]
+
+
+# ---- Time --------------------------------------------------------------------------------------------
+
+
+def test_log_tells_waiting_and_working_apart(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/"))
+    rig.pass_time(1.5)
+    slot = rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    assert slot.read_request().value(b"Pothead-Queue-Seconds") == b"1.500"
+    rig.pass_time(2.25)
+    slot.send(OK)
+    rig.response(consumer)
+    rig.until(lambda: rig.lines)
+    assert " queued_ms=1500.0 worker_ms=2250.0 total_ms=3750.0 " in rig.lines[0]
+
+
+def test_log_adds_up_the_waits_of_a_request_that_ran_twice(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/"))
+    rig.pass_time(1)
+    first = rig.slot()
+    rig.until(lambda: has_bytes(first))
+    rig.pass_time(2)
+    first.reset()
+    rig.until(lambda: len(rig.hub.queue) == 1)
+    rig.pass_time(4)
+    second = rig.slot()
+    rig.until(lambda: has_bytes(second))
+    assert second.read_request().value(b"Pothead-Queue-Seconds") == b"5.000"
+    rig.pass_time(8)
+    second.send(OK)
+    rig.response(consumer)
+    rig.until(lambda: rig.lines)
+    assert " queued_ms=5000.0 " in rig.lines[0]
+    assert " total_ms=15000.0 " in rig.lines[0]
+
+
+def test_request_expires_when_its_time_is_over_and_not_before(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(queue_timeout=60.0)
+    first = rig.consumer(get(b"/1"))
+    rig.pass_time(30)
+    second = rig.consumer(get(b"/2"))
+    rig.pass_time(29.9)
+    assert len(rig.hub.queue) == 2
+    rig.pass_time(0.1)
+    assert rig.response(first).status == 503
+    assert not has_bytes(second)
+    rig.pass_time(30)
+    assert rig.response(second).status == 503
+    assert codes(rig) == ["QT", "QT"]
+
+
+def test_after_a_standstill_slots_that_became_free_come_before_timeouts(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(queue_timeout=60.0, response_timeout=60.0)
+    slot = rig.slot()
+    first = rig.consumer(get(b"/1"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    second = rig.consumer(get(b"/2"))
+    slot.send(OK)
+    rig.clock.now += 3600  # the hub's process was stopped meanwhile
+    rig.turn()
+    assert rig.response(first).body == b"ok"
+    rig.until(lambda: has_bytes(slot))
+    assert slot.read_request().target == b"/2"
+    slot.send(OK)
+    assert rig.response(second).body == b"ok"
+    assert codes(rig) == ["OK", "OK"]
+
+
+def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_queue=3)
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    rig.pass_time(7)
+    slot.send(OK)
+    rig.response(consumer)
+    for number in range(4):
+        rig.consumer(get(b"/%d" % number))
+    rig.until(lambda: len(rig.hub.queue) == 3)
+    refused = Peer.connect(consumer.sock.getpeername()[:2])
+    with refused:
+        refused.send(get(b"/refused"))
+        assert rig.response(refused).value(b"Retry-After") == b"21"
+
+
+def test_response_timeout_ends_the_attempt(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(response_timeout=600.0)
+    consumer, slot = rig.consumer(get(b"/")), rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    rig.pass_time(599)
+    slot.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+    rig.turn()
+    assert not rig.lines
+    rig.pass_time(1)
+    assert rig.response(consumer).status == 504
+    assert rig.is_closed(slot)
+    assert codes(rig) == ["WT"]
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_idle_consumer_is_closed_when_its_time_is_over(new_rig: Callable[..., Rig], is_used: bool) -> None:
+    rig = new_rig(keep_alive=75.0)
+    slot, consumer = rig.slot(), rig.consumer()
+    rig.turn()
+    if is_used:
+        consumer.send(get(b"/"))
+        rig.until(lambda: has_bytes(slot))
+        rig.pass_time(1000)  # while it waits for its response, it is not idle
+        slot.send(OK)
+        rig.response(consumer)
+    rig.pass_time(74.9)
+    assert not rig.is_closed(consumer)
+    rig.pass_time(0.2)
+    assert rig.is_closed(consumer)
+
+
+def test_a_byte_now_and_then_does_not_prolong_a_head(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(head_timeout=10.0)
+    consumer = rig.consumer()
+    for _ in range(9):
+        consumer.send(b"G")
+        rig.turn()
+        rig.pass_time(1)
+    assert not has_bytes(consumer)
+    rig.pass_time(2)
+    assert rig.response(consumer).status == 408
+
+
+def test_refused_consumer_that_stays_is_cut_off(rig: Rig) -> None:
+    consumer = rig.consumer()
+    consumer.send(b"garbage\r\n\r\n")
+    assert rig.response(consumer).status == 400
+    streams = len(rig.hub.loop.watched)
+    rig.pass_time(4.9)
+    assert len(rig.hub.loop.watched) == streams
+    rig.pass_time(0.2)
+    assert len(rig.hub.loop.watched) == streams - 1
+
+
+def test_consumer_that_leaves_behind_unread_bytes_is_noticed(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/"))
+    consumer.send(b"x" * 100_000)
+    rig.turn()
+    rig.turn()
+    consumer.close()
+    rig.turn()
+    rig.pass_time(1.1)
+    assert codes(rig) == ["CQ"]
+    assert len(rig.hub.queue) == 0
+
+
+def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(stall_timeout=60.0)
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    size = 24 << 20
+    sender = threading.Thread(target=slot.send, args=(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(size),))
+    sender.start()
+    while sender.is_alive():
+        rig.pass_time(0.01)
+        sender.join(0.001)
+    slot.close()
+    rig.until(lambda: not rig.hub.workers)
+    for _ in range(3):
+        rig.until(lambda: take(consumer) >= 4 << 20)
+        consumer.received.clear()
+        rig.pass_time(40)
+        assert not rig.lines
+    stream, written = rig.exchange(b"/").consumer.stream, -1
+    while stream.written != written:  # the network's own buffers fill up
+        written = stream.written
+        rig.turn()
+    rig.pass_time(61)
+    rig.pass_time(61)
+    assert codes(rig) == ["CR"]
+    assert rig.hub.budget.used == rig.hub.budget.files == 0
+
+
+# ---- From other threads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["drain", "stop"])
+def test_hub_in_a_thread_is_ended_from_another(way: str) -> None:
+    hub = Hub(Options(main_port=0, worker_port=0, admin_port=None))
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(hub.run()))
+    thread.start()
+    host, _, port = hub.main_address.rpartition(":")
+    with Peer.connect((host, int(port))) as consumer:
+        getattr(hub, way)()
+        thread.join(wire.DEADLINE_S)
+        assert statuses == [0]
+        consumer.expect_eof()
+
+
+def test_hub_stopped_in_the_midst_of_work_answers_it_and_says_so() -> None:
+    lines: list[str] = []
+    hub = Hub(Options(main_port=0, worker_port=0, admin_port=None), lines.append)
+    statuses: list[int] = []
+    host, _, port = hub.main_address.rpartition(":")
+    with Peer.connect((host, int(port))) as consumer:
+        consumer.send(get(b"/"))
+        while not hub.exchanges:
+            hub.loop.turn()
+        thread = threading.Thread(target=lambda: statuses.append(hub.run()))
+        thread.start()
+        hub.stop()
+        assert consumer.read_response().status == 503
+        thread.join(wire.DEADLINE_S)
+    assert statuses == [1]
+    assert " code=DR" in lines[0]
