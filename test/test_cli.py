@@ -182,36 +182,39 @@ SENSELESS_OF_THE_HUB = [
 ]
 
 
+def hub_usage_error(words: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line that the hub writes about a senseless command line."""
+    with pytest.raises(SystemExit) as caught:
+        pothead.parse_args(words, environment)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("pothead: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
 @pytest.mark.parametrize(("option", "text"), SENSELESS_OF_THE_HUB)
 def test_senseless_value_on_the_hubs_command_line_is_a_usage_error_that_names_the_option(
     option: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pothead.main([f"{option}={text}"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.splitlines()[-1].startswith("pothead: ")
-    assert option in err.splitlines()[-1]
+    err = hub_usage_error([f"{option}={text}"], {}, capsys)
+    assert option in err
 
 
 @pytest.mark.parametrize(("option", "text"), [pair for pair in SENSELESS_OF_THE_HUB if pair[1]])
 def test_senseless_value_in_the_hubs_environment_is_a_usage_error_that_names_it(
-    option: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    option: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = variable(option.strip("-").replace("-", "_"))
-    monkeypatch.setenv(name, text)
-    assert pothead.main([]) == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line.startswith("pothead: ")
-    assert name in last_line or option in last_line
+    err = hub_usage_error([], {name: text}, capsys)
+    assert name in err or option in err
 
 
 def test_senseless_switch_in_the_hubs_environment_is_a_usage_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("POTHEAD_HUB_STREAM_REQUESTS", "maybe")
-    assert pothead.main([]) == 2
-    assert "POTHEAD_HUB_STREAM_REQUESTS" in capsys.readouterr().err
+    err = hub_usage_error([], {"POTHEAD_HUB_STREAM_REQUESTS": "maybe"}, capsys)
+    assert "POTHEAD_HUB_STREAM_REQUESTS" in err
 
 
 @pytest.mark.parametrize(
@@ -230,14 +233,12 @@ def test_senseless_switch_in_the_hubs_environment_is_a_usage_error(
 def test_command_line_that_makes_no_sense_is_a_usage_error_that_says_what(
     words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pothead.main(words) == 2
-    assert wanted in capsys.readouterr().err.splitlines()[-1]
+    assert wanted in hub_usage_error(words, {}, capsys)
 
 
-@pytest.mark.parametrize("words", [["--nosuch"], ["--main-port", "x"], ["--max-queue", "0"], ["--"]])
-def test_usage_error_of_the_hub_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert pothead.main(words) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_process_ends_with_2_after_a_usage_error() -> None:
+    ended = run(HUB, "--max-queue", "0", environment={"POTHEAD_HUB_MAIN_PORT": "0"})
+    assert (ended.status, ended.lines, ended.stderr.count("\n")) == (2, [], 1)
 
 
 # ---- Options of the worker ---------------------------------------------------------------------------
@@ -286,25 +287,20 @@ SENSELESS_OF_THE_WORKER = [
 
 
 @pytest.mark.parametrize(("option", "text"), SENSELESS_OF_THE_WORKER)
-def test_senseless_value_on_the_workers_command_line_is_one_line_that_names_the_option(
-    option: str, text: str, capsys: pytest.CaptureFixture[str]
+def test_senseless_value_on_the_workers_command_line_is_a_usage_error_that_names_the_option(
+    option: str, text: str
 ) -> None:
-    assert pothead_worker.main([f"{option}={text}"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("pothead-worker: ") and option in err
-    assert err.count("\n") == 1 and err.endswith("\n")
+    with pytest.raises(pothead_worker.UsageError, match=f"^{option}: "):
+        pothead_worker.parse_args([f"{option}={text}"], {})
 
 
 @pytest.mark.parametrize(("option", "text"), [pair for pair in SENSELESS_OF_THE_WORKER if pair[1]])
-def test_senseless_value_in_the_workers_environment_is_one_line_that_names_the_variable(
-    option: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_senseless_value_in_the_workers_environment_is_a_usage_error_that_names_the_variable(
+    option: str, text: str
 ) -> None:
     name = f"POTHEAD_WORKER_{option.strip('-').replace('-', '_').upper()}"
-    monkeypatch.setenv(name, text)
-    assert pothead_worker.main([]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("pothead-worker: ") and name in err and err.count("\n") == 1
+    with pytest.raises(pothead_worker.UsageError, match=f"^{name}: "):
+        pothead_worker.parse_args([], {name: text})
 
 
 @pytest.mark.parametrize(
@@ -319,12 +315,18 @@ def test_senseless_value_in_the_workers_environment_is_one_line_that_names_the_v
         (["--graceful-timeout", "-1s"], "-1s"),
     ],
 )
-def test_command_line_of_the_worker_that_makes_no_sense_is_one_line_that_says_what(
-    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+def test_command_line_of_the_worker_that_makes_no_sense_is_a_usage_error_that_says_what(
+    words: list[str], wanted: str
 ) -> None:
-    assert pothead_worker.main(words) == 2
-    err = capsys.readouterr().err
-    assert wanted in err and err.count("\n") == 1
+    with pytest.raises(pothead_worker.UsageError, match=wanted):
+        pothead_worker.parse_args(words, {})
+
+
+@pytest.mark.parametrize("words", [["--nosuch"], ["--workers", "x"], ["--connect", "hub.example"]])
+def test_worker_process_ends_with_2_and_one_line_after_a_usage_error(words: list[str]) -> None:
+    ended = run(WORKER, *words)
+    assert (ended.status, ended.lines) == (2, [])
+    assert ended.stderr.startswith("pothead-worker: ") and ended.stderr.count("\n") == 1
 
 
 # ---- Starting ----------------------------------------------------------------------------------------

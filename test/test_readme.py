@@ -328,13 +328,13 @@ def greeting_from(address: wire.Address) -> bytes:
 
 
 def test_hub_of_the_readme_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
-    ports = free_ports()
-    with example("from pothead import", tmp_path, ports) as running:
-        running.program.wait_for_line(lambda line: f"served at 127.0.0.1:{ports['MAIN']}" in line)
-        worker = str(wire.ROOT / "pothead_worker.py")
-        command = wire.python(worker, "--connect", f"localhost:{ports['WORKER']}")
+    with example("from pothead import", tmp_path, dict.fromkeys(DEFAULT_PORTS, 0)) as running:
+        line = running.program.wait_for_line(lambda line: line.startswith("Listening at"))
+        addresses = dict(re.findall(r"'(\w+)': '(\S+:[0-9]+)'", line))
+        command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", addresses["workers"])
         with wire.running(wire.WorkerProcess(command, tmp_path)):
-            assert greeting_from(("127.0.0.1", ports["MAIN"])).startswith(b"Hello")
+            host, _, port = addresses["consumers"].rpartition(":")
+            assert greeting_from((host, int(port))).startswith(b"Hello")
         running.program.wait_for_line(lambda line: line.endswith("code=OK"))
         running.press_enter()
         assert running.program.wait() == 0
