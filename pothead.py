@@ -1440,6 +1440,7 @@ class Stream(Watched):
         "_loop",
         "_new_outbuf",
         "_socket",
+        "_unacknowledged_s",
         "address",
         "inbuf",
         "outbuf",
@@ -1456,6 +1457,7 @@ class Stream(Watched):
         self._socket = sock
         self._new_outbuf = new_outbuf
         self._failed = False
+        self._unacknowledged_s = math.nan  # not set yet
         self.address = address
         self.inbuf = Inbuf()
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
@@ -1494,9 +1496,10 @@ class Stream(Watched):
         self._try(self._socket.shutdown, socket.SHUT_WR)
 
     def set_unacknowledged_s(self, seconds: float) -> None:
-        """Sets how long sent bytes may go without an acknowledgement."""
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = int(seconds * 1000)
+        """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
+        if hasattr(socket, "TCP_USER_TIMEOUT") and seconds != self._unacknowledged_s:
+            self._unacknowledged_s = seconds
+            milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
             self._try(self._socket.setsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def has_hung_up(self) -> bool:
@@ -1725,9 +1728,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_patience_s",
+        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_keeps_consumer",
+        "_patience_s",
         "_replayable", "_since", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
-        "method", "outcome", "queued_s", "received", "received_at", "request_id", "spool", "state",
+        "outcome", "queued_s", "received", "received_at", "request_id", "spool", "state",
         "status", "worker", "worker_address", "worker_s", "written_before",
     )  # fmt: skip
 
@@ -1754,6 +1758,7 @@ class Exchange:
         self._replayable = True  # nothing of the body has been sent and dropped
         self._heard = False  # a byte of the response
         self._framing = Framing.NONE  # of the response
+        self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
         self._absorbs = False  # the response, whatever the consumer takes
         hub.exchanges.add(self)
@@ -1919,7 +1924,8 @@ class Exchange:
         self._to(State.RESPONDING)
         self.status = head.status
         self._framing = self._framing_for_consumer(reader)
-        if self._framing is Framing.CLOSE or not self.keeps_consumer:
+        self._keeps_consumer = self._framing is not Framing.CLOSE and self.keeps_consumer
+        if not self._keeps_consumer:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
@@ -2058,7 +2064,7 @@ class Exchange:
         # 2. The consumer gets an answer as long as none has begun; what has begun is never ended cleanly.
         status = status or outcome.status
         if outcome is Outcome.COMPLETED:
-            self.consumer.end_exchange(keep_alive=self.keeps_consumer and self._framing is not Framing.CLOSE)
+            self.consumer.end_exchange(keep_alive=self._keeps_consumer and not self._hub.draining)
         elif self.status == 0 and 0 < status != CONSUMER_GONE_STATUS:
             self.status = status
             self._answer(status, detail)
@@ -2139,6 +2145,7 @@ class Consumer:
         self.exchange: Exchange | None = None
         self.host = host_of(stream.address).encode()
         self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
+        stream.set_unacknowledged_s(hub.options.stall_timeout)
         self._phase = Phase.IDLE
         self._reader: BodyReader | None = None
         self._taken_before = 0  # bytes, when the deadline for a slow reader was last set
@@ -2369,6 +2376,7 @@ class Worker:
         self.failures = 0
         self._keep_alive = True  # the connection, after the response under way
         self._reader: BodyReader | None = None
+        stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
 
     def begin(self, exchange: Exchange) -> None:
         """The slot is busy with ``exchange``."""
@@ -2379,6 +2387,7 @@ class Worker:
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more."""
         self.exchange = self._reader = self.stream.shortcut = None
+        self.stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
         self._hub.release(self, reusable=reusable and not self.stream.inbuf)
@@ -2562,6 +2571,7 @@ class Listener(Watched):
         self._accept = accept
         self._may_accept = may_accept
         self._rests = False
+        self._has_warned = False
         self.address = address_text(sock.getsockname())
 
     def fileno(self) -> int:
@@ -2585,6 +2595,7 @@ class Listener(Watched):
                     return
                 log.debug("accept on %s: %s", self.address, exc)  # that connection is gone already
                 continue
+            self._has_warned = False
             self._accept(sock, address_text(peer))
 
     def on_deadline(self) -> None:
@@ -2594,8 +2605,9 @@ class Listener(Watched):
         self._socket.close()
 
     def _rest(self, why: str) -> None:
-        log.warning("%s: accepting nothing for %g s: %s", self.address, LIMITS.accept_pause_s, why)
-        self._rests = True
+        if not self._has_warned:  # once an episode
+            log.warning("%s: accepting no connections for now: %s", self.address, why)
+        self._has_warned = self._rests = True
         self.deadline = self._loop.now + LIMITS.accept_pause_s
 
 
@@ -2982,7 +2994,6 @@ def _tune(sock: socket.socket) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", LIMITS.keepalive_idle_s),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", LIMITS.keepalive_interval_s),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", LIMITS.keepalive_probes),
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(LIMITS.unacknowledged_s * 1000)),
     ]
     for level, name, value in wanted:
         if hasattr(socket, name):
