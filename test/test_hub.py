@@ -1134,7 +1134,7 @@ def test_requeue_is_told_on_stderr_with_the_request_id(hub: HubProcess) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "finish_sending"])
-@pytest.mark.parametrize("behind", [b"", get(b"/behind"), b"x" * 200_000], ids=["", "pipelined", "unread"])
+@pytest.mark.parametrize("behind", [b"", get(b"/behind"), b"x" * 100_000], ids=["", "pipelined", "unread"])
 def test_consumer_that_leaves_the_queue_is_seen_by_no_worker(
     hub: HubProcess, how: str, behind: bytes
 ) -> None:
