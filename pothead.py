@@ -3375,14 +3375,13 @@ def _serve(options: Options, command: list[str]) -> int:
     if companion is not None:
         signals.on_child = companion.check
         hub.loop.call_soon(companion.check)  # it may have ended already
-        hub.at_end.append(companion.terminate)
+        hub.at_end += [companion.terminate, lambda: signals.expect_impatience(companion.kill)]
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(f"listening {name}={address}\n")
     # 3. Serve; then wait for what has been started.
     status = hub.run()
     if companion is not None:
-        signals.on_impatience = companion.kill
         status = companion.wait() or status
     out.flush()
     err.flush()
@@ -3404,14 +3403,18 @@ class SignalHandler:
         self._hub = hub
         self._terms = 0
         self.on_child: Callable[[], None] | None = None
-        self.on_impatience = hub.stop
+        self._on_impatience = hub.stop
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
+
+    def expect_impatience(self, function: Callable[[], None]) -> None:
+        """From now on INT, and a second TERM, mean ``function``: the hub itself is stopping already."""
+        self._on_impatience = function
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM
         if number == signal.SIGINT or self._terms > 1:
-            self.on_impatience()
+            self._on_impatience()
         elif number == signal.SIGTERM:
             self._hub.drain()
         elif number == signal.SIGCHLD and self.on_child is not None:
