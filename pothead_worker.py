@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("pothead.worker")
 
 T = TypeVar("T")
@@ -1473,12 +1475,24 @@ def build_parser() -> OptionParser:
     )
     levels = ", ".join(LOG_LEVELS)
     parser.add_argument("--log-level", metavar="LEVEL", help=f"one of {levels} (default: info)")
+    parser.add_argument("--version", action="version", version=f"pothead-worker {__version__}")
     return parser
 
 
+def join_negatives(words: Sequence[str]) -> list[str]:
+    """Join `--option -1` into one word: argparse would take -1 for an option and not say what is wrong."""
+    joined: list[str] = []
+    for word in words:
+        if re.match(r"-[0-9.]", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
-    """Return the options. Raises UsageError; `--help` raises SystemExit."""
-    given = build_parser().parse_args(argv)
+    """Return the options. Raises UsageError; `--help` and `--version` raise SystemExit."""
+    given = build_parser().parse_args(join_negatives(argv))
 
     def choose(name: str, parse: Callable[[str], T], default: str, *older_variables: str) -> T:
         """Return the option's value from the command line, else the environment, else its default."""
@@ -1505,9 +1519,55 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     )
 
 
+class LogHandler(logging.Handler):
+    """Writes to a descriptor without ever waiting for who reads it.
+
+    What does not fit is dropped and counted: a log that nobody reads must not stop the service.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._lost_lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        notice = (
+            b"(%d log lines were lost: nobody read them)\n" % self._lost_lines if self._lost_lines else b""
+        )
+        left = whole_lines(notice + text, select.PIPE_BUF)
+        while left and self._write(left[0]):
+            self._lost_lines = 0
+            del left[0]
+        is_notice_left = self._lost_lines > 0
+        self._lost_lines += sum(piece.count(b"\n") for piece in left) - is_notice_left
+
+    def _write(self, piece: bytes) -> bool:
+        """Write what is not longer than PIPE_BUF, which a writable pipe takes at once and undivided."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        try:
+            return bool(poller.poll(0)) and os.write(self._fd, piece) == len(piece)
+        except OSError:  # closed, or a full disk
+            return False
+
+
+def whole_lines(text: bytes, limit_bytes: int) -> list[bytes]:
+    """Return the text in one piece, or in lines, which are broken where they are longer than the limit."""
+    if len(text) <= limit_bytes:
+        return [text]
+    room = limit_bytes - 1
+    return [
+        line[start : start + room].rstrip(b"\n") + b"\n"
+        for line in text.splitlines(keepends=True)
+        for start in range(0, len(line.rstrip(b"\n")) or 1, room)
+    ]
+
+
 def configure_logging(level: str) -> None:
     """Log to stderr with a handler of our own: how the app sets up its own logging changes nothing here."""
-    handler = logging.StreamHandler()
+    # Without a stderr, descriptor 2 is somebody else's: perhaps the connection to the hub.
+    handler = LogHandler(2) if sys.__stderr__ else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers = [handler]
     log.setLevel(level.upper())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import logging
 import math
 import os
 import signal
@@ -668,6 +669,37 @@ def test_worker_serves_on_when_nobody_reads_its_log(listener: wire.Listener) -> 
                 assert ask(hub).status == 200
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(wire.DEADLINE_S) == 0
+
+
+@needs_small_pipes
+def test_worker_counts_the_log_lines_that_nobody_read() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, 1031, 4096)
+    handler = pothead_worker.LogHandler(writer)
+
+    def log(text: str) -> None:
+        handler.emit(logging.makeLogRecord({"msg": text}))
+
+    log("a" * 4000)
+    log("b" * 4000)
+    log("c\nd")
+    assert os.read(reader, 1 << 16) == b"a" * 4000 + b"\n"
+    log("e" * 5000 + "\n\nf")
+    wanted = b"(3 log lines were lost: nobody read them)\n"
+    assert os.read(reader, 1 << 16) == wanted, "a pipe of one page takes one piece"
+    log("g")
+    assert os.read(reader, 1 << 16) == b"(4 log lines were lost: nobody read them)\ng\n"
+    os.close(reader)
+    log("h")
+    os.close(writer)
+
+
+def test_long_lines_of_the_workers_log_are_broken_and_nothing_of_them_is_lost(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+b") as file:
+        text = "a" * 5000 + "\n\n" + "b" * 4095 + "\nf"
+        pothead_worker.LogHandler(file.fileno()).emit(logging.makeLogRecord({"msg": text}))
+        lines = (tmp_path / "log").read_text().split("\n")
+    assert lines == ["a" * 4095, "a" * 905, "", "b" * 4095, "f", ""]
 
 
 def test_hub_serves_on_when_its_log_is_closed() -> None:
