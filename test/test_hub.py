@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import resource
 import re
 import signal
 import socket
@@ -1269,10 +1270,12 @@ def hub_with_small_files(*options: str) -> Iterator[HubProcess]:
     """Run a hub whose files may not grow beyond some 50 kB, as on a disk that is almost full."""
     ports = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
     program = wire.python(str(wire.ROOT / "pothead.py"), *ports)
-    limited = ["sh", "-c", 'ulimit -f 50 && exec "$0" "$@"', *program, *options]
+    limited = ["sh", "-c", 'ulimit -S -f 50 && exec "$0" "$@"', *program, *options]
     with wire.running(HubProcess(limited, wire.ROOT)) as hub:
         hub.wait_until_ready()
         yield hub
+        lifted = resource.getrlimit(resource.RLIMIT_FSIZE)  # what measures coverage writes at the end
+        resource.prlimit(hub.pid, resource.RLIMIT_FSIZE, lifted)
 
 
 def test_full_disk_refuses_the_body_that_needs_it_and_no_other() -> None:

@@ -89,6 +89,7 @@ def read_request(pieces: Iterable[bytes]) -> Reading:
 
 def read_response(pieces: Iterable[bytes], request_method: bytes) -> Reading:
     """Return what the hub makes of a worker's answer that arrives in `pieces` and ends with EOF."""
+
     def make_body(head: pothead.ResponseHead) -> pothead.BodyReader | None:
         return response_body(head, request_method)
 

@@ -277,9 +277,7 @@ def test_unused_spool_can_be_closed(budget: MemoryBudget) -> None:
     assert count_open_files() == open_files
 
 
-def test_full_disk_is_told_and_loses_nothing(
-    budget: MemoryBudget, tmp_path: Path, small_files: int
-) -> None:
+def test_full_disk_is_told_and_loses_nothing(budget: MemoryBudget, tmp_path: Path, small_files: int) -> None:
     open_files = count_open_files()
     spool = Spool(budget, 1000, str(tmp_path))
     data = random.Random(1).randbytes(small_files * 3 // 2)
