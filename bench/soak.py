@@ -96,10 +96,8 @@ class Soak:
             reader, writer = connection
             keep = False
             try:
-                async with (
-                    asyncio.timeout(LIMIT_S) if hasattr(asyncio, "timeout") else contextlib.nullcontext()
-                ):
-                    outcome, keep = await self.exchange(reader, writer, token, chance)
+                exchange = self.exchange(reader, writer, token, chance)
+                outcome, keep = await asyncio.wait_for(exchange, LIMIT_S)
             except (Broken, ConnectionError, asyncio.IncompleteReadError):
                 outcome = "cut"
             except asyncio.TimeoutError:
@@ -266,16 +264,15 @@ def main() -> int:
         soak.wrong += duplicated(ledger, requeued, soak.methods)
         codes = collections.Counter(entry["code"] for entry in entries)
         errors = pathlib.Path(f"{directory}/err").read_text()
-    failures = sum(
-        count for code, count in codes.items() if code in ("WL", "QF", "QT", "DR", "WG", "WT", "HB", "RQ")
-    )
+    refused = sum(codes[code] for code in ("WL", "QF", "QT", "DR", "WG", "WT", "HB", "RQ"))
     print(
         f"requests {sum(soak.outcomes.values())}, workers killed {workers.kills}, requeued {stats['requeues']}"
     )
     print("outcomes " + ", ".join(f"{name} {count}" for name, count in sorted(soak.outcomes.items())))
     print("codes " + ", ".join(f"{name} {count}" for name, count in sorted(codes.items())))
     print(f"hub at the start {before}; at the end {after}; exit status {status}")
-    if soak.outcomes["refused"] > failures or soak.outcomes["cut"] > codes["WC"] + codes["CR"] + codes["CQ"]:
+    cut = codes["WC"] + codes["CR"] + codes["CQ"]
+    if soak.outcomes["refused"] > refused or soak.outcomes["cut"] > cut:
         soak.wrong.append("failures without a code in the log")
     if "Traceback" in errors:
         soak.wrong.append(errors)

@@ -8,8 +8,8 @@ import itertools
 import json
 import math
 import random
-import resource
 import re
+import resource
 import signal
 import socket
 import sys
