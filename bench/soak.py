@@ -265,9 +265,8 @@ def main() -> int:
         codes = collections.Counter(entry["code"] for entry in entries)
         errors = pathlib.Path(f"{directory}/err").read_text()
     refused = sum(codes[code] for code in ("WL", "QF", "QT", "DR", "WG", "WT", "HB", "RQ"))
-    print(
-        f"requests {sum(soak.outcomes.values())}, workers killed {workers.kills}, requeued {stats['requeues']}"
-    )
+    requests = sum(soak.outcomes.values())
+    print(f"requests {requests}, workers killed {workers.kills}, requeued {stats['requeues']}")
     print("outcomes " + ", ".join(f"{name} {count}" for name, count in sorted(soak.outcomes.items())))
     print("codes " + ", ".join(f"{name} {count}" for name, count in sorted(codes.items())))
     print(f"hub at the start {before}; at the end {after}; exit status {status}")
