@@ -207,6 +207,12 @@ def test_counters_that_run_backwards_do_no_harm() -> None:
     assert (average.free, average.own) == (0.0, 0.0)
 
 
+def test_our_use_is_never_more_than_what_was_used() -> None:
+    """Both counters are coarse, and the CPUs are read a moment before our processes are."""
+    average = gating.average_between(CpuReading(2, 10.0, 5.0), CpuReading(2, 10.1, 5.2), 0.0, 0.1)
+    assert average.own == pytest.approx(1.0)
+
+
 def test_inertia_is_what_an_average_keeps_in_an_interval() -> None:
     before = CpuAverage(0.0, 1.0, capacity=2.0, free=2.0, own=0.0)
     once = gating.smooth(before, CpuAverage(1.0, 1.1, 2.0, 0.0, 2.0), inertia=0.7)
@@ -447,10 +453,23 @@ def test_after_a_long_break_the_machine_is_measured_anew() -> None:
     gate = idle_cpus_gate(machine)
     for ticket in offers(machine, gate, for_s=1.0)[1:]:
         ticket.done()
-    machine.sleep(60.0)
+    machine.sleep(100.0)
     machine.others = 2.0
-    machine.sleep(10.0)
+    machine.sleep(1.0)
     assert offers(machine, gate, for_s=5.0) == []
+
+
+def test_cpus_and_quotas_may_come_and_go_while_a_gate_waits() -> None:
+    """The counters of another set of CPUs must not be taken for time that passed."""
+    machine = Machine(cpus=4, others=4.0, idle_s=1000.0)
+    gate = idle_cpus_gate(machine)
+    assert len(offers(machine, gate, for_s=5.0)) == 1
+    machine.cpus, machine.idle_s, machine.others = 6, 2000.0, 6.0
+    assert offers(machine, gate, for_s=5.0) == []
+    machine.quota, machine.others = 0.5, 0.0
+    assert offers(machine, gate, for_s=5.0) == []
+    machine.quota = None
+    assert len(offers(machine, gate, for_s=5.0)) == 5
 
 
 def test_a_second_done_and_calls_after_it_do_nothing() -> None:
@@ -532,6 +551,19 @@ def test_memory_is_reserved_until_it_shows_and_free_when_it_is_done() -> None:
     machine.used = 2 * GIB
     first.done()
     assert len(offers(machine, gate, for_s=60.0)) == 1
+
+
+def test_what_the_app_holds_at_rest_is_no_sign_of_a_job() -> None:
+    """A model of 3 GiB is loaded when the gate is waiting already."""
+    machine = Memory()
+    gate = gating.wait_for_free_memory(2 * GIB, probe=machine, clock=machine.clock, sleep=machine.sleep)
+    first = gate(never)
+    assert isinstance(first, gating.Ticket)
+    machine.used = 3 * GIB
+    machine.sleep(1.0)
+    assert len(offers(machine, gate, for_s=1.0)) == 1
+    first.request_received({})
+    assert offers(machine, gate, for_s=1.0) == []
 
 
 def test_memory_gate_leaves_the_environ_alone() -> None:
@@ -779,29 +811,34 @@ def burn():
     while not over:
         zlib.crc32(data)
 over, data = False, bytes(1 << 16)
-for _ in range(2):
-    threading.Thread(target=burn).start()
 """
 
 MEASURE_CPUS = f"""
 import gating
 {BURN}
+gate, offers = gating.wait_for_idle_cpus(0.5), []
+ends_s = time.monotonic() + 0.5
+while gate(lambda: time.monotonic() >= ends_s) is not None:
+    offers.append(None)
+for _ in range(2):
+    threading.Thread(target=burn).start()
 probe = gating.ProcProbe()
 began_s, began = time.monotonic(), probe.read_cpus()
 time.sleep(1.0)
 average = gating.average_between(began, probe.read_cpus(), began_s, time.monotonic())
 over = True
-print(average.capacity, average.free)
+print(average.capacity, average.free, len(offers))
 """
 
 
 def check_quota_of_half_a_cpu(output: str) -> None:
-    capacity, free = map(float, output.split())
-    assert capacity == 0.5
+    """The gate offers the half a CPU once, though the machine has more that are idle."""
+    capacity, free, offers = map(float, output.split())
+    assert (capacity, offers) == (0.5, 1)
     assert -0.3 < free < 0.3
 
 
-def test_a_real_quota_of_cgroup_v1_is_seen_to_be_used_up(
+def test_a_real_quota_of_cgroup_v1_is_offered_once_and_seen_to_be_used_up(
     make_cgroup: Callable[[str, dict[str, str]], Path],
 ) -> None:
     cpu = make_cgroup("cpu", {"cpu.cfs_period_us": "20000", "cpu.cfs_quota_us": "10000"})
@@ -809,7 +846,7 @@ def test_a_real_quota_of_cgroup_v1_is_seen_to_be_used_up(
     check_quota_of_half_a_cpu(run_in(groups, MEASURE_CPUS))
 
 
-def test_a_real_quota_of_cgroup_v2_is_seen_to_be_used_up(
+def test_a_real_quota_of_cgroup_v2_is_offered_once_and_seen_to_be_used_up(
     make_cgroup: Callable[[str, dict[str, str]], Path],
 ) -> None:
     group = make_cgroup("", {"cpu.max": "10000 20000"})
