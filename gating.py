@@ -32,6 +32,7 @@ may run on, and the CPU quotas of its cgroup and of those around it have room. A
 - *Jobs that begin slowly.* A job that first waits (for its body, its data) and then computes has used up its
   reservation before it needs it. With `keep_cpu_reservation=True` the reservation stays whole until the
   job itself calls `environ["RESET_CPU_RESERVATION"](cpus)`: from now on I use that many CPUs, 0 for none.
+  It should call that when it begins to compute; until then it counts twice, as reserved and as used.
   Any job may call it, as often as its needs change; it makes a new reservation, which fades.
 
 - *Uncertainty.* A job that needs one CPU rarely uses exactly 1.0, and two idle CPUs are rarely measured as
