@@ -1191,14 +1191,15 @@ class PickupPort:
             self._on_data(caller, data)
 
     def _on_data(self, caller: Caller, data: bytes) -> None:
-        suspicious = caller.received[-1:] + data
         caller.received += data
         end = caller.received.find(b"\r\n\r\n", max(0, len(caller.received) - len(data) - 3))
         if max(end, len(caller.received) if end < 0 else 0) > PICKUP_HEAD_BYTES:
             self._answer(caller, plain_answer("431 Request Header Fields Too Large"))
         elif end >= 0:
             self._on_head(caller, caller.received[: end + 2])
-        elif NEVER_IN_A_HEAD.search(suspicious):  # TLS, say: its sender waits, and no empty line will come
+        elif NEVER_IN_A_HEAD.search(
+            caller.received, len(caller.received) - len(data)
+        ):  # TLS, say: its sender waits, and no empty line will come
             self._refuse(caller, "malformed head")
 
     def _on_head(self, caller: Caller, data: bytes) -> None:
@@ -1339,9 +1340,9 @@ class RedirectingHandler(RequestHandler):
         ]
         try:
             hub_sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub_sock.shutdown(socket.SHUT_WR)  # there is nothing unread, so nothing can destroy the 303
         except OSError as exc:
             raise ConsumerGone from exc
-        close_gently(hub_sock)
 
     def on_claim(self, sock: socket.socket) -> None:
         """The consumer has come. Called by the port's thread."""
@@ -1761,9 +1762,9 @@ class ProcessHandler(RedirectingHandler):
     def _close_response(self, process: RequestProcess, request_id: str) -> None:
         """See to the connection once the process has ended."""
         report = process.report or {}
-        self.is_whole = bool(report.get("is_whole")) and not process.failure
-        self.close_connection = not (self.is_whole and report.get("is_reusable"))
-        if not self.is_whole:
+        self.is_whole = bool(report.get("is_whole"))
+        self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
+        if not self.is_whole or process.failure:
             self._log_ending(process, request_id)
         if process.is_overdue and not process.has_responded:
             with contextlib.suppress(OSError):
@@ -2926,7 +2927,9 @@ def open_pickup_port(options: Options) -> PickupPort | None:
     try:
         return PickupPort(port, host, options.pickup_expiry_s, options.pickup_interval_s)
     except OSError as exc:
-        raise UsageError(f"--redirect-response: cannot listen on port {port}: {exc.strerror}") from None
+        raise UsageError(
+            f"--redirect-response: cannot listen on port {port}: {os.strerror(exc.errno or 0)}"
+        ) from None
 
 
 def configure_logging(level: str) -> None:
