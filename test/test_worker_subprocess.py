@@ -34,11 +34,15 @@ APP = """
 
     ESCAPE = '''
     import os, time
+    reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             print("started", os.getpid(), flush=True)
+            os.write(writer, b"x")
             time.sleep(60)
+    else:
+        os.read(reader, 1)
     os._exit(0)
     '''
 
