@@ -1487,10 +1487,13 @@ class ForkServer:
         if getattr(sys.stdout, "write_through", False):
             flags.append("-u")
         fd = theirs.fileno()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)], pass_fds=[fd]
-            )
+        command = [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)]
+        try:
+            with theirs:
+                process = subprocess.Popen(command, pass_fds=[fd])
+        except OSError as exc:
+            orders.close()
+            raise LoadError(f"cannot start the fork server: {exc}") from None
         with self._changed:
             self._process = process
         try:
@@ -1542,7 +1545,7 @@ class ForkServer:
     def _try_to_launch(self) -> None:
         try:
             self._launch()
-        except (LoadError, OSError) as exc:
+        except LoadError as exc:
             if not self._is_closing:
                 log.error("cannot start another fork server: %s", exc)
             with self._changed:
@@ -1896,11 +1899,11 @@ class Forker:
 
     def _set_signals(self) -> None:
         """Take the signals, and remember what the app wants to be done at them: that is for its processes."""
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        for number, default in defaults.items():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             wanted = signal.signal(number, ignore_signal)
-            self._handlers[number] = default if wanted is ignore_signal else wanted
-        self._handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, ignore_signal)
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            # None is a handler that was not installed by Python, and cannot be installed by it.
+            self._handlers[number] = default if wanted in (ignore_signal, None) else wanted
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:

@@ -367,6 +367,18 @@ def test_consumer_that_leaves_has_everything_killed_within_a_second(
         assert ask(peer).status == 200
 
 
+def test_consumer_that_leaves_the_hub_has_everything_killed_too(
+    hub: wire.HubProcess, consumer: wire.Peer, app_dir: Path
+) -> None:
+    with wire.worker_process(hub, "--use-request-subprocess", "jobs:app", cwd=app_dir) as worker:
+        consumer.send(request("GET /hang"))
+        pids = started(worker)
+        left_at = time.monotonic()
+        consumer.close()
+        expect_dead(pids, within_s=1 - (time.monotonic() - left_at))
+        hub.wait_for_line(is_line("code=CR"))
+
+
 def test_app_is_told_before_it_is_killed(start: Any, listener: wire.Listener) -> None:
     worker = start()
     with listener.accept() as peer:
