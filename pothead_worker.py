@@ -1368,6 +1368,10 @@ class RedirectingHandler(RequestHandler):
     def on_hang_up(self) -> None:
         super().on_hang_up()
         self._arrivals.put(ConsumerGone())
+        if self.connection is not self.request:
+            # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
     def _settle(self, response: Response) -> None:
         body = self.body

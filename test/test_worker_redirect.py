@@ -36,7 +36,7 @@ APP = """
 
     def endless(environ):
         while True:
-            yield b"x" * 100_000
+            yield b"x" * (64 << 20)  # more than the kernel takes ahead of a consumer that does not read
 
     def stubborn(environ):
         try:
