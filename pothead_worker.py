@@ -20,7 +20,8 @@ How it is built, from the bottom to the top: `parse_head` and the bodies underst
 one connection, one after the other; a `Slot` is a thread that keeps one connection open; a watcher notices
 a hub that closes a connection while the app computes; `WorkerPool` owns the slots and ends them. Threads
 share next to nothing: a slot's connection belongs to its thread, and `Halt` is how the others tell it to
-stop.
+stop. Two modes stand between: a `PickupPort` is where consumers come for responses that shall not pass the
+hub, and a `ForkServer` gives each request a process of its own.
 
 Vocabulary: the *consumer* sent the request to the hub; an *exchange* is one request with its response; a
 message has a *head* and a *body*.
@@ -35,23 +36,33 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import array
 import contextlib
 import email.utils
 import errno
 import functools
+import gc
 import importlib
 import io
+import json
 import logging
+import math
 import os
+import queue
 import random
 import re
+import secrets
 import select
+import selectors
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -97,6 +108,16 @@ KEEP_ALIVE_PROBES = 3
 USER_TIMEOUT_S = 60
 
 PEEK_INTERVAL_S = 0.05
+
+PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
+PICKUP_INTERVAL_S = 1.0  # how often expired ones are looked for
+PICKUP_HEAD_BYTES = 16 << 10
+PICKUP_HEAD_TIMEOUT_S = 10.0
+PICKUP_CALLERS = 256  # connections that have not said yet what they want; beyond, the oldest is closed
+ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
+
+CANCEL_GRACE_S = 0.5  # how long a request's process may clean up before it is killed
+FORK_SERVER_EXIT_S = 3.0  # how long the fork server may take to kill what it started
 
 
 class ProtocolError(Exception):
@@ -238,9 +259,9 @@ def parse_framing(fields: dict[str, str]) -> tuple[int | None, bool]:
 class Intake:
     """What the hub sends on one connection, and what of it has arrived but is not yet understood."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, received: bytes = b"") -> None:
         self._sock = sock
-        self._buffer = b""
+        self._buffer = received
         self._failure = ""
 
     @property
@@ -251,6 +272,11 @@ class Intake:
         """Return the next head without its empty line, or None when the hub closes. Raises ProtocolError."""
         head = self._take_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         return None if head is None else head + b"\r\n"
+
+    def take_received(self) -> bytes:
+        """Return what has come already, for somebody else to understand."""
+        received, self._buffer = self._buffer, b""
+        return received
 
     def take_line(self, limit_bytes: int) -> bytes:
         """Return the next line without its end. Raises BodyError."""
@@ -594,6 +620,7 @@ class Response(BaseHandler):
         self.environ.update(build_environ(self.request, self.handler.hub_host))
         self.environ["wsgi.input_terminated"] = True
         self.environ["pothead.cancelled"] = self.handler.cancelled
+        self.environ.update(self.handler.extra_environ)
 
     def get_stdin(self) -> io.BufferedIOBase:
         return self.body
@@ -685,12 +712,19 @@ class Response(BaseHandler):
             fields = [*fields, *self._choose_framing(first_bytes)]
         if not self.head.has_date:
             fields = [*fields, ("Date", http_date(int(time.time())))]
-        self.says_close = self.says_close or self.handler.must_close()
+        is_redirected = self.handler.may_redirect and self.has_body and self.head.status.startswith("200")
+        self.says_close = self.says_close or is_redirected or self.handler.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
-        self.headers_sent = True
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        return f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
+        start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
+        if is_redirected:
+            self.handler.fetch_body()
+        self.headers_sent = True
+        self.handler.on_response_start(self.head.status)
+        if is_redirected:
+            self.handler.redirect(start)
+        return start
 
     def _choose_framing(self, first_bytes: int) -> list[tuple[str, str]]:
         if first_bytes == 0 and self.request.method == "HEAD":
@@ -713,7 +747,7 @@ class Response(BaseHandler):
 
     def _on_failure(self, exc: BaseException) -> None:
         if isinstance(exc, ConsumerGone):
-            log.info("request %s: the consumer has gone", self.request_id)
+            self.handler.on_consumer_gone(self.request_id, str(exc) or "the consumer has gone")
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", self.request_id, exc)
             self._send_error("400 Bad Request")
@@ -747,6 +781,8 @@ class RequestHandler(BaseHTTPRequestHandler):
     parser, which is slow and lenient.
     """
 
+    may_redirect = False
+
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self.slot = slot
         self.hub_host = str(sock.getpeername()[0])
@@ -757,6 +793,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.is_hung_up = False
         self.wants_close = False
         self.cancelled = threading.Event()
+        self.extra_environ: dict[str, Callable[..., object]] = {}
         super().__init__(sock, sock.getpeername(), slot)  # type: ignore[arg-type]  # the base only keeps it
 
     def setup(self) -> None:
@@ -779,7 +816,27 @@ class RequestHandler(BaseHTTPRequestHandler):
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
         unread = self.body.left_bytes() if self.body else 0
-        return self.wants_close or self.slot.halt.is_set() or unread > DISCARD_LIMIT_BYTES
+        return self.wants_close or self.is_halted() or unread > DISCARD_LIMIT_BYTES
+
+    def is_halted(self) -> bool:
+        """Return whether the worker takes no more requests."""
+        return self.slot.halt.is_set()
+
+    # -- what modes make of a response
+
+    def on_response_start(self, status: str) -> None:
+        """The response's head is about to be sent."""
+
+    def on_consumer_gone(self, request_id: str, reason: str) -> None:
+        log.info("request %s: %s", request_id, reason)
+
+    def fetch_body(self) -> None:
+        """Have the app read the rest of the request's body from somewhere else. Raises BodyError."""
+
+    def redirect(self, head: bytes) -> None:
+        """Have the consumer come for this response; `connection` is its own then. Raises ConsumerGone."""
+
+    # -- serving
 
     def _wait_for_request(self) -> bool:
         return not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt)
@@ -797,7 +854,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.is_busy = False
 
     def _serve(self) -> None:
-        self.cancelled = threading.Event()
+        self.cancelled = self.make_cancelled()
         data = self.intake.take_head()
         if data is None:
             self.close_connection = True
@@ -805,14 +862,32 @@ class RequestHandler(BaseHTTPRequestHandler):
         head = parse_head(data)
         self.is_busy = self.has_served = True
         self.wants_close = "close" in re.split(r"[ \t]*,[ \t]*", head.fields.get("CONNECTION", "").lower())
-        self.body = self._open_body(head)
-        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        log.debug("request %s: %s %s", response.request_id, head.method, head.target.partition("?")[0])
+        self.extra_environ = self.make_extra_environ(head)
+        request_id = head.fields.get("X_REQUEST_ID", "-")
+        log.debug("request %s: %s %s", request_id, head.method, head.target.partition("?")[0])
         if self.is_hung_up:  # perhaps before `cancelled` was there to be set
             self.cancelled.set()
-            log.info("request %s: the consumer had gone before it began", response.request_id)
+            self.close_connection = True
+            log.info("request %s: the consumer had gone before it began", request_id)
         else:
-            response.run(self.slot.application)
+            self.answer(data, head)
+
+    def make_cancelled(self) -> threading.Event:
+        return threading.Event()
+
+    def make_extra_environ(self, head: RequestHead) -> dict[str, Callable[..., object]]:
+        """Return functions for the app to find in its environ, as a gate gives them.
+
+        In a process of its own, the app finds stand-ins, which return nothing and whose arguments are JSON.
+        """
+        return {}
+
+    def answer(self, data: bytes, head: RequestHead) -> None:
+        """Answer the request whose head was `data`; sets close_connection when it was the last."""
+        self.body = self._open_body(head)
+        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
+        assert self.slot.application is not None
+        response.run(self.slot.application)
         self._settle(response)
 
     def _open_body(self, head: RequestHead) -> RequestBody | None:
@@ -888,8 +963,8 @@ class HangUpWatcher:
     def discard(self, handler: RequestHandler) -> None:
         fd = handler.connection.fileno()
         with self._lock:
-            del self._handlers[fd]
-            self._epoll.unregister(fd)
+            if self._handlers.pop(fd, None):
+                self._epoll.unregister(fd)
 
     def close(self) -> None:
         self._over.set()
@@ -947,6 +1022,1236 @@ def is_at_end(sock: socket.socket) -> bool:
 
 def make_watcher() -> HangUpWatcher | PeekingWatcher:
     return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
+
+
+# ---- Responses that do not pass the hub --------------------------------------------------------------
+
+
+NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
+
+
+class PickupExpired(ConsumerGone):
+    """The consumer did not come for its response in time."""
+
+
+class Pickup(NamedTuple):
+    """A response that has begun and waits for its consumer."""
+
+    head: bytes
+    expires_at: float
+    on_claim: Callable[[socket.socket], None]  # is given the consumer's connection and must not wait
+    on_expiry: Callable[[], None]
+
+
+class Caller:
+    """A connection to the pickup port whose request has not come yet, or that is being closed gently."""
+
+    def __init__(self, sock: socket.socket, address: str, now: float) -> None:
+        self.sock = sock
+        self.address = address
+        self.received = b""
+        self.deadline = now + PICKUP_HEAD_TIMEOUT_S
+        self.is_answered = False
+
+
+def plain_answer(status: str, *fields: str) -> bytes:
+    """Return a whole response that ends its connection."""
+    text = f"{status}\n"
+    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(text)}"]
+    return "\r\n".join([*lines, "Connection: close", "", text]).encode("latin-1")
+
+
+class PickupPort:
+    """Where consumers come for redirected responses: one thread that understands their requests.
+
+    A key is good for one GET. Whoever comes with it is handed, as a connection, to the slot that makes the
+    response, so nothing that takes long happens here.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        host: str | None = None,
+        expiry_s: float = PICKUP_EXPIRY_S,
+        interval_s: float = PICKUP_INTERVAL_S,
+    ) -> None:
+        """Listen at all addresses; `host` is what consumers are told instead of ours. Raises OSError."""
+        self._listener = listen_everywhere(port)
+        self._listener.setblocking(False)
+        self.port = int(self._listener.getsockname()[1])
+        self._host = host
+        self.expiry_s = expiry_s
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._waiting: dict[str, Pickup] = {}
+        self._callers: dict[int, Caller] = {}
+        self._over = Halt()
+        self._selector = selectors.DefaultSelector()
+        self._thread: threading.Thread | None = None
+
+    # -- for the slots
+
+    def offer(
+        self, head: bytes, on_claim: Callable[[socket.socket], None], on_expiry: Callable[[], None]
+    ) -> str:
+        """Keep a response for its consumer; return the key. The port's thread calls one of the two."""
+        key = secrets.token_urlsafe(32)
+        with self._lock:
+            self._waiting[key] = Pickup(head, time.monotonic() + self.expiry_s, on_claim, on_expiry)
+        return key
+
+    def withdraw(self, key: str) -> None:
+        """Forget a key; neither of its functions is called once this has returned."""
+        with self._lock:
+            self._waiting.pop(key, None)
+
+    def location(self, key: str, hub_sock: socket.socket) -> str:
+        """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
+        host = self._host or str(hub_sock.getsockname()[0]).removeprefix("::ffff:")
+        return f"http://{Address(host, self.port)}/{key}"
+
+    def start(self) -> None:
+        log.info("listening redirected responses=*:%d", self.port)
+        self._thread = threading.Thread(target=self._run, name="pothead-pickup", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Nothing may be waiting any more, or it expires never."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self._listener.close()
+        self._selector.close()
+        self._over.close()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._over, selectors.EVENT_READ)
+        looks_at = 0.0
+        while not self._over.is_set():
+            for key, _ in self._selector.select(self._interval_s):
+                try:
+                    self._on_event(key.data)
+                except Exception:
+                    log.exception("a fault of the worker itself")
+            now = time.monotonic()
+            for caller in [caller for caller in self._callers.values() if caller.deadline <= now]:
+                self._on_deadline(caller)
+            if now >= looks_at:
+                self._expire(now)
+                looks_at = now + self._interval_s
+        for caller in list(self._callers.values()):
+            self._drop(caller)
+
+    def _on_event(self, source: object) -> None:
+        if source is self._listener:
+            self._accept()
+        elif isinstance(source, Caller):
+            self._receive(source)
+
+    def _on_deadline(self, caller: Caller) -> None:
+        if caller.is_answered or not caller.received:
+            self._drop(caller)
+        else:
+            self._answer(caller, plain_answer("408 Request Timeout"))
+
+    def _expire(self, now: float) -> None:
+        with self._lock:
+            overdue = [key for key, pickup in self._waiting.items() if pickup.expires_at <= now]
+            for key in overdue:
+                self._waiting.pop(key).on_expiry()
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self._listener.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning("cannot accept a consumer: %s", exc.strerror)
+                self._over.wait(ACCEPT_PAUSE_S)
+            return
+        if len(self._callers) >= PICKUP_CALLERS:
+            self._drop(next(iter(self._callers.values())))
+        sock.setblocking(False)
+        caller = Caller(sock, str(address[0]).removeprefix("::ffff:"), time.monotonic())
+        self._callers[sock.fileno()] = caller
+        self._selector.register(sock, selectors.EVENT_READ, caller)
+
+    def _receive(self, caller: Caller) -> None:
+        if self._callers.get(caller.sock.fileno()) is not caller:
+            return  # dropped a moment ago, in this very turn
+        try:
+            data = caller.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(caller)
+        elif not caller.is_answered:
+            self._on_data(caller, data)
+
+    def _on_data(self, caller: Caller, data: bytes) -> None:
+        caller.received += data
+        end = caller.received.find(b"\r\n\r\n", max(0, len(caller.received) - len(data) - 3))
+        if max(end, len(caller.received) if end < 0 else 0) > PICKUP_HEAD_BYTES:
+            self._answer(caller, plain_answer("431 Request Header Fields Too Large"))
+        elif end >= 0:
+            self._on_head(caller, caller.received[: end + 2])
+        elif NEVER_IN_A_HEAD.search(
+            caller.received, len(caller.received) - len(data)
+        ):  # TLS, say: its sender waits, and no empty line will come
+            self._refuse(caller, "malformed head")
+
+    def _on_head(self, caller: Caller, data: bytes) -> None:
+        try:
+            head = parse_head(data)
+        except ProtocolError as exc:
+            self._refuse(caller, str(exc))
+            return
+        if head.method not in ("GET", "HEAD"):
+            self._answer(caller, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
+            return
+        with self._lock:
+            pickup = self._waiting.get(head.target[1:])
+            is_there = pickup is not None and pickup.expires_at > time.monotonic()
+            if pickup and is_there and head.method == "GET":
+                del self._waiting[head.target[1:]]
+                self._forget(caller)
+                caller.sock.setblocking(True)
+                pickup.on_claim(caller.sock)
+                return
+        if pickup and is_there:
+            self._answer(caller, pickup.head)
+        else:
+            log.warning("pickup: unknown, used or expired key from %s", caller.address)
+            answer = plain_answer("410 Gone", "Cache-Control: no-store")
+            self._answer(caller, answer[: answer.index(b"\r\n\r\n") + 4] if head.method == "HEAD" else answer)
+
+    def _refuse(self, caller: Caller, reason: str) -> None:
+        log.warning("pickup: not a request from %s: %s", caller.address, reason)
+        self._answer(caller, plain_answer("400 Bad Request"))
+
+    def _answer(self, caller: Caller, answer: bytes) -> None:
+        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
+        caller.is_answered = True
+        caller.deadline = time.monotonic() + LINGER_S
+        try:
+            caller.sock.send(answer)
+            caller.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(caller)
+
+    def _drop(self, caller: Caller) -> None:
+        self._forget(caller)
+        caller.sock.close()
+
+    def _forget(self, caller: Caller) -> None:
+        self._selector.unregister(caller.sock)
+        del self._callers[caller.sock.fileno()]
+
+
+def listen_everywhere(port: int) -> socket.socket:
+    """Listen at every address of the machine, of both kinds where there are both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # perhaps it is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+class SeparableBody(RequestBody):
+    """A body whose rest can be fetched into a file, so that the app reads on without the connection.
+
+    A thread of the app may read at the same time, hence the lock.
+    """
+
+    def __init__(self, intake: Intake, body: RequestBody) -> None:
+        super().__init__(intake)
+        self._body = body
+        self._fetched: io.BufferedRandom | None = None
+        self._lock = threading.Lock()
+
+    def left_bytes(self) -> float:
+        return self._body.left_bytes()
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        with self._lock:
+            return self._fetched.readinto(buffer) if self._fetched else self._body.readinto(buffer) or 0
+
+    def fetch(self) -> None:
+        """Take all that is still to come. Raises BodyError."""
+        with self._lock:
+            if self._fetched or not self._body.left_bytes():
+                return
+            fetched = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the body
+            self._fetched = fetched
+            while data := self._body.read(RECEIVE_BYTES):
+                fetched.write(data)
+            fetched.seek(0)
+
+    def close(self) -> None:
+        if self._fetched:
+            self._fetched.close()
+        super().close()
+
+
+class RedirectingHandler(RequestHandler):
+    """Sends the consumer of a `200` response to the pickup port, and the response to whoever comes there.
+
+    The connection to the hub ends with the 303, since an open one would offer a slot that is still taken.
+    """
+
+    may_redirect = True
+
+    def __init__(self, sock: socket.socket, slot: Slot) -> None:
+        self._arrivals: queue.SimpleQueue[ConsumerGone | None] = queue.SimpleQueue()
+        self._key = ""
+        self.is_whole = False
+        super().__init__(sock, slot)
+
+    def _open_body(self, head: RequestHead) -> RequestBody | None:
+        body = super()._open_body(head)
+        return SeparableBody(self.intake, body) if body and self.may_redirect else body
+
+    def fetch_body(self) -> None:
+        if isinstance(self.body, SeparableBody):
+            self.body.fetch()
+
+    def redirect(self, head: bytes) -> None:
+        self.offer(head)
+        gone = self._arrivals.get()
+        if gone is not None:
+            raise gone
+
+    def offer(self, head: bytes) -> None:
+        """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
+        pickups, hub_sock = self.slot.pickups, self.connection
+        assert pickups is not None
+        self.slot.unwatch(self)
+        if self.is_hung_up:
+            raise ConsumerGone
+        self._key = pickups.offer(head, self.on_claim, self.on_expiry)
+        lines = [
+            "HTTP/1.1 303 See Other",
+            f"Location: {pickups.location(self._key, hub_sock)}",
+            "Cache-Control: no-store",
+            "Content-Length: 0",
+            f"Date: {http_date(int(time.time()))}",
+            "Connection: close",
+        ]
+        try:
+            hub_sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub_sock.shutdown(socket.SHUT_WR)  # there is nothing unread, so nothing can destroy the 303
+        except OSError as exc:
+            raise ConsumerGone from exc
+
+    def on_claim(self, sock: socket.socket) -> None:
+        """The consumer has come. Called by the port's thread."""
+        with contextlib.suppress(OSError):
+            set_options(sock)
+        self.connection = sock
+        self.slot.watch(self)
+        self.deliver(sock)
+
+    def deliver(self, sock: socket.socket) -> None:
+        """Have the response sent to where the consumer is now."""
+        self._arrivals.put(None)
+
+    def on_expiry(self) -> None:
+        """Nobody has come. Called by the port's thread."""
+        assert self.slot.pickups is not None
+        self.cancelled.set()
+        self.give_up(PickupExpired(f"nobody came for the response within {self.slot.pickups.expiry_s:g} s"))
+
+    def give_up(self, reason: ConsumerGone) -> None:
+        self._arrivals.put(reason)
+
+    def on_hang_up(self) -> None:
+        super().on_hang_up()
+        self._arrivals.put(ConsumerGone())
+        if self.connection is not self.request:
+            # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _settle(self, response: Response) -> None:
+        body = self.body
+        super()._settle(response)
+        self.is_whole = response.is_complete
+        if body:
+            body.close()
+
+    def finish(self) -> None:
+        if self._key:
+            assert self.slot.pickups is not None
+            self.slot.pickups.withdraw(self._key)
+        super().finish()
+        if self.connection is not self.request:
+            with self.connection:
+                if self.is_whole:
+                    close_gently(self.connection)
+
+
+# ---- A process for each request: the worker's side ---------------------------------------------------
+
+FORK_SERVER = "fork-server"  # as the first argument of this module: be one
+
+DRAINING = b"D"  # what a request's process is told on its channel after the request
+PICKED_UP = b"P"  # comes together with the consumer's connection
+
+
+class ForkServerLost(ConnectionError):
+    """There is no fork server that could make a process for this request."""
+
+
+class Channel:
+    """What a process tells the worker: each message is a line of JSON, and any thread may send one.
+
+    Writing stops with the worker's interest: who is about to be killed need not be told.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+
+    def tell(self, **message: object) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock, contextlib.suppress(OSError):
+            self.sock.sendall(line)
+
+
+class ForkServer:
+    """Starts the process that has imported the app and forks one for each request; starts another if it dies.
+
+    It is started as a program, since a fork of a process with threads may inherit a lock that nobody will
+    ever release, and the worker has threads by the time that it must be started again.
+    """
+
+    def __init__(self, app: str | None, on_process_end: Callable[[int], object] = lambda pid: None) -> None:
+        """`app` is MODULE:APP, or None for the demo. `on_process_end` is called with each ended one's pid."""
+        self.on_process_end = on_process_end
+        self._app = app
+        self._changed = threading.Condition()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._orders: socket.socket | None = None  # None while there is no fork server that is ready
+        self._processes: set[RequestProcess] = set()
+        self._failed_starts = 0
+        self._is_closing = False
+        self._keeper: threading.Thread | None = None
+
+    @staticmethod
+    def is_supported() -> bool:
+        return hasattr(socket, "send_fds") and hasattr(select, "POLLRDHUP") and hasattr(os, "waitid")
+
+    def start(self) -> None:
+        """Return when the app is imported. Raises LoadError."""
+        self._launch()
+        self._keeper = threading.Thread(target=self._keep, name="pothead-fork-server", daemon=True)
+        self._keeper.start()
+
+    def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
+        """Have a process made that owns `sock` and the other end of the control channel.
+
+        Waits while another fork server is started. Raises ForkServerLost.
+        """
+        with self._changed:
+            failed_starts = self._failed_starts
+            while self._orders is None:
+                if self._is_closing or self._failed_starts != failed_starts or process.is_unwanted():
+                    raise ForkServerLost("there is no fork server")
+                self._changed.wait(PEEK_INTERVAL_S)
+            try:
+                socket.send_fds(self._orders, [b"F"], [sock.fileno(), control.fileno()])
+            except OSError as exc:
+                raise ForkServerLost("the fork server has just died") from exc
+            self._processes.add(process)
+
+    def on_end(self, process: RequestProcess) -> None:
+        with self._changed:
+            self._processes.discard(process)
+        if process.pid is not None:
+            self.on_process_end(process.pid)
+
+    def close(self) -> None:
+        """End the fork server and every process that it made."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+            if self._orders is not None:
+                with contextlib.suppress(OSError):
+                    self._orders.shutdown(socket.SHUT_RDWR)
+            elif self._process is not None:
+                self._process.kill()
+        if self._keeper:
+            self._keeper.join()
+
+    def _launch(self) -> None:
+        """Start a fork server. Raises LoadError."""
+        orders, theirs = socket.socketpair()
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+        if getattr(sys.stdout, "write_through", False):
+            flags.append("-u")
+        fd = theirs.fileno()
+        command = [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)]
+        try:
+            with theirs:
+                process = subprocess.Popen(command, pass_fds=[fd])
+        except OSError as exc:
+            orders.close()
+            raise LoadError(f"cannot start the fork server: {exc}") from None
+        with self._changed:
+            self._process = process
+        try:
+            order = {
+                "app": self._app,
+                "path": sys.path,
+                "arguments": sys.argv,
+                "level": log.getEffectiveLevel(),
+            }
+            answer = ask_fork_server(orders, order)
+            if answer is None:
+                ending = describe_ending(process.wait())
+                raise LoadError(f"cannot load {self._app!r}: importing it ended the process: it {ending}")
+            if "failure" in answer:
+                process.wait()
+                raise LoadError(str(answer["failure"]))
+        except BaseException:
+            process.kill()
+            process.wait()
+            orders.close()
+            raise
+        if answer.get("threads"):
+            log.warning(
+                "importing the app started threads, which the requests' processes will not have: %s",
+                answer["threads"],
+            )
+        with self._changed:
+            self._orders = orders
+            if self._is_closing:
+                orders.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+
+    def _keep(self) -> None:
+        """Wait for the fork server to die, and start another, until it is closed."""
+        while True:
+            ending = self._wait_for_end()
+            if self._is_closing:
+                return
+            log.error("the fork server %s; its requests are cut off, and another one is started", ending)
+            backoff = Backoff()
+            while self._orders is None and not self._is_closing:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_closing, backoff.next_wait_s())
+                if not self._is_closing:
+                    self._try_to_launch()
+            if self._orders is None:
+                return
+
+    def _try_to_launch(self) -> None:
+        try:
+            self._launch()
+        except LoadError as exc:
+            if not self._is_closing:
+                log.error("cannot start another fork server: %s", exc)
+            with self._changed:
+                self._failed_starts += 1
+                self._changed.notify_all()
+        else:
+            log.info("another fork server is ready")
+
+    def _wait_for_end(self) -> str:
+        """Return how the fork server ended, once it has, and every request that it held was cut off."""
+        assert self._orders is not None and self._process is not None
+        with contextlib.suppress(OSError):
+            self._orders.recv(1)  # it never says anything
+        try:
+            status = self._process.wait(FORK_SERVER_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        with self._changed:
+            self._orders.close()
+            self._orders = None
+            processes = list(self._processes)
+        for process in processes:
+            process.on_fork_server_lost()
+        return describe_ending(status)
+
+
+def ask_fork_server(orders: socket.socket, order: Mapping[str, object]) -> dict[str, object] | None:
+    """Return its answer, or None if it ended without one."""
+    try:
+        orders.sendall(json.dumps(order).encode() + b"\n")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            data = orders.recv(RECEIVE_BYTES)
+            if not data:
+                return None
+            answer += data
+    except ConnectionError:
+        return None
+    message: dict[str, object] = json.loads(answer)
+    return message
+
+
+def describe_ending(status: int | None) -> str:
+    """Return words for an exit status, or for a signal, which is a negative one."""
+    if status is None:
+        return "ended"
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"was killed by signal {-status}"
+
+
+class RequestProcess:
+    """A request's process, as the worker sees it.
+
+    Everything is said over one socket pair. The process tells what it does, and the fork server has the last
+    word when it has ended. The worker tells both of them at once that it is to end, by closing its sending
+    direction: the app is told so by `pothead.cancelled`, and what is left a moment later is killed.
+    """
+
+    def __init__(self, handler: ProcessHandler, timeout_s: float) -> None:
+        self.pid: int | None = None
+        self.has_responded = False  # is set before the first byte of the response is sent
+        self.report: dict[str, object] | None = None  # how the response ended, as the process tells it
+        self.reason = ""  # why it was told to end, if it was
+        self.is_overdue = False
+        self.failure = ""  # how it ended, if not as it should
+        self._handler = handler
+        self._control, self._other_end = socket.socketpair()
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._has_ended = False
+        self._is_fork_server_lost = False
+
+    def is_unwanted(self) -> bool:
+        """Return whether it was told to end, for instance just now."""
+        self._check_deadline()
+        return bool(self.reason)
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() >= self._deadline:
+            self._deadline = math.inf
+            self.is_overdue = True
+            self.cancel(f"stopped after the request timeout of {self._timeout_s:g} s")
+
+    def run(
+        self, fork_server: ForkServer, sock: socket.socket, order: dict[str, object], data: bytes
+    ) -> None:
+        """Have the request that begins with `data` served on `sock`; return when its process has ended."""
+        with self._control:
+            with self._other_end:
+                fork_server.fork(self, self._other_end, sock)
+            try:
+                with contextlib.suppress(OSError):
+                    text = json.dumps(order).encode()
+                    self._control.sendall(b"%08x%08x" % (len(text), len(data)) + text + data)
+                self._follow()
+            finally:
+                fork_server.on_end(self)
+
+    # -- called by any thread
+
+    def cancel(self, reason: str) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self.reason = self.reason or reason
+            self._control.shutdown(socket.SHUT_WR)
+
+    def deliver(self, sock: socket.socket) -> None:
+        """Give the process the consumer's own connection."""
+        with self._lock, contextlib.suppress(OSError):
+            socket.send_fds(self._control, [PICKED_UP], [sock.fileno()])
+
+    def on_fork_server_lost(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._is_fork_server_lost = True
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    # -- following what it does
+
+    def _follow(self) -> None:
+        halt = self._handler.slot.halt
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(halt, select.POLLIN)
+        received = b""
+        while not self._has_ended:
+            for fd, _ in poller.poll(self._left_ms()):
+                if fd == halt.fileno():
+                    poller.unregister(halt)
+                    self._tell_draining()
+                else:
+                    data = self._receive()
+                    *lines, received = (received + data).split(b"\n")
+                    for line in lines:
+                        self._on_line(line)
+                    if not data:
+                        self._on_silence()
+            self._check_deadline()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(RECEIVE_BYTES)
+        except ConnectionResetError:  # it ended before it had read everything
+            return b""
+
+    def _left_ms(self) -> float | None:
+        if self._deadline == math.inf:
+            return None
+        return max(0.0, (self._deadline - time.monotonic()) * 1000 + 1)
+
+    def _tell_draining(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._control.sendall(DRAINING)
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:  # it died in the middle of a word
+            return
+        if "pid" in message:
+            self.pid = message["pid"]
+        elif "status" in message:
+            self.has_responded = True
+        elif "log" in message:
+            forward_record(message["log"])
+        elif "call" in message:
+            self._handler.call_back(message["call"], message["arguments"])
+        elif "offer" in message:
+            self._handler.on_offer(message["offer"].encode("latin-1"))
+        elif "report" in message:
+            self.report = message["report"]
+        elif "ending" in message:
+            self._has_ended = True
+            self.failure = "" if message["ending"] == "ended with status 0" else message["ending"]
+
+    def _on_silence(self) -> None:
+        """The channel is closed, and the fork server has not said how the process ended."""
+        self._has_ended = True
+        self.failure = "was cut off with the fork server"
+        if self._is_fork_server_lost and self.pid is not None:
+            # Its parent is dead, so it is dying, too; the group still holds its descendants.
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+def forward_record(record: dict[str, object]) -> None:
+    """Log what a process has logged."""
+    fields = {"name": log.name, "args": (), **record}
+    log.handle(logging.makeLogRecord(fields))
+
+
+class ProcessHandler(RedirectingHandler):
+    """Has each request served by a process of its own, to which it gives the connection itself."""
+
+    def __init__(self, sock: socket.socket, slot: Slot) -> None:
+        self._process: RequestProcess | None = None
+        super().__init__(sock, slot)
+
+    def answer(self, data: bytes, head: RequestHead) -> None:
+        fork_server = self.slot.fork_server
+        assert fork_server is not None
+        request_id = head.fields.get("X_REQUEST_ID", "-")
+        self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        if self.is_hung_up:  # perhaps before there was a process to be told
+            process.cancel("the consumer has gone")
+        received = data + b"\r\n" + self.intake.take_received()
+        order = {"callbacks": list(self.extra_environ), "may_redirect": self.slot.pickups is not None}
+        try:
+            process.run(fork_server, self.connection, order, received)
+        except ForkServerLost as exc:
+            process.failure = f"could not be started: {exc}"
+        self._close_response(process, request_id)
+
+    def _close_response(self, process: RequestProcess, request_id: str) -> None:
+        """See to the connection once the process has ended."""
+        report = process.report or {}
+        self.is_whole = bool(report.get("is_whole"))
+        self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
+        if not self.is_whole or process.failure:
+            self._log_ending(process, request_id)
+        if process.is_overdue and not process.has_responded:
+            with contextlib.suppress(OSError):
+                self.connection.sendall(plain_answer("504 Gateway Timeout"))
+            close_gently(self.connection)
+        if self.close_connection:
+            # A descendant may have escaped with its own descriptor, so closing ours would not be enough.
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+
+    def _log_ending(self, process: RequestProcess, request_id: str) -> None:
+        if process.reason:
+            log.info("request %s: %s", request_id, process.reason)
+        elif process.failure:
+            log.error("request %s: its process %s", request_id, process.failure)
+        elif process.report and process.report.get("reason"):
+            log.info("request %s: %s", request_id, process.report["reason"])
+
+    def call_back(self, name: str, arguments: Sequence[object]) -> None:
+        """The app has called something that the worker had put into its environ."""
+        try:
+            self.extra_environ[name](*arguments)
+        except Exception:
+            log.exception("%s failed", name)
+
+    def on_offer(self, head: bytes) -> None:
+        assert self._process is not None
+        try:
+            self.offer(head)
+        except ConsumerGone:
+            self._process.cancel("the consumer has gone")
+
+    def deliver(self, sock: socket.socket) -> None:
+        if self._process:
+            self._process.deliver(sock)
+
+    def give_up(self, reason: ConsumerGone) -> None:
+        if self._process:
+            self._process.cancel(str(reason))
+
+    def on_hang_up(self) -> None:
+        super().on_hang_up()
+        if self._process:
+            self._process.cancel("the consumer has gone")
+
+
+# ---- A process for each request: the fork server -----------------------------------------------------
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def load_prctl() -> Callable[[int, int], object]:
+    """Return Linux's prctl, or a function that does nothing where it is missing."""
+    try:
+        import ctypes  # here, because a Python may have been built without it
+
+        return ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return lambda option, value: None
+
+
+def run_fork_server(fd: int) -> int:
+    """Be the fork server at the other end of `fd`. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
+        signal.signal(number, ignore_signal)
+    with socket.socket(fileno=fd) as orders:
+        orders.set_inheritable(False)
+        with orders.makefile("rb") as file:
+            order = json.loads(file.readline())
+        sys.path[:], sys.argv[:] = order["path"], order["arguments"]
+        try:
+            app = load_app(order["app"]) if order["app"] else demo_app
+        except LoadError as exc:
+            Channel(orders).tell(failure=str(exc))
+            return 3
+        flush_output()  # or each process would write it once more
+        gc.collect()
+        gc.freeze()  # or each process's first collection would copy the app's pages
+        threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        forker = Forker(orders, app, order["level"])
+        Channel(orders).tell(threads=", ".join(threads))
+        forker.run()
+    threading.Thread(target=insist_on_exit, args=(0,), daemon=True).start()
+    return 0
+
+
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
+            stream.flush()
+
+
+def ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, this is not inherited by the programs that an app starts."""
+
+
+class Forked(NamedTuple):
+    """A process that serves a request, as the fork server sees it."""
+
+    pid: int
+    control: socket.socket
+
+
+class Forker:
+    """Forks, kills and reaps. One thread; the worker's orders come one at a time.
+
+    It is a "subreaper", and so is each process that it makes: whatever a request leaves behind, even in
+    another process group, is handed up to here in the end, and is killed.
+    """
+
+    def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
+        self._orders = orders
+        self._app = app
+        self._level = level
+        self._prctl = load_prctl()
+        self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._helpers = children_of_this_process()  # of the app, which began when it was imported
+        self._forked: dict[int, Forked] = {}  # by the descriptor of `control`
+        self._kill_at: dict[int, float] = {}  # by the same
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._handlers: dict[signal.Signals, object] = {}
+        self._set_signals()
+        self._poller = select.poll()
+        self._poller.register(orders, select.POLLIN)
+        self._poller.register(self._reader, select.POLLIN)
+
+    def _set_signals(self) -> None:
+        """Take the signals, and remember what the app wants to be done at them: that is for its processes."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            wanted = signal.signal(number, ignore_signal)
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            # None is a handler that was not installed by Python, and cannot be installed by it.
+            self._handlers[number] = default if wanted in (ignore_signal, None) else wanted
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Serve the worker until it closes its end or is gone; then kill whatever still runs."""
+        is_over = False
+        while not is_over:
+            for fd, _ in self._poller.poll(self._wait_ms()):
+                if fd == self._orders.fileno():
+                    is_over = not self._obey()
+                elif fd == self._reader.fileno():
+                    self._reap()
+                elif fd in self._forked and is_hung_up(fd):  # and not one that had this number before
+                    self._poller.unregister(fd)
+                    self._kill_at[fd] = time.monotonic() + CANCEL_GRACE_S
+            self._kill_overdue()
+        self._kill_all()
+
+    def _wait_ms(self) -> float | None:
+        if not self._kill_at:
+            return None
+        return max(0.0, (min(self._kill_at.values()) - time.monotonic()) * 1000 + 1)
+
+    # -- forking
+
+    def _obey(self) -> bool:
+        """Fork for the next request; False when the worker has gone."""
+        order, fds = receive_with_fds(self._orders)
+        if not order:
+            return False
+        if len(fds) == 2:
+            self._fork(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+        else:  # no descriptors left: the worker sees its channel close
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, connection: socket.socket, control: socket.socket) -> None:
+        with connection:
+            parent = os.getpid()
+            try:
+                with warnings.catch_warnings():
+                    # Python warns of threads that the app has started. The worker has told so already.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    pid = os.fork()
+            except OSError as exc:
+                Channel(control).tell(ending=f"could not be forked: {exc.strerror}")
+                control.close()
+                return
+            if pid == 0:
+                self._become_process(parent, connection, control)
+        self._forked[control.fileno()] = Forked(pid, control)
+        self._poller.register(control, select.POLLRDHUP)
+
+    def _become_process(self, parent: int, connection: socket.socket, control: socket.socket) -> NoReturn:
+        """Serve the request and end. Nothing of the fork server may run in this process."""
+        status = 1
+        try:
+            os.setsid()
+            self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+            if os.getppid() != parent:
+                os._exit(1)  # it died before it could take us with it
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+            for sock in (self._orders, self._reader, self._writer):
+                sock.close()
+            for other in self._forked.values():
+                other.control.close()
+            serve_one_request(self._app, connection, control, self._level)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            flush_output()
+            # Without the interpreter's own ending, for which threads and exit functions could wait.
+            os._exit(status)
+
+    # -- killing and reaping
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for fd in [fd for fd, kill_at in self._kill_at.items() if kill_at <= now]:
+            del self._kill_at[fd]
+            kill_group(self._forked[fd].pid)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        ended = []
+        for fd, forked in list(self._forked.items()):
+            if os.waitid(os.P_PID, forked.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                kill_group(forked.pid)  # before it is reaped, since until then its number is its own
+                status = os.waitstatus_to_exitcode(os.waitpid(forked.pid, 0)[1])
+                ended.append((fd, status))
+        self._kill_strays()
+        for fd, status in ended:
+            control = self._forked.pop(fd).control
+            if self._kill_at.pop(fd, None) is None:
+                with contextlib.suppress(KeyError):
+                    self._poller.unregister(fd)
+            with control:
+                control.setblocking(False)
+                Channel(control).tell(ending=describe_ending(status))
+
+    def _kill_strays(self) -> bool:
+        """Kill what the ended processes have left behind; return whether there was anything.
+
+        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes.
+        """
+        known = self._helpers | {forked.pid for forked in self._forked.values()}
+        strays = children_of_this_process() - known
+        for pid in strays:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        return bool(strays)
+
+    def _kill_all(self) -> None:
+        ends_at = time.monotonic() + FORK_SERVER_EXIT_S / 3
+        for forked in self._forked.values():
+            kill_group(forked.pid)
+        while (self._forked or self._kill_strays()) and time.monotonic() < ends_at:
+            poller = select.poll()
+            poller.register(self._reader, select.POLLIN)
+            poller.poll(PEEK_INTERVAL_S * 1000)
+            self._reap()
+        for sock in (self._reader, self._writer):
+            sock.close()
+
+
+def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """Receive one byte and the descriptors that came with it.
+
+    `socket.recv_fds` does the same, but has a flaw in Python 3.10: it drops the flags.
+    """
+    data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(2 * 4), flags | socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for _, _, content in ancillary:
+        fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a process and its group, if it has come to have one."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def children_of_this_process() -> set[int]:
+    """Return the ids of all child processes, ended ones included; none where the system does not tell."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", encoding="ascii") as file:
+                found.update(int(pid) for pid in file.read().split())
+    return found
+
+
+# ---- A process for each request: the process ---------------------------------------------------------
+
+
+class CancelledEvent(threading.Event):
+    """Is set when the worker closes its end of the channel.
+
+    It asks the kernel, since a thread that waits for that would make the process one that must not fork.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def is_set(self) -> bool:
+        return super().is_set() or self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not super().is_set():
+            poller = select.poll()
+            poller.register(self._sock, select.POLLRDHUP)
+            if poller.poll(None if timeout is None else timeout * 1000):
+                self.set()
+        return super().is_set()
+
+
+class ForwardingLogHandler(logging.Handler):
+    """Gives log records to the worker, which logs them as its own."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._channel.tell(
+            log={
+                "msg": record.getMessage(),
+                "levelno": record.levelno,
+                "levelname": record.levelname,
+                "created": record.created,
+                "exc_text": trace,
+            }
+        )
+
+
+class Orders:
+    """What the worker tells a process: the request first, then a byte now and then."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._is_draining = False
+        self._consumer: socket.socket | None = None
+
+    def take_request(self) -> tuple[dict[str, object], bytes]:
+        """Return what is to be done, and all that has come of the request. Raises EOFError."""
+        lengths = self._take_exactly(16)
+        order: dict[str, object] = json.loads(self._take_exactly(int(lengths[:8], 16)))
+        return order, self._take_exactly(int(lengths[8:], 16))
+
+    def _take_exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self._control.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def is_draining(self) -> bool:
+        while not self._is_draining and self._take(is_patient=False):
+            pass
+        return self._is_draining
+
+    def wait_for_consumer(self) -> socket.socket | None:
+        """Return the connection of the consumer that has come, or None when the worker gives up."""
+        while self._consumer is None and self._take(is_patient=True):
+            pass
+        return self._consumer
+
+    def _take(self, is_patient: bool) -> bool:
+        """Take one byte of orders; False if there is none, for now or for ever."""
+        try:
+            order, fds = receive_with_fds(self._control, 0 if is_patient else socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        if order == PICKED_UP and fds:
+            self._consumer = socket.socket(fileno=fds[0])
+        self._is_draining = self._is_draining or order == DRAINING
+        return bool(order)
+
+
+class OnlySlot(NamedTuple):
+    """What a handler needs of a slot, in a process that has only one request."""
+
+    application: WSGIApplication
+
+    def on_open(self, handler: RequestHandler) -> None:
+        """The worker watches the connection."""
+
+    def on_close(self, handler: RequestHandler) -> None:
+        """And closes it."""
+
+
+class LoneHandler(RedirectingHandler):
+    """Serves one request, in its own process, and reports to the worker."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        slot: OnlySlot,
+        channel: Channel,
+        orders: Orders,
+    ) -> None:
+        order, self._received = orders.take_request()
+        self.may_redirect = bool(order["may_redirect"])
+        self._callbacks = order["callbacks"]
+        self._channel = channel
+        self._orders = orders
+        self._report: dict[str, object] = {}
+        super().__init__(sock, slot)  # type: ignore[arg-type]  # it has all that is needed here
+
+    def setup(self) -> None:
+        super().setup()
+        self.intake = Intake(self.connection, self._received)
+
+    def handle(self) -> None:
+        self.close_connection = False
+        self.handle_one_request()
+        self._report["is_reusable"] = not self.close_connection and self.intake.is_empty
+        self._channel.tell(report=self._report)
+
+    def finish(self) -> None:
+        self.slot.on_close(self)
+        if self.connection is not self.request:
+            self.connection.close()  # only here: the worker's own descriptor ends it
+
+    def make_extra_environ(self, head: RequestHead) -> dict[str, Callable[..., object]]:
+        assert isinstance(self._callbacks, list)
+        return {name: functools.partial(self._call, name) for name in self._callbacks}
+
+    def _call(self, name: str, *arguments: object) -> None:
+        """Have the worker call what it has put into the environ. Does not wait for it."""
+        self._channel.tell(call=name, arguments=arguments)
+
+    def make_cancelled(self) -> threading.Event:
+        return CancelledEvent(self._channel.sock)
+
+    def is_halted(self) -> bool:
+        return self._orders.is_draining()
+
+    def on_response_start(self, status: str) -> None:
+        self._channel.tell(status=status)
+
+    def on_consumer_gone(self, request_id: str, reason: str) -> None:
+        self._report["reason"] = reason  # the worker may have noticed, too, and logs it once
+
+    def redirect(self, head: bytes) -> None:
+        self._channel.tell(offer=head.decode("latin-1"))
+        consumer = self._orders.wait_for_consumer()
+        if consumer is None:
+            raise ConsumerGone
+        self.connection = consumer
+
+    def _settle(self, response: Response) -> None:
+        super()._settle(response)
+        self._report["is_whole"] = response.is_complete
+
+
+def serve_one_request(
+    app: WSGIApplication, connection: socket.socket, control: socket.socket, level: int
+) -> None:
+    """Serve the request that the worker sends; what goes wrong with it is reported, not raised."""
+    channel, orders = Channel(control), Orders(control)
+    channel.tell(pid=os.getpid())
+    log.handlers = [ForwardingLogHandler(channel)]
+    log.setLevel(level)
+    log.propagate = False
+    Response.wsgi_multithread = False
+    Response.wsgi_run_once = True
+    with contextlib.suppress(EOFError, OSError):
+        LoneHandler(connection, OnlySlot(app), channel, orders)
 
 
 # ---- Reaching the hub --------------------------------------------------------------------------------
@@ -1118,6 +2423,9 @@ class Slot:
     ) -> None:
         self.halt = halt
         self.application = pool.application
+        self.fork_server = pool.fork_server
+        self.pickups = pool.pickups
+        self.request_timeout_s = pool.request_timeout_s
         self._pool = pool
         self._connector = connector
         self._reachability = reachability
@@ -1150,8 +2458,13 @@ class Slot:
         return bool(handler and handler.has_served) or time.monotonic() - opened_at > BACKOFF_LAST_S
 
     def _handle(self, sock: socket.socket) -> RequestHandler | None:
+        handler_class: type[RequestHandler] = RequestHandler
+        if self.fork_server:
+            handler_class = ProcessHandler
+        elif self.pickups:
+            handler_class = RedirectingHandler
         try:
-            return RequestHandler(sock, self)
+            return handler_class(sock, self)
         except OSError as exc:
             log.debug("connection to the hub lost: %s", exc)
         except Exception:
@@ -1160,11 +2473,19 @@ class Slot:
 
     def on_open(self, handler: RequestHandler) -> None:
         self._handler = handler
-        self._pool.watcher.add(handler)
+        self.watch(handler)
 
     def on_close(self, handler: RequestHandler) -> None:
-        self._pool.watcher.discard(handler)
+        self.unwatch(handler)
         self._handler = None
+
+    def watch(self, handler: RequestHandler) -> None:
+        """From now on, tell the handler when its connection's other end closes."""
+        self._pool.watcher.add(handler)
+
+    def unwatch(self, handler: RequestHandler) -> None:
+        """From now on, what happens to the connection does not matter to the handler."""
+        self._pool.watcher.discard(handler)
 
     def abort(self) -> bool:
         """Cut the connection off, from another thread; return whether a request was being served."""
@@ -1190,15 +2511,29 @@ class WorkerPool:
 
     def __init__(
         self,
-        application: WSGIApplication,
+        application: WSGIApplication | None,
         connect: str | tuple[str, int] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
+        *,
+        fork_server: ForkServer | None = None,
+        request_timeout_s: float = math.inf,
+        pickups: PickupPort | None = None,
     ) -> None:
-        """Raises ValueError for an address that is not `host:port`, and for less than one worker."""
+        """With a fork server, its app is what serves, and a request may have a time limit.
+
+        The pool ends the fork server and the pickup port that it is given.
+
+        Raises ValueError for an address that is not `host:port`, and for less than one worker.
+        """
         if workers < 1:
             raise ValueError("workers must be at least 1")
+        if application is None and fork_server is None:
+            raise ValueError("there is no application")
         self.application = application
+        self.fork_server = fork_server
+        self.request_timeout_s = request_timeout_s
+        self.pickups = pickups
         self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
         self.workers = workers
         self.graceful_timeout_s = graceful_timeout_s
@@ -1223,6 +2558,8 @@ class WorkerPool:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
             self.watcher = make_watcher()
+            if self.pickups:
+                self.pickups.start()
             connector = Connector(self.address, halt)
             reachability = Reachability(self.address, self.workers)
             self._slots = [Slot(self, halt, connector, reachability) for _ in range(self.workers)]
@@ -1235,6 +2572,10 @@ class WorkerPool:
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
         self._ended.wait()
+        if self.pickups:
+            self.pickups.close()
+        if self.fork_server:
+            self.fork_server.close()
         return not self._was_cut_off
 
     def stop(self) -> None:
@@ -1405,6 +2746,12 @@ class Options:
     graceful_timeout_s: float
     log_level: str
     app: str | None
+    use_request_subprocess: bool = False
+    request_timeout_s: float = math.inf
+    redirect_response: int | None = None
+    redirect_host: str | None = None
+    pickup_expiry_s: float = PICKUP_EXPIRY_S
+    pickup_interval_s: float = PICKUP_INTERVAL_S
 
 
 class UsageError(Exception):
@@ -1428,6 +2775,35 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise ValueError(f"{text!r} is not a duration like 500ms, 30s, 5m or 1h")
     return float(match[1]) * DURATION_UNITS_S[match[2]]
+
+
+def parse_limit(text: str) -> float:
+    """Return seconds, or infinity for `off`. Raises ValueError."""
+    limit_s = math.inf if text == "off" else parse_duration(text)
+    if limit_s <= 0:
+        raise ValueError(f"{text!r} is no time at all")
+    return limit_s
+
+
+def parse_switch(text: str) -> bool:
+    if text.lower() not in ("yes", "no"):
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return text.lower() == "yes"
+
+
+def parse_port(text: str) -> int | None:
+    if text == "off":
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_host(text: str) -> str | None:
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if host and not re.fullmatch(r"[0-9A-Za-z._-]+|[0-9A-Fa-f:.]+", host):
+        raise ValueError(f"{text!r} is not a host name or an address")
+    return host or None
 
 
 def parse_workers(text: str) -> int:
@@ -1473,6 +2849,27 @@ def build_parser() -> OptionParser:
         metavar="DURATION",
         help="how long running requests may take to finish after SIGTERM, in ms, s, m or h (default: 30s)",
     )
+    parser.add_argument(
+        "--use-request-subprocess",
+        action="store_const",
+        const="yes",
+        help="serve each request in a process of its own, which is killed when nobody waits for it any more",
+    )
+    parser.add_argument(
+        "--request-timeout",
+        metavar="DURATION",
+        help="kill a request's process after this time; needs --use-request-subprocess (default: off)",
+    )
+    parser.add_argument(
+        "--redirect-response",
+        metavar="PORT",
+        help="have consumers come to this port of the worker for their responses (default: off)",
+    )
+    parser.add_argument(
+        "--redirect-host",
+        metavar="HOST",
+        help="the worker's address as consumers know it (default: the one it connects to the hub from)",
+    )
     levels = ", ".join(LOG_LEVELS)
     parser.add_argument("--log-level", metavar="LEVEL", help=f"one of {levels} (default: info)")
     parser.add_argument("--version", action="version", version=f"pothead-worker {__version__}")
@@ -1506,17 +2903,54 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         except ValueError as exc:
             raise UsageError(f"{source}: {exc}") from None
 
+    def choose_variable(variable: str, default: float) -> float:
+        try:
+            return parse_limit(environment.get(variable) or str(default))
+        except ValueError as exc:
+            raise UsageError(f"{variable}: {exc}") from None
+
     try:
         app = None if given.app is None else parse_app_name(given.app)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
-    return Options(
+    options = Options(
         connect=choose("connect", parse_address, "localhost:4040", "POTHEAD_CONNECT"),
         workers=choose("workers", parse_workers, "1", "POTHEAD_WORKERS"),
         graceful_timeout_s=choose("graceful_timeout", parse_duration, "30s"),
         log_level=choose("log_level", parse_log_level, "info"),
         app=app,
+        use_request_subprocess=choose("use_request_subprocess", parse_switch, "no"),
+        request_timeout_s=choose("request_timeout", parse_limit, "off"),
+        redirect_response=choose("redirect_response", parse_port, "off"),
+        redirect_host=choose("redirect_host", parse_host, ""),
+        pickup_expiry_s=choose_variable("OOB_ITEM_EXPIRY_SECONDS", PICKUP_EXPIRY_S),
+        pickup_interval_s=choose_variable("OOB_CLEANUP_INTERVAL_SECONDS", PICKUP_INTERVAL_S),
     )
+    check_options(options)
+    return options
+
+
+def check_options(options: Options) -> None:
+    """Raises UsageError for options that make no sense together, or on this platform."""
+    if options.request_timeout_s < math.inf and not options.use_request_subprocess:
+        raise UsageError("--request-timeout: only a process can be stopped; add --use-request-subprocess")
+    if options.redirect_host and options.redirect_response is None:
+        raise UsageError("--redirect-host: there is no --redirect-response")
+    if options.use_request_subprocess and not ForkServer.is_supported():
+        raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
+
+
+def open_pickup_port(options: Options) -> PickupPort | None:
+    """Listen for consumers, if they are to come to the worker. Raises UsageError."""
+    port, host = options.redirect_response, options.redirect_host
+    if port is None:
+        return None
+    try:
+        return PickupPort(port, host, options.pickup_expiry_s, options.pickup_interval_s)
+    except OSError as exc:
+        raise UsageError(
+            f"--redirect-response: cannot listen on port {port}: {os.strerror(exc.errno or 0)}"
+        ) from None
 
 
 class LogHandler(logging.Handler):
@@ -1635,18 +3069,39 @@ def serve(pool: WorkerPool, signals: Signals) -> bool:
     return pool.join()
 
 
+def open_app(options: Options) -> tuple[WSGIApplication | None, ForkServer | None]:
+    """Import the app here, or else in a fork server. Raises LoadError."""
+    if not options.use_request_subprocess:
+        return load_app(options.app) if options.app else demo_app, None
+    fork_server = ForkServer(options.app)
+    fork_server.start()
+    return None, fork_server
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
     try:
         options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        pickups = open_pickup_port(options)
     except UsageError as exc:
         print(f"pothead-worker: {exc}", file=sys.stderr)
         return 2
-    with contextlib.closing(Signals()) as signals:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(contextlib.closing(Signals()))
+        if pickups:
+            stack.callback(pickups.close)
         try:
             configure_logging(options.log_level)
-            app = load_app(options.app) if options.app else demo_app
-            pool = WorkerPool(app, options.connect, options.workers, options.graceful_timeout_s)
+            app, fork_server = open_app(options)
+            pool = WorkerPool(
+                app,
+                options.connect,
+                options.workers,
+                options.graceful_timeout_s,
+                fork_server=fork_server,
+                request_timeout_s=options.request_timeout_s,
+                pickups=pickups,
+            )
             signals.listen()
         except LoadError as exc:
             print(f"pothead-worker: {exc}", file=sys.stderr)
@@ -1673,4 +3128,4 @@ def insist_on_exit(status: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_fork_server(int(sys.argv[2])) if sys.argv[1:2] == [FORK_SERVER] else main())
