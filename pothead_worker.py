@@ -42,12 +42,16 @@ import email.utils
 import errno
 import functools
 import gc
+import glob
 import importlib
+import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -55,6 +59,7 @@ import secrets
 import select
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
@@ -109,15 +114,24 @@ USER_TIMEOUT_S = 60
 
 PEEK_INTERVAL_S = 0.05
 
-PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
-PICKUP_INTERVAL_S = 1.0  # how often expired ones are looked for
-PICKUP_HEAD_BYTES = 16 << 10
-PICKUP_HEAD_TIMEOUT_S = 10.0
-PICKUP_CALLERS = 256  # connections that have not said yet what they want; beyond, the oldest is closed
+SIDE_HEAD_BYTES = 16 << 10  # of a request to a port of the worker's own
+SIDE_HEAD_TIMEOUT_S = 10.0
+SIDE_VISITORS = 256  # connections that have not said yet what they want; beyond, the oldest is closed
+SIDE_INTERVAL_S = 1.0  # how often a port looks for what is overdue
+SIDE_SEND_TIMEOUT_S = 10.0  # a reader of metrics or inspection pages who stalls for so long is given up
+SIDE_GRACE_S = 1.0  # how long a page may take when the worker ends
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
+
+PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
 
 CANCEL_GRACE_S = 0.5  # how long a request's process may clean up before it is killed
 FORK_SERVER_EXIT_S = 3.0  # how long the fork server may take to kill what it started
+
+MAX_WAITING_OFFERS = 256  # connections that wait for a request at the same time, however many a gate permits
+GATE_GRACE_S = 2.0  # how long a gate may take to notice that the worker is stopping
+
+SCRAPE_ATTEMPTS = 5  # a file of metrics that is just being made cannot be read
+PROGRESS_INTERVAL_S = 0.1
 
 
 class ProtocolError(Exception):
@@ -134,6 +148,14 @@ class ConsumerGone(ConnectionError):
 
 class WSGIViolation(Exception):
     """The application broke a rule of PEP 3333."""
+
+
+class LocalError(Exception):
+    """The program that requests are forwarded to gave no response, or a broken one."""
+
+
+class LocalUnreachable(LocalError):
+    """It cannot be connected to. Has been logged, once an episode."""
 
 
 # ---- Stopping ----------------------------------------------------------------------------------------
@@ -256,10 +278,20 @@ def parse_framing(fields: dict[str, str]) -> tuple[int | None, bool]:
 # ---- Receiving ---------------------------------------------------------------------------------------
 
 
-class Intake:
-    """What the hub sends on one connection, and what of it has arrived but is not yet understood."""
+class Source(Protocol):
+    """Where bytes come from: a socket, or what behaves like one."""
 
-    def __init__(self, sock: socket.socket, received: bytes = b"") -> None:
+    def recv(self, size: int, /) -> bytes: ...
+
+    def recv_into(self, target: memoryview, /) -> int: ...
+
+
+class Intake:
+    """What the other end sends on one connection, and what of it has arrived but is not yet understood."""
+
+    failure: type[Exception] = BodyError
+
+    def __init__(self, sock: Source, received: bytes = b"") -> None:
         self._sock = sock
         self._buffer = received
         self._failure = ""
@@ -310,7 +342,7 @@ class Intake:
 
     def _check(self) -> None:
         if self._failure:
-            raise BodyError(self._failure)
+            raise self.failure(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
         """Return what comes before `end`, and drop `end`; None when the hub closes first."""
@@ -338,8 +370,16 @@ class RequestBody(io.RawIOBase):
         return True
 
     def left_bytes(self) -> float:
-        """Return how many bytes are still to be read; infinity when nobody knows."""
+        """Return how many bytes are still to come on the connection; infinity when nobody knows."""
         raise NotImplementedError
+
+    def has_rest(self) -> bool:
+        """Return whether there is, or may be, more to read."""
+        return self.left_bytes() > 0
+
+    def is_ready(self) -> bool:
+        """Return whether more can be read without waiting for the connection."""
+        return not self._intake.is_empty
 
 
 class FixedBody(RequestBody):
@@ -599,6 +639,13 @@ class Response(BaseHandler):
         assert self.head is not None
         return self.request.method != "HEAD" and self.head.status[:3] not in ("204", "304")
 
+    @property
+    def is_all_sent(self) -> bool:
+        """Whether the consumer has all of the response: from now on it may be gone."""
+        assert self.head is not None
+        is_body_sent = not self.has_body or self.sent_bytes >= (self.head.length or 0)
+        return self.headers_sent and not self.is_chunked and is_body_sent
+
     # -- calling the app
 
     def run(self, application: WSGIApplication) -> None:
@@ -608,6 +655,7 @@ class Response(BaseHandler):
         """
         try:
             self.setup_environ()
+            self.handler.on_environ(self.environ)
             try:
                 self.result = application(self.environ, self.start_response)
                 self.finish_response()
@@ -620,7 +668,6 @@ class Response(BaseHandler):
         self.environ.update(build_environ(self.request, self.handler.hub_host))
         self.environ["wsgi.input_terminated"] = True
         self.environ["pothead.cancelled"] = self.handler.cancelled
-        self.environ.update(self.handler.extra_environ)
 
     def get_stdin(self) -> io.BufferedIOBase:
         return self.body
@@ -658,14 +705,23 @@ class Response(BaseHandler):
         self.head = check_head(status, headers)
         return self.write
 
+    def send_head(self) -> None:
+        """Send the head before there is any of the body, which is in chunks if its length is not known."""
+        self._write(self._begin(1))
+
     def write(self, data: bytes) -> None:
         """Send a piece of the body at once. An empty one only notices whether the consumer has gone."""
         if not isinstance(data, bytes):
             raise WSGIViolation(f"the body has a piece of type {type(data).__name__} instead of bytes")
+        if data:
+            self._check_consumer()
+            self._send_piece(data)
+        elif self.head is None or not self.is_all_sent:
+            self._check_consumer()
+
+    def _check_consumer(self) -> None:
         if self.handler.cancelled.is_set():
             raise ConsumerGone
-        if data:
-            self._send_piece(data)
 
     # -- framing
 
@@ -692,8 +748,8 @@ class Response(BaseHandler):
         """Send what ends the response, if it is whole."""
         if self.head is None:
             raise WSGIViolation("start_response was not called")
-        if self.handler.cancelled.is_set():
-            raise ConsumerGone
+        if not self.is_all_sent:
+            self._check_consumer()
         if self.has_body and self.sent_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
         if not self.headers_sent:
@@ -751,6 +807,10 @@ class Response(BaseHandler):
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", self.request_id, exc)
             self._send_error("400 Bad Request")
+        elif isinstance(exc, LocalError):
+            level = logging.DEBUG if isinstance(exc, LocalUnreachable) else logging.ERROR
+            log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
+            self._send_error("502 Bad Gateway")
         elif isinstance(exc, WSGIViolation):
             log.error("request %s: WSGI violation: %s", self.request_id, exc)
             self._send_error("500 Internal Server Error")
@@ -773,6 +833,8 @@ class Response(BaseHandler):
 
 # ---- One connection ----------------------------------------------------------------------------------
 
+GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
+
 
 class RequestHandler(BaseHTTPRequestHandler):
     """Serves the requests that come on one connection, one after the other; constructing it does the work.
@@ -793,7 +855,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.is_hung_up = False
         self.wants_close = False
         self.cancelled = threading.Event()
-        self.extra_environ: dict[str, Callable[..., object]] = {}
+        self.status = GONE_STATUS
         super().__init__(sock, sock.getpeername(), slot)  # type: ignore[arg-type]  # the base only keeps it
 
     def setup(self) -> None:
@@ -816,16 +878,24 @@ class RequestHandler(BaseHTTPRequestHandler):
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
         unread = self.body.left_bytes() if self.body else 0
-        return self.wants_close or self.is_halted() or unread > DISCARD_LIMIT_BYTES
+        return self.wants_close or self.is_last() or unread > DISCARD_LIMIT_BYTES
 
-    def is_halted(self) -> bool:
-        """Return whether the worker takes no more requests."""
-        return self.slot.halt.is_set()
+    def is_last(self) -> bool:
+        """Return whether this request is the last one that the worker takes on this connection."""
+        return self.slot.serves_one_request or self.slot.halt.is_set()
 
-    # -- what modes make of a response
+    # -- what modes make of a request and its response
+
+    def make_cancelled(self) -> threading.Event:
+        return threading.Event()
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        """The app is about to be called with this."""
+        self.slot.on_request(environ)
 
     def on_response_start(self, status: str) -> None:
         """The response's head is about to be sent."""
+        self.status = status[:3]
 
     def on_consumer_gone(self, request_id: str, reason: str) -> None:
         log.info("request %s: %s", request_id, reason)
@@ -861,8 +931,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             return
         head = parse_head(data)
         self.is_busy = self.has_served = True
-        self.wants_close = "close" in re.split(r"[ \t]*,[ \t]*", head.fields.get("CONNECTION", "").lower())
-        self.extra_environ = self.make_extra_environ(head)
+        self.wants_close = "close" in connection_options(head.fields)
         request_id = head.fields.get("X_REQUEST_ID", "-")
         log.debug("request %s: %s %s", request_id, head.method, head.target.partition("?")[0])
         if self.is_hung_up:  # perhaps before `cancelled` was there to be set
@@ -870,24 +939,26 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             log.info("request %s: the consumer had gone before it began", request_id)
         else:
+            self._answer_and_count(data, head)
+
+    def _answer_and_count(self, data: bytes, head: RequestHead) -> None:
+        self.status = GONE_STATUS
+        began_at = time.monotonic()
+        self.slot.on_exchange_begin()
+        try:
             self.answer(data, head)
-
-    def make_cancelled(self) -> threading.Event:
-        return threading.Event()
-
-    def make_extra_environ(self, head: RequestHead) -> dict[str, Callable[..., object]]:
-        """Return functions for the app to find in its environ, as a gate gives them.
-
-        In a process of its own, the app finds stand-ins, which return nothing and whose arguments are JSON.
-        """
-        return {}
+        finally:
+            self.slot.on_exchange_end(self.status, time.monotonic() - began_at)
 
     def answer(self, data: bytes, head: RequestHead) -> None:
         """Answer the request whose head was `data`; sets close_connection when it was the last."""
         self.body = self._open_body(head)
         response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        assert self.slot.application is not None
-        response.run(self.slot.application)
+        application = self.slot.application
+        assert application is not None
+        if isinstance(application, Forwarder):
+            application = LocalExchange(application, response)
+        response.run(application)
         self._settle(response)
 
     def _open_body(self, head: RequestHead) -> RequestBody | None:
@@ -933,6 +1004,341 @@ class RequestHandler(BaseHTTPRequestHandler):
                 b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\nConnection: close\r\n\r\nBad Request\n"
             )
         close_gently(self.connection)
+
+
+# ---- Forwarding to a local program -------------------------------------------------------------------
+
+LOCAL_HEAD = re.compile(
+    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+    rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+)
+FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
+NOT_FORWARDED = (
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+)
+REPEATABLE_METHODS = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")
+
+
+def parse_forward(text: str) -> Address:
+    """Understand `http://host:port`. Raises ValueError."""
+    match = FORWARD_URL.fullmatch(text)
+    port = int(match[2] or 80) if match else 0
+    if match is None or not 0 < port < 65536:
+        raise ValueError(f"{text!r} is not http://HOST:PORT, like http://localhost:3000")
+    return Address(match[1].strip("[]"), port)
+
+
+def connection_options(fields: Mapping[str, str]) -> list[str]:
+    """Return what the Connection field says, in lower case; `fields` is by CGI name."""
+    return re.split(r"[ \t]*,[ \t]*", fields.get("CONNECTION", "").lower())
+
+
+def is_forwarded(name: str, options: Sequence[str]) -> bool:
+    """Return whether a field is for the other end, too, and not for one connection."""
+    return not (name.lower() in NOT_FORWARDED or name.lower() in options or is_hop_by_hop(name))
+
+
+class LocalHead(NamedTuple):
+    """What a local program answers, with the fields that are for the consumer."""
+
+    status: str
+    fields: list[tuple[str, str]]
+    length: int | None
+    is_chunked: bool
+    may_reuse: bool
+
+
+def parse_local_head(data: bytes) -> LocalHead:
+    """Understand a response's head without the empty line that ends it. Raises LocalError."""
+    match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
+    if match is None:
+        raise LocalError("malformed head")
+    minor_version, code, reason, lines = match.groups()
+    pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
+    fields = [(name, value.strip(" \t")) for name, _, value in pairs]
+    known: dict[str, str] = {}
+    for name, value in fields:
+        key = name.upper().replace("-", "_")
+        if key == "CONTENT_LENGTH" and known.get(key) == value:
+            continue  # said twice
+        known[key] = f"{known[key]}, {value}" if key in known else value
+    try:
+        length, is_chunked = parse_framing(known)
+    except ProtocolError as exc:
+        raise LocalError(str(exc)) from None
+    options = connection_options(known)
+    kept = [(name, value) for name, value in fields if is_forwarded(name, options)]
+    if length is not None:
+        kept = [field for field in kept if field[0].lower() != "content-length"]
+        kept.append(("Content-Length", str(length)))
+    may_reuse = minor_version == "1" and "close" not in options
+    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked, may_reuse)
+
+
+class Forwarder:
+    """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
+
+    Keeps connections to it that can take another request.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError if `url` is not like `http://localhost:3000`."""
+        self.address = parse_forward(url)
+        self._lock = threading.Lock()
+        self._kept: list[socket.socket] = []
+        self._is_closed = False
+        self._is_unreachable = False
+
+    def open(self) -> socket.socket:
+        """Return a new connection. Raises LocalUnreachable."""
+        try:
+            sock = socket.create_connection(self.address, CONNECT_TIMEOUT_S)
+            if sock.getsockname() == sock.getpeername():  # nobody listens, and TCP met itself
+                sock.close()
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        except OSError as exc:
+            self._report(is_unreachable=True, reason=exc)
+            raise LocalUnreachable(str(exc)) from None
+        self._report(is_unreachable=False)
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
+        with self._lock:
+            was_unreachable, self._is_unreachable = self._is_unreachable, is_unreachable
+        if reason and not was_unreachable:
+            log.warning("http://%s unreachable, answering 502: %s", self.address, reason.strerror or reason)
+        elif was_unreachable and not is_unreachable:
+            log.info("http://%s reached again", self.address)
+
+    def take_kept(self) -> socket.socket | None:
+        """Return a connection that was kept, unless the program has closed them all."""
+        while True:
+            with self._lock:
+                sock = self._kept.pop() if self._kept else None
+            if sock is None or not is_readable(sock):
+                return sock
+            sock.close()
+
+    def keep(self, sock: socket.socket) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._kept.append(sock)
+                return
+        sock.close()
+
+    def close(self) -> None:
+        """Close what is kept, now and from now on."""
+        with self._lock:
+            self._is_closed = True
+            kept, self._kept = self._kept, []
+        for sock in kept:
+            sock.close()
+
+
+def is_readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class LocalIntake(Intake):
+    """What the local program sends."""
+
+    failure = LocalError
+
+    def take_rest(self) -> bytes:
+        """Return what has come, or b"" at the end of the connection."""
+        data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
+        return data
+
+
+class LocalConnection:
+    """A connection to the local program, as a source of bytes.
+
+    While it waits for them, it sends the request, and it looks out for the hub's closing. So both bodies
+    flow at the same time without a second thread, and neither end has to take one before it gets the other.
+    """
+
+    HANG_UP = getattr(select, "POLLRDHUP", 0)
+
+    def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
+        self.sock = sock
+        self.has_received = False
+        self.is_sent = handler.body is None  # all of the request has been taken from the hub
+        self._handler = handler
+        self._is_chunked = is_chunked
+        self._unsent = memoryview(head)
+        self._is_refused = False  # the local program takes no more of the request
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the local program has got all of the request."""
+        return self.is_sent and not self._unsent and not self._is_refused
+
+    def recv(self, size: int, /) -> bytes:
+        data = bytearray(size)
+        return bytes(memoryview(data)[: self.recv_into(memoryview(data))])
+
+    def recv_into(self, target: memoryview, /) -> int:
+        self._wait()
+        try:
+            count = self.sock.recv_into(target)
+        except OSError as exc:
+            raise LocalError(exc.strerror or str(exc)) from None
+        self.has_received = self.has_received or count > 0
+        return count
+
+    def _wait(self) -> None:
+        """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
+        hub, local = self._handler.connection.fileno(), self.sock.fileno()
+        while True:
+            if not self._unsent and not self.is_sent and self._body().is_ready():
+                self._take_body()
+            poller = select.poll()
+            poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            poller.register(hub, self.HANG_UP | (0 if self._unsent or self.is_sent else select.POLLIN))
+            events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
+            if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
+                raise ConsumerGone
+            if hub in events:
+                self._take_body()
+            if self._unsent and events.get(local, 0) & select.POLLOUT:
+                self._send()
+            if events.get(local, 0) & ~select.POLLOUT:
+                return
+
+    def _body(self) -> RequestBody:
+        assert self._handler.body is not None
+        return self._handler.body
+
+    def _take_body(self) -> None:
+        data = self._body().read(RECEIVE_BYTES) or b""
+        self.is_sent = not self._body().has_rest()
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"0\r\n\r\n" if self.is_sent else b""
+        self._unsent = memoryview(data)
+
+    def _send(self) -> None:
+        try:
+            self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has closed; perhaps its response is there all the same
+            self._is_refused = self.is_sent = True
+            self._unsent = memoryview(b"")
+
+
+class LocalExchange:
+    """One request as the local program serves it: called like an app, it returns the response's body."""
+
+    def __init__(self, forwarder: Forwarder, response: Response) -> None:
+        self._forwarder = forwarder
+        self._response = response
+        self._connection: LocalConnection | None = None
+        self._may_reuse = False
+        self._is_whole = False
+
+    def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            self._head = self._ask()
+            start_response(self._head.status, self._head.fields)
+            if self._response.has_body and self._intake.is_empty:
+                self._response.send_head()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._response.has_body:
+            yield from self._pieces()
+        self._is_whole = True
+
+    def _pieces(self) -> Iterator[bytes]:
+        head = self._head
+        if head.is_chunked or head.length is not None:
+            body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
+            while data := body.read(RECEIVE_BYTES):
+                yield data
+        else:
+            self._may_reuse = False
+            while data := self._intake.take_rest():
+                yield data
+
+    def close(self) -> None:
+        """Give the connection back if it can take another request, else close it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        is_clean = self._is_whole and connection.is_settled and self._intake.is_empty
+        if is_clean and self._may_reuse:
+            self._forwarder.keep(connection.sock)
+        else:
+            connection.sock.close()
+
+    # -- asking
+
+    def _ask(self) -> LocalHead:
+        """Send the request and return the response's head.
+
+        A kept connection may be closed by the other end at any moment. So it is used only for a request that
+        may be sent again, on a new one, when that happens.
+        """
+        request = self._response.request
+        has_no_body = self._response.handler.body is None
+        if has_no_body and request.method in REPEATABLE_METHODS and (kept := self._forwarder.take_kept()):
+            try:
+                return self._ask_on(kept)
+            except LocalError:
+                if self._connection and self._connection.has_received:
+                    raise
+                self.close()
+        return self._ask_on(self._forwarder.open())
+
+    def _ask_on(self, sock: socket.socket) -> LocalHead:
+        request = self._response.request
+        self._connection = connection = LocalConnection(
+            sock, self._response.handler, self._request_head(), request.is_chunked
+        )
+        self._intake = LocalIntake(connection)
+        head = self._take_head()
+        while head.status.startswith("1"):
+            if head.status.startswith("101"):
+                raise LocalError("it switched protocols")
+            head = self._take_head()
+        self._may_reuse = head.may_reuse
+        return head
+
+    def _take_head(self) -> LocalHead:
+        try:
+            data = self._intake.take_head()
+        except ProtocolError:
+            raise LocalError("head too long") from None
+        if data is None:
+            raise LocalError("it closed the connection before its response")
+        return parse_local_head(data)
+
+    def _request_head(self) -> bytes:
+        request = self._response.request
+        options = connection_options(request.fields)
+        fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
+        lines = [
+            f"{name}: {value}\r\n"
+            for name, value in fields
+            if is_forwarded(name, options) and name != "Expect"
+        ]
+        if request.is_chunked:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
 # ---- Noticing that the consumer has gone -------------------------------------------------------------
@@ -1024,10 +1430,270 @@ def make_watcher() -> HangUpWatcher | PeekingWatcher:
     return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
 
 
-# ---- Responses that do not pass the hub --------------------------------------------------------------
-
+# ---- Side doors: ports of the worker's own -----------------------------------------------------------
 
 NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
+
+Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
+
+
+def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
+    """Return a whole response that ends its connection."""
+    body = (text or f"{status}\n").encode("latin-1")
+    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}"]
+    head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+    return head if is_head else head + body
+
+
+def plain_address(host: object) -> str:
+    """Return an IPv4 address that a socket of both kinds shows as one of IPv6 in its usual form."""
+    return str(host).removeprefix("::ffff:")
+
+
+class Visitor:
+    """A connection to a side door whose request has not come yet, or that is being closed gently."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self.sock = sock
+        self.address = address
+        self.received = b""
+        self.deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+        self.is_answered = False
+
+
+class SideDoor:
+    """A port at which others than the hub come with one request each: a thread that understands these.
+
+    What is answered is for its subclasses to say. Nothing that takes long may happen in the thread.
+    """
+
+    def __init__(
+        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
+    ) -> None:
+        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
+        self._name = name
+        self._listener = socket.create_server((host, port)) if host else listen_everywhere(port)
+        self._listener.setblocking(False)
+        self._host = host or "*"
+        self.port = int(self._listener.getsockname()[1])
+        self._interval_s = interval_s
+        self._visitors: dict[int, Visitor] = {}
+        self._over = Halt()
+        self._selector = selectors.DefaultSelector()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        log.info("listening %s=%s:%d", self._name, self._host, self.port)
+        self._thread = threading.Thread(target=self._run, name=f"pothead-{self._name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, and close whatever nobody has taken over. May be called again."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self._listener.close()
+        self._selector.close()
+        self._over.close()
+
+    # -- for subclasses
+
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        """Return the answer to a GET or HEAD, if it is short, or what takes the connection over."""
+        raise NotImplementedError
+
+    def on_interval(self) -> None:
+        """See to what is overdue."""
+
+    # -- the thread
+
+    def _run(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._over, selectors.EVENT_READ)
+        looks_at = 0.0
+        while not self._over.is_set():
+            for key, _ in self._selector.select(self._interval_s):
+                try:
+                    self._on_event(key.data)
+                except Exception:
+                    log.exception("a fault of the worker itself")
+            now = time.monotonic()
+            for visitor in [visitor for visitor in self._visitors.values() if visitor.deadline <= now]:
+                self._on_deadline(visitor)
+            if now >= looks_at:
+                self.on_interval()
+                looks_at = now + self._interval_s
+        for visitor in list(self._visitors.values()):
+            self._drop(visitor)
+
+    def _on_event(self, source: object) -> None:
+        if source is self._listener:
+            self._accept()
+        elif isinstance(source, Visitor):
+            self._receive(source)
+
+    def _on_deadline(self, visitor: Visitor) -> None:
+        if visitor.is_answered or not visitor.received:
+            self._drop(visitor)
+        else:
+            self._answer(visitor, plain_answer("408 Request Timeout"))
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self._listener.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning("%s: cannot accept a connection: %s", self._name, exc.strerror)
+                self._over.wait(ACCEPT_PAUSE_S)
+            return
+        if len(self._visitors) >= SIDE_VISITORS:
+            self._drop(next(iter(self._visitors.values())))
+        sock.setblocking(False)
+        visitor = Visitor(sock, plain_address(address[0]))
+        self._visitors[sock.fileno()] = visitor
+        self._selector.register(sock, selectors.EVENT_READ, visitor)
+
+    def _receive(self, visitor: Visitor) -> None:
+        if self._visitors.get(visitor.sock.fileno()) is not visitor:
+            return  # dropped a moment ago, in this very turn
+        try:
+            data = visitor.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(visitor)
+        elif not visitor.is_answered:
+            self._on_data(visitor, data)
+
+    def _on_data(self, visitor: Visitor, data: bytes) -> None:
+        searched = len(visitor.received)
+        visitor.received += data
+        end = visitor.received.find(b"\r\n\r\n", max(0, searched - 3))
+        if (end if end >= 0 else len(visitor.received)) > SIDE_HEAD_BYTES:
+            self._answer(visitor, plain_answer("431 Request Header Fields Too Large"))
+        elif end >= 0:
+            self._on_head(visitor, visitor.received[: end + 2])
+        elif NEVER_IN_A_HEAD.search(visitor.received, searched):
+            self._refuse(visitor, "malformed head")  # TLS, say: its sender waits, and no empty line will come
+
+    def _on_head(self, visitor: Visitor, data: bytes) -> None:
+        try:
+            head = parse_head(data)
+        except ProtocolError as exc:
+            self._refuse(visitor, str(exc))
+            return
+        if head.method not in ("GET", "HEAD"):
+            self._answer(visitor, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
+            return
+        answer = self.on_request(head, visitor.address)
+        if isinstance(answer, bytes):
+            self._answer(visitor, answer)
+        else:
+            self._forget(visitor)
+            visitor.sock.setblocking(True)
+            answer(visitor.sock)
+
+    def _refuse(self, visitor: Visitor, reason: str) -> None:
+        log.warning("%s: not a request from %s: %s", self._name, visitor.address, reason)
+        self._answer(visitor, plain_answer("400 Bad Request"))
+
+    def _answer(self, visitor: Visitor, answer: bytes) -> None:
+        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
+        visitor.is_answered = True
+        visitor.deadline = time.monotonic() + LINGER_S
+        try:
+            visitor.sock.send(answer)
+            visitor.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(visitor)
+
+    def _drop(self, visitor: Visitor) -> None:
+        self._forget(visitor)
+        visitor.sock.close()
+
+    def _forget(self, visitor: Visitor) -> None:
+        self._selector.unregister(visitor.sock)
+        del self._visitors[visitor.sock.fileno()]
+
+
+class Page(NamedTuple):
+    body: bytes | Iterable[bytes]  # several pieces are sent as they come
+    status: str = "200 OK"
+    content_type: str = "text/plain; charset=utf-8"
+
+
+PageMaker = Callable[[socket.socket], Page]
+
+
+class PagePort(SideDoor):
+    """Shows pages about the worker, each to each visitor in a thread of its own."""
+
+    def __init__(self, name: str, port: int, host: str | None = None) -> None:
+        """Set `pages`, by path, before `start`. Raises OSError."""
+        super().__init__(name, port, host)
+        self.pages: Mapping[str, PageMaker] = {}
+        self._visits: list[threading.Thread] = []
+
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        make_page = self.pages.get(head.target.partition("?")[0])
+        if make_page is None:
+            text = f"There is only {', '.join(self.pages)} here.\n"
+            return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
+        return functools.partial(self._begin_visit, make_page, head.method == "HEAD")
+
+    def _begin_visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+        name = f"pothead-{self._name}-page"
+        visit = threading.Thread(target=self._visit, args=(make_page, is_head, sock), name=name, daemon=True)
+        self._visits = [*filter(threading.Thread.is_alive, self._visits), visit]
+        visit.start()
+
+    def _visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+        with sock:
+            try:
+                sock.settimeout(SIDE_SEND_TIMEOUT_S)
+                send_page(sock, make_page(sock), is_head)
+                close_gently(sock)
+            except OSError as exc:
+                log.debug("%s: visitor lost: %s", self._name, exc)
+            except Exception:
+                log.exception("a fault of the worker itself")
+
+    def close(self) -> None:
+        """End, after a moment for the pages that are under way."""
+        super().close()
+        ends_at = time.monotonic() + SIDE_GRACE_S
+        for visit in self._visits:
+            visit.join(max(0.0, ends_at - time.monotonic()))
+
+
+def send_page(sock: socket.socket, page: Page, is_head: bool) -> None:
+    framing = "Transfer-Encoding: chunked"
+    if isinstance(page.body, bytes):
+        framing = f"Content-Length: {len(page.body)}"
+    lines = [f"HTTP/1.1 {page.status}", f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
+    start = "\r\n".join([*lines, framing, "Connection: close", "", ""]).encode("latin-1")
+    if is_head:
+        sock.sendall(start)
+    elif isinstance(page.body, bytes):
+        send_pieces(sock, [start, page.body])
+    else:
+        sock.sendall(start)
+        for piece in page.body:
+            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+        sock.sendall(b"0\r\n\r\n")
+
+
+def listen_everywhere(port: int) -> socket.socket:
+    """Listen at every address of the machine, of both kinds where there are both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # perhaps it is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+# ---- Responses that do not pass the hub --------------------------------------------------------------
 
 
 class PickupExpired(ConsumerGone):
@@ -1043,29 +1709,11 @@ class Pickup(NamedTuple):
     on_expiry: Callable[[], None]
 
 
-class Caller:
-    """A connection to the pickup port whose request has not come yet, or that is being closed gently."""
-
-    def __init__(self, sock: socket.socket, address: str, now: float) -> None:
-        self.sock = sock
-        self.address = address
-        self.received = b""
-        self.deadline = now + PICKUP_HEAD_TIMEOUT_S
-        self.is_answered = False
-
-
-def plain_answer(status: str, *fields: str) -> bytes:
-    """Return a whole response that ends its connection."""
-    text = f"{status}\n"
-    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(text)}"]
-    return "\r\n".join([*lines, "Connection: close", "", text]).encode("latin-1")
-
-
-class PickupPort:
-    """Where consumers come for redirected responses: one thread that understands their requests.
+class PickupPort(SideDoor):
+    """Where consumers come for redirected responses.
 
     A key is good for one GET. Whoever comes with it is handed, as a connection, to the slot that makes the
-    response, so nothing that takes long happens here.
+    response.
     """
 
     def __init__(
@@ -1073,21 +1721,14 @@ class PickupPort:
         port: int,
         host: str | None = None,
         expiry_s: float = PICKUP_EXPIRY_S,
-        interval_s: float = PICKUP_INTERVAL_S,
+        interval_s: float = SIDE_INTERVAL_S,
     ) -> None:
         """Listen at all addresses; `host` is what consumers are told instead of ours. Raises OSError."""
-        self._listener = listen_everywhere(port)
-        self._listener.setblocking(False)
-        self.port = int(self._listener.getsockname()[1])
-        self._host = host
+        super().__init__("redirects", port, interval_s=interval_s)
         self.expiry_s = expiry_s
-        self._interval_s = interval_s
+        self._public_host = host
         self._lock = threading.Lock()
         self._waiting: dict[str, Pickup] = {}
-        self._callers: dict[int, Caller] = {}
-        self._over = Halt()
-        self._selector = selectors.DefaultSelector()
-        self._thread: threading.Thread | None = None
 
     # -- for the slots
 
@@ -1107,157 +1748,34 @@ class PickupPort:
 
     def location(self, key: str, hub_sock: socket.socket) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
-        host = self._host or str(hub_sock.getsockname()[0]).removeprefix("::ffff:")
+        host = self._public_host or plain_address(hub_sock.getsockname()[0])
         return f"http://{Address(host, self.port)}/{key}"
 
-    def start(self) -> None:
-        log.info("listening redirected responses=*:%d", self.port)
-        self._thread = threading.Thread(target=self._run, name="pothead-pickup", daemon=True)
-        self._thread.start()
+    # -- the port's thread
 
-    def close(self) -> None:
-        """End the thread. Nothing may be waiting any more, or it expires never."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
-        self._listener.close()
-        self._selector.close()
-        self._over.close()
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        key = head.target[1:]
+        with self._lock:
+            pickup = self._waiting.get(key)
+        if pickup is None or pickup.expires_at <= time.monotonic():
+            log.warning("redirects: unknown, used or expired key from %s", visitor_address)
+            return plain_answer("410 Gone", "Cache-Control: no-store", is_head=head.method == "HEAD")
+        return pickup.head if head.method == "HEAD" else functools.partial(self._hand_over, key)
 
-    # -- the thread
+    def _hand_over(self, key: str, sock: socket.socket) -> None:
+        with self._lock:
+            pickup = self._waiting.pop(key, None)
+            if pickup:
+                pickup.on_claim(sock)
+            else:  # withdrawn just now: there is no response any more
+                sock.close()
 
-    def _run(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
-        self._selector.register(self._over, selectors.EVENT_READ)
-        looks_at = 0.0
-        while not self._over.is_set():
-            for key, _ in self._selector.select(self._interval_s):
-                try:
-                    self._on_event(key.data)
-                except Exception:
-                    log.exception("a fault of the worker itself")
-            now = time.monotonic()
-            for caller in [caller for caller in self._callers.values() if caller.deadline <= now]:
-                self._on_deadline(caller)
-            if now >= looks_at:
-                self._expire(now)
-                looks_at = now + self._interval_s
-        for caller in list(self._callers.values()):
-            self._drop(caller)
-
-    def _on_event(self, source: object) -> None:
-        if source is self._listener:
-            self._accept()
-        elif isinstance(source, Caller):
-            self._receive(source)
-
-    def _on_deadline(self, caller: Caller) -> None:
-        if caller.is_answered or not caller.received:
-            self._drop(caller)
-        else:
-            self._answer(caller, plain_answer("408 Request Timeout"))
-
-    def _expire(self, now: float) -> None:
+    def on_interval(self) -> None:
+        now = time.monotonic()
         with self._lock:
             overdue = [key for key, pickup in self._waiting.items() if pickup.expires_at <= now]
             for key in overdue:
                 self._waiting.pop(key).on_expiry()
-
-    def _accept(self) -> None:
-        try:
-            sock, address = self._listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning("cannot accept a consumer: %s", exc.strerror)
-                self._over.wait(ACCEPT_PAUSE_S)
-            return
-        if len(self._callers) >= PICKUP_CALLERS:
-            self._drop(next(iter(self._callers.values())))
-        sock.setblocking(False)
-        caller = Caller(sock, str(address[0]).removeprefix("::ffff:"), time.monotonic())
-        self._callers[sock.fileno()] = caller
-        self._selector.register(sock, selectors.EVENT_READ, caller)
-
-    def _receive(self, caller: Caller) -> None:
-        if self._callers.get(caller.sock.fileno()) is not caller:
-            return  # dropped a moment ago, in this very turn
-        try:
-            data = caller.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(caller)
-        elif not caller.is_answered:
-            self._on_data(caller, data)
-
-    def _on_data(self, caller: Caller, data: bytes) -> None:
-        caller.received += data
-        end = caller.received.find(b"\r\n\r\n", max(0, len(caller.received) - len(data) - 3))
-        if max(end, len(caller.received) if end < 0 else 0) > PICKUP_HEAD_BYTES:
-            self._answer(caller, plain_answer("431 Request Header Fields Too Large"))
-        elif end >= 0:
-            self._on_head(caller, caller.received[: end + 2])
-        elif NEVER_IN_A_HEAD.search(
-            caller.received, len(caller.received) - len(data)
-        ):  # TLS, say: its sender waits, and no empty line will come
-            self._refuse(caller, "malformed head")
-
-    def _on_head(self, caller: Caller, data: bytes) -> None:
-        try:
-            head = parse_head(data)
-        except ProtocolError as exc:
-            self._refuse(caller, str(exc))
-            return
-        if head.method not in ("GET", "HEAD"):
-            self._answer(caller, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
-            return
-        with self._lock:
-            pickup = self._waiting.get(head.target[1:])
-            is_there = pickup is not None and pickup.expires_at > time.monotonic()
-            if pickup and is_there and head.method == "GET":
-                del self._waiting[head.target[1:]]
-                self._forget(caller)
-                caller.sock.setblocking(True)
-                pickup.on_claim(caller.sock)
-                return
-        if pickup and is_there:
-            self._answer(caller, pickup.head)
-        else:
-            log.warning("pickup: unknown, used or expired key from %s", caller.address)
-            answer = plain_answer("410 Gone", "Cache-Control: no-store")
-            self._answer(caller, answer[: answer.index(b"\r\n\r\n") + 4] if head.method == "HEAD" else answer)
-
-    def _refuse(self, caller: Caller, reason: str) -> None:
-        log.warning("pickup: not a request from %s: %s", caller.address, reason)
-        self._answer(caller, plain_answer("400 Bad Request"))
-
-    def _answer(self, caller: Caller, answer: bytes) -> None:
-        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
-        caller.is_answered = True
-        caller.deadline = time.monotonic() + LINGER_S
-        try:
-            caller.sock.send(answer)
-            caller.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._drop(caller)
-
-    def _drop(self, caller: Caller) -> None:
-        self._forget(caller)
-        caller.sock.close()
-
-    def _forget(self, caller: Caller) -> None:
-        self._selector.unregister(caller.sock)
-        del self._callers[caller.sock.fileno()]
-
-
-def listen_everywhere(port: int) -> socket.socket:
-    """Listen at every address of the machine, of both kinds where there are both. Raises OSError."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # perhaps it is switched off
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
 
 
 class SeparableBody(RequestBody):
@@ -1274,6 +1792,12 @@ class SeparableBody(RequestBody):
 
     def left_bytes(self) -> float:
         return self._body.left_bytes()
+
+    def has_rest(self) -> bool:
+        return bool(self._fetched.peek(1)) if self._fetched else super().has_rest()
+
+    def is_ready(self) -> bool:
+        return self._fetched is not None or super().is_ready()
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         with self._lock:
@@ -1399,6 +1923,15 @@ FORK_SERVER = "fork-server"  # as the first argument of this module: be one
 
 DRAINING = b"D"  # what a request's process is told on its channel after the request
 PICKED_UP = b"P"  # comes together with the consumer's connection
+
+
+class Order(TypedDict):
+    """What a request's process is told before the request."""
+
+    environ: dict[str, object]  # what else the app shall find there
+    callbacks: list[str]  # names of functions that it shall find there, too
+    is_last: bool  # on this connection
+    may_redirect: bool
 
 
 class ForkServerLost(ConnectionError):
@@ -1640,9 +2173,7 @@ class RequestProcess:
             self.is_overdue = True
             self.cancel(f"stopped after the request timeout of {self._timeout_s:g} s")
 
-    def run(
-        self, fork_server: ForkServer, sock: socket.socket, order: dict[str, object], data: bytes
-    ) -> None:
+    def run(self, fork_server: ForkServer, sock: socket.socket, order: Order, data: bytes) -> None:
         """Have the request that begins with `data` served on `sock`; return when its process has ended."""
         with self._control:
             with self._other_end:
@@ -1718,6 +2249,7 @@ class RequestProcess:
             self.pid = message["pid"]
         elif "status" in message:
             self.has_responded = True
+            self._handler.on_response_start(message["status"])
         elif "log" in message:
             forward_record(message["log"])
         elif "call" in message:
@@ -1751,6 +2283,7 @@ class ProcessHandler(RedirectingHandler):
 
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self._process: RequestProcess | None = None
+        self._callbacks: dict[str, Callable[..., object]] = {}
         super().__init__(sock, slot)
 
     def answer(self, data: bytes, head: RequestHead) -> None:
@@ -1761,12 +2294,29 @@ class ProcessHandler(RedirectingHandler):
         if self.is_hung_up:  # perhaps before there was a process to be told
             process.cancel("the consumer has gone")
         received = data + b"\r\n" + self.intake.take_received()
-        order = {"callbacks": list(self.extra_environ), "may_redirect": self.slot.pickups is not None}
+        order: Order = {
+            "environ": self._ask_gate(head),
+            "callbacks": list(self._callbacks),
+            "is_last": self.slot.serves_one_request,
+            "may_redirect": self.slot.pickups is not None,
+        }
         try:
             process.run(fork_server, self.connection, order, received)
         except ForkServerLost as exc:
             process.failure = f"could not be started: {exc}"
         self._close_response(process, request_id)
+
+    def _ask_gate(self, head: RequestHead) -> dict[str, object]:
+        """Return what the gate puts into the environ, as far as it can be told to another process.
+
+        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
+        """
+        environ = build_environ(head, self.hub_host)
+        known = set(environ)
+        self.slot.on_request(environ)
+        added = {name: value for name, value in environ.items() if name not in known}
+        self._callbacks = {name: value for name, value in added.items() if callable(value)}
+        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
 
     def _close_response(self, process: RequestProcess, request_id: str) -> None:
         """See to the connection once the process has ended."""
@@ -1775,7 +2325,10 @@ class ProcessHandler(RedirectingHandler):
         self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
         if not self.is_whole or process.failure:
             self._log_ending(process, request_id)
+        if process.failure and not process.has_responded and not process.reason:
+            self.status = "502"  # from the hub
         if process.is_overdue and not process.has_responded:
+            self.status = "504"
             with contextlib.suppress(OSError):
                 self.connection.sendall(plain_answer("504 Gateway Timeout"))
             close_gently(self.connection)
@@ -1795,7 +2348,7 @@ class ProcessHandler(RedirectingHandler):
     def call_back(self, name: str, arguments: Sequence[object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
-            self.extra_environ[name](*arguments)
+            self._callbacks[name](*arguments)
         except Exception:
             log.exception("%s failed", name)
 
@@ -2124,10 +2677,10 @@ class Orders:
         self._is_draining = False
         self._consumer: socket.socket | None = None
 
-    def take_request(self) -> tuple[dict[str, object], bytes]:
+    def take_request(self) -> tuple[Order, bytes]:
         """Return what is to be done, and all that has come of the request. Raises EOFError."""
         lengths = self._take_exactly(16)
-        order: dict[str, object] = json.loads(self._take_exactly(int(lengths[:8], 16)))
+        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
         return order, self._take_exactly(int(lengths[8:], 16))
 
     def _take_exactly(self, count: int) -> bytes:
@@ -2168,10 +2721,16 @@ class OnlySlot(NamedTuple):
     application: WSGIApplication
 
     def on_open(self, handler: RequestHandler) -> None:
-        """The worker watches the connection."""
+        """The worker watches the connection,"""
 
     def on_close(self, handler: RequestHandler) -> None:
-        """And closes it."""
+        """closes it,"""
+
+    def on_exchange_begin(self) -> None:
+        """and counts"""
+
+    def on_exchange_end(self, status: str, seconds: float) -> None:
+        """what is served."""
 
 
 class LoneHandler(RedirectingHandler):
@@ -2186,7 +2745,7 @@ class LoneHandler(RedirectingHandler):
     ) -> None:
         order, self._received = orders.take_request()
         self.may_redirect = bool(order["may_redirect"])
-        self._callbacks = order["callbacks"]
+        self._order = order
         self._channel = channel
         self._orders = orders
         self._report: dict[str, object] = {}
@@ -2207,9 +2766,9 @@ class LoneHandler(RedirectingHandler):
         if self.connection is not self.request:
             self.connection.close()  # only here: the worker's own descriptor ends it
 
-    def make_extra_environ(self, head: RequestHead) -> dict[str, Callable[..., object]]:
-        assert isinstance(self._callbacks, list)
-        return {name: functools.partial(self._call, name) for name in self._callbacks}
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        environ.update(self._order["environ"])
+        environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
 
     def _call(self, name: str, *arguments: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
@@ -2218,8 +2777,8 @@ class LoneHandler(RedirectingHandler):
     def make_cancelled(self) -> threading.Event:
         return CancelledEvent(self._channel.sock)
 
-    def is_halted(self) -> bool:
-        return self._orders.is_draining()
+    def is_last(self) -> bool:
+        return self._order["is_last"] or self._orders.is_draining()
 
     def on_response_start(self, status: str) -> None:
         self._channel.tell(status=status)
@@ -2252,6 +2811,187 @@ def serve_one_request(
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
         LoneHandler(connection, OnlySlot(app), channel, orders)
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Is told what happens; this one forgets it at once."""
+
+    def on_slot(self, change: int) -> None:
+        """A slot's connection was opened (1) or closed (-1)."""
+
+    def on_request(self) -> None:
+        """A request is handed to the app."""
+
+    def on_response(self, status: str, seconds: float) -> None:
+        """It was answered with this status after this time."""
+
+    def on_gate(self, seconds: float) -> None:
+        """The gate has let a job through after this time."""
+
+    def merge_ended(self, pid: int) -> None:
+        """Keep what a process of the app has counted, which has just ended."""
+
+
+SECONDS_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
+
+
+class PrometheusMetrics(Metrics):
+    """The metrics of the worker and of all processes of its app, which keep them in files.
+
+    The files of processes that have ended are added up in files of their own, under the process id 0, which
+    no process has: else there would be more and more of them, and each scrape would read them all.
+    """
+
+    MERGED_PID = 0
+
+    def __init__(self, directory: str) -> None:
+        """Empties the directory, so make it before anything makes a metric."""
+        for path in glob.glob(os.path.join(glob.escape(directory), "*.db")):
+            os.unlink(path)
+        # Not before the directory is empty; by name, since a type checker may not have it.
+        self._client = client = importlib.import_module("prometheus_client")
+        self._collector = importlib.import_module("prometheus_client.multiprocess").MultiProcessCollector
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._merged: dict[str, MergedFile] = {}
+        self._slots = client.Gauge(
+            "pothead_worker_slots",
+            "Slots that are connected to the hub.",
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._busy = client.Gauge(
+            "pothead_worker_slots_busy",
+            "Slots that serve a request.",
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._requests = client.Counter(
+            "pothead_worker_requests_total",
+            "Requests served, by status; 499: the consumer left before the response.",
+            ["status"],
+            registry=None,
+        )
+        self._request_seconds = client.Histogram(
+            "pothead_worker_request_seconds",
+            "Time from a request's arrival to the end of its response.",
+            registry=None,
+            buckets=SECONDS_BUCKETS,
+        )
+        self._gate_seconds = client.Histogram(
+            "pothead_worker_gate_seconds",
+            "Time until the gate let a job through.",
+            registry=None,
+            buckets=SECONDS_BUCKETS,
+        )
+
+    def on_slot(self, change: int) -> None:
+        self._slots.inc(change)
+
+    def on_request(self) -> None:
+        self._busy.inc()
+
+    def on_response(self, status: str, seconds: float) -> None:
+        self._busy.dec()
+        self._requests.labels(status).inc()
+        self._request_seconds.observe(seconds)
+
+    def on_gate(self, seconds: float) -> None:
+        self._gate_seconds.observe(seconds)
+
+    # -- the processes of the app
+
+    def merge_ended(self, pid: int) -> None:
+        with self._lock:
+            for path in glob.glob(os.path.join(glob.escape(self._directory), f"*_{pid}.db")):
+                kind = os.path.basename(path).rpartition("_")[0]
+                if kind in MergedFile.RULES:
+                    self._merge(kind, path)
+                os.unlink(path)
+
+    def _merge_others(self) -> None:
+        """Merge the files of processes that ended without our notice, like those that the app started."""
+        names = [name.removesuffix(".db") for name in os.listdir(self._directory) if name.endswith(".db")]
+        pids = {name.rpartition("_")[2] for name in names} - {str(self.MERGED_PID)}
+        for pid in pids:
+            if pid.isdecimal() and not does_process_exist(int(pid)):
+                self.merge_ended(int(pid))
+
+    def _merge(self, kind: str, path: str) -> None:
+        if kind not in self._merged:
+            target = os.path.join(self._directory, f"{kind}_{self.MERGED_PID}.db")
+            self._merged[kind] = MergedFile(kind, target)
+        try:
+            self._merged[kind].add(path)
+        except (struct.error, RuntimeError, OSError, ValueError) as exc:  # the process was killed writing it
+            log.warning("metrics of an ended process are lost: %s: %s", path, exc)
+
+    # -- the page
+
+    def page(self, _visitor: socket.socket) -> Page:
+        """Return what a scrape gets."""
+        self._merge_others()
+        for _ in range(SCRAPE_ATTEMPTS - 1):
+            with contextlib.suppress(struct.error, RuntimeError, FileNotFoundError):
+                return self._collect()
+        return self._collect()
+
+    def _collect(self) -> Page:
+        registry = self._client.CollectorRegistry()
+        self._collector(registry, self._directory)
+        with self._lock:
+            text: bytes = self._client.generate_latest(registry)
+        return Page(text, content_type=str(self._client.CONTENT_TYPE_LATEST))
+
+    def close(self) -> None:
+        for merged in self._merged.values():
+            merged.close()
+
+
+def does_process_exist(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+class MergedFile:
+    """What ended processes have counted, for metrics of one kind.
+
+    The kinds that have no rule here say something of a process that lives; they end with it.
+    """
+
+    RULES: Mapping[str, Callable[[tuple[float, float], tuple[float, float]], tuple[float, float]]] = {
+        "counter": lambda old, new: (old[0] + new[0], 0.0),
+        "histogram": lambda old, new: (old[0] + new[0], 0.0),
+        "summary": lambda old, new: (old[0] + new[0], 0.0),
+        "gauge_sum": lambda old, new: (old[0] + new[0], 0.0),
+        "gauge_max": max,
+        "gauge_min": min,
+        "gauge_mostrecent": lambda old, new: new if new[1] > old[1] else old,
+    }
+
+    def __init__(self, kind: str, path: str) -> None:
+        self._combine = self.RULES[kind]
+        self._file = importlib.import_module("prometheus_client.mmap_dict").MmapedDict(path)
+        self._values: dict[str, tuple[float, float]] = {}  # value and time stamp
+
+    def add(self, path: str) -> None:
+        values = self._file.read_all_values_from_file(path)
+        for key, value, timestamp, _ in list(values):
+            old = self._values.get(key)
+            new = (value, timestamp)
+            self._values[key] = combined = self._combine(old, new) if old else new
+            self._file.write_value(key, *combined)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 # ---- Reaching the hub --------------------------------------------------------------------------------
@@ -2387,21 +3127,29 @@ class Backoff:
 class Reachability:
     """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try."""
 
-    def __init__(self, address: Address, slots: int) -> None:
+    def __init__(self, address: Address, slots: int, description: str) -> None:
         self._address = address
         self._slots = slots
+        self._description = description
         self._lock = threading.Lock()
         self._connected: set[Slot] = set()
         self._is_reported_complete = False
         self._is_unreachable = False
+        self._has_connected = False
+
+    @property
+    def is_reached(self) -> bool:
+        return self._has_connected and not self._is_unreachable
 
     def on_connected(self, slot: Slot) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
-            self._connected.add(slot)
+            self._has_connected = True
+            if not self._is_reported_complete:
+                self._connected.add(slot)
             if not self._is_reported_complete and len(self._connected) == self._slots:
                 self._is_reported_complete = True
-                log.info("connected slots=%d hub=%s", self._slots, self._address)
+                log.info("connected %s hub=%s", self._description, self._address)
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
 
@@ -2418,6 +3166,8 @@ class Reachability:
 class Slot:
     """A thread with one connection to the hub at a time. Whatever the app does, it lives until the halt."""
 
+    serves_one_request = False
+
     def __init__(
         self, pool: WorkerPool, halt: Halt, connector: Connector, reachability: Reachability
     ) -> None:
@@ -2426,6 +3176,7 @@ class Slot:
         self.fork_server = pool.fork_server
         self.pickups = pool.pickups
         self.request_timeout_s = pool.request_timeout_s
+        self._metrics = pool.metrics
         self._pool = pool
         self._connector = connector
         self._reachability = reachability
@@ -2440,7 +3191,7 @@ class Slot:
                 else:
                     self.halt.wait(self._backoff.next_wait_s())
         finally:
-            self._pool.on_slot_end()
+            self._pool.on_slot_end(self)
 
     def _serve_connection(self) -> bool:
         """Serve one connection to its end; False if it was good for nothing."""
@@ -2471,11 +3222,27 @@ class Slot:
             log.exception("a fault of the worker itself")
         return None
 
+    @property
+    def handler(self) -> RequestHandler | None:
+        """What serves the open connection."""
+        return self._handler
+
     def on_open(self, handler: RequestHandler) -> None:
         self._handler = handler
         self.watch(handler)
+        self._metrics.on_slot(1)
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        """A request has come, and the app is about to be called with `environ`."""
+
+    def on_exchange_begin(self) -> None:
+        self._metrics.on_request()
+
+    def on_exchange_end(self, status: str, seconds: float) -> None:
+        self._metrics.on_response(status, seconds)
 
     def on_close(self, handler: RequestHandler) -> None:
+        self._metrics.on_slot(-1)
         self.unwatch(handler)
         self._handler = None
 
@@ -2499,6 +3266,141 @@ class Slot:
         return was_busy
 
 
+# ---- Gates: a connection only when there is room for a job -------------------------------------------
+
+Gate = Callable[[Callable[[], bool]], object]
+
+
+class Offer:
+    """What a gate let through: one connection for one request. Tells the gate's object how it goes."""
+
+    def __init__(self, reservation: object) -> None:
+        self._request_received = getattr(reservation, "request_received", None)
+        self._done = getattr(reservation, "done", None)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the gate gets to know when the job is over."""
+        return self._done is not None
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        self._tell(self._request_received, environ)
+
+    def end(self) -> None:
+        """The job is over, or never came. Its one caller is who holds the offer last."""
+        done, self._done = self._done, None
+        self._tell(done)
+
+    @staticmethod
+    def _tell(method: Callable[..., object] | None, *arguments: object) -> None:
+        if method is None:
+            return
+        try:
+            method(*arguments)
+        except BaseException:
+            log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
+
+
+class GatedSlot(Slot):
+    """A slot for one request on one connection."""
+
+    serves_one_request = True
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        halt: Halt,
+        connector: Connector,
+        reachability: Reachability,
+        gate_loop: GateLoop,
+        offer: Offer,
+    ) -> None:
+        super().__init__(pool, halt, connector, reachability)
+        self._gate_loop = gate_loop
+        self._offer = offer
+        self._has_request = False
+
+    def run(self) -> None:
+        is_good = False
+        try:
+            is_good = self._serve_connection()
+        finally:
+            self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+            self._offer.end()
+            self._pool.on_slot_end(self)
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        self._has_request = True
+        self._offer.on_request(environ)
+        self._gate_loop.on_request()
+
+
+class GateLoop:
+    """Asks the gate again and again, and has a slot opened each time it returns.
+
+    It does not wait until the slot has got its request: a gate that counts its jobs may let several through
+    at once. One that returns nothing to count with would let through any number of them, so it is asked
+    again only when no connection is waiting.
+    """
+
+    def __init__(self, gate: Gate, halt: Halt, open_slot: Callable[[Offer], None], metrics: Metrics) -> None:
+        self._gate = gate
+        self._halt = halt
+        self._open_slot = open_slot
+        self._metrics = metrics
+        self._backoff = Backoff()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._max_waiting = 1
+        self._has_failed = False
+
+    def run(self) -> None:
+        while not self._halt.wait(unless=lambda: self._waiting < self._max_waiting):
+            try:
+                self._let_one_through()
+            except BaseException:
+                log.exception("the gate raised an exception")
+                self._pause()
+
+    def _pause(self) -> None:
+        self._has_failed = False
+        self._halt.wait(self._backoff.next_wait_s())
+
+    def _let_one_through(self) -> None:
+        asked_at = time.monotonic()
+        offer = Offer(self._gate(self._halt.is_set))
+        self._metrics.on_gate(time.monotonic() - asked_at)
+        self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
+        try:
+            if self._has_failed:  # here and not before: the gate may have been waiting all the time
+                self._pause()
+            if self._halt.is_set():
+                offer.end()
+                return
+            with self._lock:
+                self._waiting += 1
+            self._open_slot(offer)
+        except BaseException:  # no thread to be had
+            offer.end()
+            self._on_taken()
+            raise
+
+    def on_request(self) -> None:
+        """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
+        self._backoff.reset()
+        self._on_taken()
+
+    def on_slot_end(self, had_request: bool, is_good: bool) -> None:
+        if not had_request:
+            self._has_failed = self._has_failed or not is_good
+            self._on_taken()
+
+    def _on_taken(self) -> None:
+        with self._lock:
+            self._waiting -= 1
+        self._halt.notify()
+
+
 # ---- The pool ----------------------------------------------------------------------------------------
 
 
@@ -2511,25 +3413,32 @@ class WorkerPool:
 
     def __init__(
         self,
-        application: WSGIApplication | None,
+        application: WSGIApplication | Forwarder | None,
         connect: str | tuple[str, int] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
         *,
+        poll_jobs: bool = False,
         fork_server: ForkServer | None = None,
         request_timeout_s: float = math.inf,
         pickups: PickupPort | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        """With a fork server, its app is what serves, and a request may have a time limit.
+        """`application` is an app, or a Forwarder to a program that serves in its place.
 
-        The pool ends the fork server and the pickup port that it is given.
+        With `poll_jobs`, `application.wait_for_slot` says when there is room for a job, and `workers` has no
+        meaning. With a fork server, its own app is what serves, and a request may have a time limit;
+        `application` is needed for its gate only. The pool ends the fork server and the pickup port.
 
-        Raises ValueError for an address that is not `host:port`, and for less than one worker.
+        Raises ValueError for an address that is not `host:port`, for less than one worker, and if there is
+        no app or no gate.
         """
         if workers < 1:
             raise ValueError("workers must be at least 1")
         if application is None and fork_server is None:
             raise ValueError("there is no application")
+        self.gate = find_gate(application) if poll_jobs else None
+        self.metrics = metrics or Metrics()
         self.application = application
         self.fork_server = fork_server
         self.request_timeout_s = request_timeout_s
@@ -2544,6 +3453,9 @@ class WorkerPool:
         self._is_stopping = False
         self._was_cut_off = False
         self._timer: threading.Timer | None = None
+        self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
+        self._gate_timer.daemon = True
+        self._has_gate_ended = False
         self._ended = threading.Event()
 
     def run(self) -> bool:
@@ -2561,13 +3473,36 @@ class WorkerPool:
             if self.pickups:
                 self.pickups.start()
             connector = Connector(self.address, halt)
-            reachability = Reachability(self.address, self.workers)
-            self._slots = [Slot(self, halt, connector, reachability) for _ in range(self.workers)]
-            self._running = self.workers
             if self._is_stopping:
                 halt.set()
+            if self.gate:
+                self._start_gate(self.gate, halt, connector)
+                return
+            self.reachability = Reachability(self.address, self.workers, f"slots={self.workers}")
+            self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
+            self._running = self.workers
             for number, slot in enumerate(self._slots, 1):
                 threading.Thread(target=slot.run, name=f"pothead-slot-{number}", daemon=True).start()
+
+    def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
+        self.reachability = reachability = Reachability(self.address, 1, "gated")
+        numbers = itertools.count(1)
+
+        def open_slot(offer: Offer) -> None:
+            slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
+            thread = threading.Thread(target=slot.run, name=f"pothead-slot-{next(numbers)}", daemon=True)
+            with self._lock:
+                thread.start()
+                self._slots.append(slot)
+                self._running += 1
+
+        def run() -> None:
+            gate_loop.run()
+            self._on_gate_end()
+
+        gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
+        self._running = 1
+        threading.Thread(target=run, name="pothead-gate", daemon=True).start()
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
@@ -2587,6 +3522,8 @@ class WorkerPool:
             if self._halt and not self._ended.is_set():
                 self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
+                if self.gate:
+                    self._gate_timer.start()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -2608,18 +3545,121 @@ class WorkerPool:
         self._timer.daemon = True
         self._timer.start()
 
-    def on_slot_end(self) -> None:
-        """Called by each slot's thread as its last act. The last one puts out the light."""
+    def _on_gate_end(self) -> None:
+        """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
         with self._lock:
-            self._running -= 1
-            if self._running:
-                return
+            if not self._has_gate_ended:
+                self._has_gate_ended = True
+                self._gate_timer.cancel()
+                self._on_thread_end()
+
+    def _leave_gate(self) -> None:
+        with self._lock:
+            if not self._has_gate_ended:
+                log.warning("leaving without the gate, which does not listen to halt()")
+                self._on_gate_end()
+
+    # -- what it does right now
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the hub could be reached the last time."""
+        return self._halt is not None and self.reachability.is_reached
+
+    def count(self) -> tuple[int, int]:
+        """Return how many slots wait for a request and how many serve one."""
+        with self._lock:
+            handlers = [slot.handler for slot in self._slots]
+        busy = sum(handler is not None and handler.is_busy for handler in handlers)
+        return sum(handler is not None for handler in handlers) - busy, busy
+
+    def wait_for_drain(self, sock: socket.socket) -> bool:
+        """Return whether the pool began to stop before the other end of `sock` left or sent something."""
+        try:
             assert self._halt is not None
-            if self._timer:
-                self._timer.cancel()
-            self.watcher.close()
-            self._halt.close()
-            self._ended.set()
+            return self._is_stopping or not wait_ready(sock, select.POLLIN, self._halt)
+        except ValueError:  # it has ended meanwhile, and with it the halt
+            return True
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        return self._ended.wait(timeout_s)
+
+    @property
+    def was_cut_off(self) -> bool:
+        return self._was_cut_off
+
+    # -- its end
+
+    def on_slot_end(self, slot: Slot) -> None:
+        """Called by each slot's thread as its last act."""
+        with self._lock:
+            self._slots.remove(slot)
+            self._on_thread_end()
+
+    def _on_thread_end(self) -> None:
+        """The last one puts out the light."""
+        self._running -= 1
+        if self._running:
+            return
+        assert self._halt is not None
+        if self._timer:
+            self._timer.cancel()
+        self.watcher.close()
+        self._halt.close()
+        self._ended.set()
+
+
+# ---- Inspection --------------------------------------------------------------------------------------
+
+
+class Inspection:
+    """The pages of --inspection-port."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self.pages: Mapping[str, PageMaker] = {
+            "/inspect": self._inspect,
+            "/apocalypse": self._apocalypse,
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+        }
+
+    def _inspect(self, _visitor: socket.socket) -> Page:
+        waiting, busy = self._pool.count()
+        numbers = {"requests_pending": busy, "slots_waiting": waiting}
+        return Page(json.dumps(numbers).encode() + b"\n", content_type="application/json")
+
+    def _livez(self, _visitor: socket.socket) -> Page:
+        return Page(b"ok\n")
+
+    def _readyz(self, _visitor: socket.socket) -> Page:
+        if self._pool.is_stopping:
+            return Page(b"draining\n", "503 Service Unavailable")
+        if not self._pool.is_connected:
+            return Page(b"not connected to the hub\n", "503 Service Unavailable")
+        return Page(b"ok\n")
+
+    def _apocalypse(self, visitor: socket.socket) -> Page:
+        return Page(self._tell_of_drain(visitor))
+
+    def _tell_of_drain(self, visitor: socket.socket) -> Iterator[bytes]:
+        """Tell how a drain goes on, from before its beginning to its end."""
+        if not self._pool.is_stopping:
+            yield b"waiting for a drain to begin\n"
+        if not self._pool.wait_for_drain(visitor):
+            return
+        told, has_ended = -1, False
+        while not has_ended:
+            _, busy = self._pool.count()
+            if busy != told:
+                yield b"draining: %d running\n" % busy
+                told = busy
+            has_ended = self._pool.wait_for_end(PROGRESS_INTERVAL_S)
+        yield b"cut off\n" if self._pool.was_cut_off else b"drained\n"
 
 
 # ---- The demo application ----------------------------------------------------------------------------
@@ -2675,6 +3715,40 @@ def compressed(environ: WSGIEnvironment) -> Iterator[bytes]:
         yield compressor.flush()
 
 
+class CountingGate:
+    """Lets so many jobs run at the same time."""
+
+    def __init__(self, jobs: int) -> None:
+        self._free = threading.Semaphore(jobs)
+
+    def __call__(self, halt: Callable[[], bool]) -> object:
+        while not halt():
+            if self._free.acquire(timeout=0.1):
+                return self
+        return None
+
+    def done(self) -> None:
+        self._free.release()
+
+
+@functools.cache
+def make_demo_gate() -> Gate:
+    """Return a gate on idle CPUs; if gating.py is not at hand, one that lets a job run for each CPU."""
+    try:
+        gate: Gate = importlib.import_module("gating").wait_for_idle_cpus(1)
+    except ImportError:
+        gate = CountingGate(os.cpu_count() or 1)
+    return gate
+
+
+def demo_gate(halt: Callable[[], bool]) -> object:
+    """Say when there is room for another job, under --poll-jobs."""
+    return make_demo_gate()(halt)
+
+
+demo_app.wait_for_slot = demo_gate  # type: ignore[attr-defined]  # as any app may do it
+
+
 # ---- Loading an application --------------------------------------------------------------------------
 
 APP_NAME = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
@@ -2714,6 +3788,15 @@ def load_app(name: str) -> WSGIApplication:
     return found
 
 
+def find_gate(app: object) -> Gate:
+    """Return the app's gate. Raises ValueError."""
+    gate: Gate | None = getattr(app, "wait_for_slot", None)
+    if not callable(gate):
+        hint = "add one, like app.wait_for_slot = gating.wait_for_idle_cpus(1)"
+        raise ValueError(f"the app has no wait_for_slot(halt); {hint}")
+    return gate
+
+
 def import_module(module_name: str, name: str) -> object:
     try:
         return importlib.import_module(module_name)
@@ -2746,12 +3829,18 @@ class Options:
     graceful_timeout_s: float
     log_level: str
     app: str | None
+    poll_jobs: bool = False
     use_request_subprocess: bool = False
     request_timeout_s: float = math.inf
     redirect_response: int | None = None
     redirect_host: str | None = None
     pickup_expiry_s: float = PICKUP_EXPIRY_S
-    pickup_interval_s: float = PICKUP_INTERVAL_S
+    pickup_interval_s: float = SIDE_INTERVAL_S
+    forward: str | None = None
+    inspection_port: int | None = None
+    inspection_host: str | None = "127.0.0.1"
+    metrics_directory: str | None = None
+    metrics_port: int = 9090
 
 
 class UsageError(Exception):
@@ -2785,20 +3874,6 @@ def parse_limit(text: str) -> float:
     return limit_s
 
 
-def parse_switch(text: str) -> bool:
-    if text.lower() not in ("yes", "no"):
-        raise ValueError(f"{text!r} is neither yes nor no")
-    return text.lower() == "yes"
-
-
-def parse_port(text: str) -> int | None:
-    if text == "off":
-        return None
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
 def parse_host(text: str) -> str | None:
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if host and not re.fullmatch(r"[0-9A-Za-z._-]+|[0-9A-Fa-f:.]+", host):
@@ -2810,6 +3885,50 @@ def parse_workers(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
+
+
+def parse_switch(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither yes nor no")
+
+
+def parse_port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_port_or_off(text: str) -> int | None:
+    return None if text.lower() == "off" else parse_port(text)
+
+
+def parse_url(text: str) -> str | None:
+    if text:
+        parse_forward(text)
+    return text or None
+
+
+def parse_metrics_directory(text: str) -> str | None:
+    """Check that the directory is one that may be emptied. Raises ValueError."""
+    if not text:
+        return None
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ValueError("prometheus_client is not installed: pip install pothead[metrics]")
+    if not os.path.isdir(text):
+        raise ValueError(f"{text!r} is not a directory")
+    path = os.path.realpath(text)
+    homes = [os.path.expanduser("~"), *[user.pw_dir for user in pwd.getpwall()]]
+    if path == "/" or path in [os.path.realpath(home) for home in homes]:
+        raise ValueError(f"{text!r} will not be emptied: it is / or somebody's home directory")
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+        os.listdir(path)
+    except OSError as exc:
+        raise ValueError(f"{text!r} is not writable: {exc.strerror}") from None
+    return text
 
 
 def parse_log_level(text: str) -> str:
@@ -2843,6 +3962,27 @@ def build_parser() -> OptionParser:
         "--workers",
         metavar="N",
         help="number of slots: requests that are served at the same time, each in a thread (default: 1)",
+    )
+    parser.add_argument(
+        "--poll-jobs",
+        action="store_const",
+        const="yes",
+        help="take a request only when the app's wait_for_slot says that there is room for it",
+    )
+    parser.add_argument(
+        "--forward",
+        metavar="URL",
+        help="pass the requests to the HTTP program at http://HOST:PORT instead of an app",
+    )
+    parser.add_argument(
+        "--inspection-port",
+        metavar="PORT",
+        help="serve /inspect, /apocalypse, /livez and /readyz on this port (default: off)",
+    )
+    parser.add_argument(
+        "--inspection-host",
+        metavar="HOST",
+        help="the worker's own address that --inspection-port is of (default: 127.0.0.1)",
     )
     parser.add_argument(
         "--graceful-timeout",
@@ -2903,9 +4043,13 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         except ValueError as exc:
             raise UsageError(f"{source}: {exc}") from None
 
-    def choose_variable(variable: str, default: float) -> float:
+    def is_given(name: str, *older_variables: str) -> bool:
+        variables = (f"POTHEAD_WORKER_{name.upper()}", *older_variables)
+        return getattr(given, name) is not None or any(environment.get(variable) for variable in variables)
+
+    def read_variable(variable: str, parse: Callable[[str], T], default: str) -> T:
         try:
-            return parse_limit(environment.get(variable) or str(default))
+            return parse(environment.get(variable) or default)
         except ValueError as exc:
             raise UsageError(f"{variable}: {exc}") from None
 
@@ -2919,38 +4063,39 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         graceful_timeout_s=choose("graceful_timeout", parse_duration, "30s"),
         log_level=choose("log_level", parse_log_level, "info"),
         app=app,
+        poll_jobs=choose("poll_jobs", parse_switch, "no"),
         use_request_subprocess=choose("use_request_subprocess", parse_switch, "no"),
         request_timeout_s=choose("request_timeout", parse_limit, "off"),
-        redirect_response=choose("redirect_response", parse_port, "off"),
+        redirect_response=choose("redirect_response", parse_port_or_off, "off"),
         redirect_host=choose("redirect_host", parse_host, ""),
-        pickup_expiry_s=choose_variable("OOB_ITEM_EXPIRY_SECONDS", PICKUP_EXPIRY_S),
-        pickup_interval_s=choose_variable("OOB_CLEANUP_INTERVAL_SECONDS", PICKUP_INTERVAL_S),
+        pickup_expiry_s=read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
+        pickup_interval_s=read_variable("OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)),
+        forward=choose("forward", parse_url, ""),
+        inspection_port=choose("inspection_port", parse_port_or_off, "off"),
+        inspection_host=choose("inspection_host", parse_host, "127.0.0.1"),
+        metrics_directory=read_variable("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory, ""),
+        metrics_port=read_variable("PROMETHEUS_PORT", parse_port, "9090"),
     )
+    if options.poll_jobs and is_given("workers", "POTHEAD_WORKERS"):
+        raise UsageError("--poll-jobs and --workers exclude each other")
     check_options(options)
     return options
 
 
 def check_options(options: Options) -> None:
     """Raises UsageError for options that make no sense together, or on this platform."""
+    if options.forward and options.app:
+        raise UsageError(f"--forward takes the place of an app, but there is {options.app!r}, too")
+    if options.forward and options.poll_jobs:
+        raise UsageError("--poll-jobs needs an app that says when there is room; --forward has none")
+    if options.forward and options.use_request_subprocess:
+        raise UsageError("--use-request-subprocess needs an app; --forward has none")
     if options.request_timeout_s < math.inf and not options.use_request_subprocess:
         raise UsageError("--request-timeout: only a process can be stopped; add --use-request-subprocess")
     if options.redirect_host and options.redirect_response is None:
         raise UsageError("--redirect-host: there is no --redirect-response")
     if options.use_request_subprocess and not ForkServer.is_supported():
         raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
-
-
-def open_pickup_port(options: Options) -> PickupPort | None:
-    """Listen for consumers, if they are to come to the worker. Raises UsageError."""
-    port, host = options.redirect_response, options.redirect_host
-    if port is None:
-        return None
-    try:
-        return PickupPort(port, host, options.pickup_expiry_s, options.pickup_interval_s)
-    except OSError as exc:
-        raise UsageError(
-            f"--redirect-response: cannot listen on port {port}: {os.strerror(exc.errno or 0)}"
-        ) from None
 
 
 class LogHandler(logging.Handler):
@@ -3049,7 +4194,85 @@ class Signals:
         self._writer.close()
 
 
-def serve(pool: WorkerPool, signals: Signals) -> bool:
+Door = TypeVar("Door", bound=SideDoor)
+
+
+def bind(
+    stack: contextlib.ExitStack, option: str, port: int | None, listen: Callable[[int], Door]
+) -> Door | None:
+    """Return what listens on the port, until the stack is closed; None without a port. Raises UsageError."""
+    if port is None:
+        return None
+    try:
+        door = listen(port)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or 0)
+        raise UsageError(f"{option}: cannot listen on port {port}: {reason}") from None
+    stack.callback(door.close)
+    return door
+
+
+def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarder | None, ForkServer | None]:
+    """Return what serves; and with a fork server the app for its gate only. Raises LoadError."""
+    if options.forward:
+        return Forwarder(options.forward), None
+    app = None
+    if options.poll_jobs or not options.use_request_subprocess:
+        app = load_app(options.app) if options.app else demo_app
+    if options.poll_jobs:
+        try:
+            find_gate(app)
+        except ValueError as exc:
+            raise LoadError(f"cannot poll jobs for {options.app!r}: {exc}") from None
+    if not options.use_request_subprocess:
+        return app, None
+    fork_server = ForkServer(options.app, metrics.merge_ended)
+    fork_server.start()
+    return app, fork_server
+
+
+def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
+    """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
+    host, expiry_s, interval_s = options.redirect_host, options.pickup_expiry_s, options.pickup_interval_s
+    metrics_port = options.metrics_port if options.metrics_directory else None
+    pickups = bind(
+        stack,
+        "--redirect-response",
+        options.redirect_response,
+        lambda port: PickupPort(port, host, expiry_s, interval_s),
+    )
+    inspection = bind(
+        stack,
+        "--inspection-port",
+        options.inspection_port,
+        lambda port: PagePort("inspection", port, options.inspection_host),
+    )
+    scrapes = bind(stack, "PROMETHEUS_PORT", metrics_port, lambda port: PagePort("metrics", port))
+    metrics = Metrics()
+    if scrapes and options.metrics_directory:
+        metrics = prometheus = PrometheusMetrics(options.metrics_directory)
+        stack.callback(prometheus.close)
+        scrapes.pages = {"/metrics": prometheus.page, "/": prometheus.page}
+    app, fork_server = load(options, metrics)
+    if isinstance(app, Forwarder):
+        stack.callback(app.close)
+    pool = WorkerPool(
+        app,
+        options.connect,
+        options.workers,
+        options.graceful_timeout_s,
+        poll_jobs=options.poll_jobs,
+        fork_server=fork_server,
+        request_timeout_s=options.request_timeout_s,
+        pickups=pickups,
+        metrics=metrics,
+    )
+    if inspection:
+        inspection.pages = Inspection(pool).pages
+    return pool, [port for port in (inspection, scrapes) if port]
+
+
+def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool:
     """Run the pool and obey the signals until it has ended. Return True if no request was cut off."""
 
     def wait_for_end() -> None:
@@ -3057,6 +4280,8 @@ def serve(pool: WorkerPool, signals: Signals) -> bool:
         signals.end()
 
     pool.start()
+    for port in ports:
+        port.start()
     threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
     is_draining = False
     while (number := signals.wait()) != Signals.END:
@@ -3069,47 +4294,22 @@ def serve(pool: WorkerPool, signals: Signals) -> bool:
     return pool.join()
 
 
-def open_app(options: Options) -> tuple[WSGIApplication | None, ForkServer | None]:
-    """Import the app here, or else in a fork server. Raises LoadError."""
-    if not options.use_request_subprocess:
-        return load_app(options.app) if options.app else demo_app, None
-    fork_server = ForkServer(options.app)
-    fork_server.start()
-    return None, fork_server
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
-    try:
-        options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-        pickups = open_pickup_port(options)
-    except UsageError as exc:
-        print(f"pothead-worker: {exc}", file=sys.stderr)
-        return 2
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(contextlib.closing(Signals()))
-        if pickups:
-            stack.callback(pickups.close)
         try:
+            options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+            signals = stack.enter_context(contextlib.closing(Signals()))
             configure_logging(options.log_level)
-            app, fork_server = open_app(options)
-            pool = WorkerPool(
-                app,
-                options.connect,
-                options.workers,
-                options.graceful_timeout_s,
-                fork_server=fork_server,
-                request_timeout_s=options.request_timeout_s,
-                pickups=pickups,
-            )
+            pool, ports = prepare(options, stack)
             signals.listen()
-        except LoadError as exc:
+        except (UsageError, LoadError) as exc:
             print(f"pothead-worker: {exc}", file=sys.stderr)
-            return 3
+            return 2 if isinstance(exc, UsageError) else 3
         except KeyboardInterrupt:
             signals.listen()  # an impatient second one must not show a traceback
             return 0
-        status = 0 if serve(pool, signals) else 1
+        status = 0 if serve(pool, ports, signals) else 1
     threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
     return status
 

@@ -1267,7 +1267,14 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
 def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
     halt = pothead_worker.Halt()
     slot = types.SimpleNamespace(
-        halt=halt, application=hello, on_open=lambda handler: halt.set(), on_close=lambda handler: None
+        halt=halt,
+        application=hello,
+        serves_one_request=False,
+        on_open=lambda handler: halt.set(),
+        on_request=lambda environ: None,
+        on_exchange_begin=lambda: None,
+        on_exchange_end=lambda status, seconds: None,
+        on_close=lambda handler: None,
     )
     with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
         peer.send(request())

@@ -193,7 +193,7 @@ def test_key_is_good_for_one_get_and_any_number_of_heads(
         answer = key.fetch(method)
         assert answer.startswith(b"HTTP/1.1 410 Gone\r\n")
         assert answer.endswith(b"410 Gone\n" if method == "GET" else b"\r\n\r\n")
-    worker.wait_for_error(is_line("WARNING pickup: unknown, used or expired key from 127.0.0.1"))
+    worker.wait_for_error(is_line("WARNING redirects: unknown, used or expired key from 127.0.0.1"))
     assert key.target[1:] not in worker.stderr
 
 
@@ -423,7 +423,7 @@ def test_port_refuses_what_is_not_a_key(port: wire.Address, sent: bytes, status:
 def test_slow_head_times_out(
     monkeypatch: pytest.MonkeyPatch, listener: wire.Listener, sent: bytes, answer: bytes
 ) -> None:
-    monkeypatch.setattr(pothead_worker, "PICKUP_HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pothead_worker, "SIDE_HEAD_TIMEOUT_S", 0.1)
     pickups = PickupPort(0, interval_s=0.02)
     pickups.start()
     with contextlib.closing(pickups), wire.Peer.connect(("127.0.0.1", pickups.port)) as consumer:
@@ -435,7 +435,7 @@ def test_slow_head_times_out(
 def test_callers_that_say_nothing_do_not_keep_others_out(
     monkeypatch: pytest.MonkeyPatch, port: wire.Address
 ) -> None:
-    monkeypatch.setattr(pothead_worker, "PICKUP_CALLERS", 3)
+    monkeypatch.setattr(pothead_worker, "SIDE_VISITORS", 3)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(wire.Peer.connect(port)) for _ in range(4)]
         silent[0].expect_eof()
@@ -460,7 +460,7 @@ def test_location_has_the_host_that_was_given(
     start: Any, listener: wire.Listener, host: str, wanted: bytes
 ) -> None:
     worker = start("--redirect-host", host)
-    port = worker.wait_for_error(is_line("listening redirected responses=*:")).rpartition(":")[2]
+    port = worker.wait_for_error(is_line("listening redirects=*:")).rpartition(":")[2]
     with listener.accept() as peer:
         location = ask(peer).value(b"location")
     assert location and location.startswith(b"http://%b:%b/" % (wanted, port.encode()))
