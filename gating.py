@@ -82,6 +82,7 @@ from typing import Protocol
 log = logging.getLogger("pothead.gating")
 
 SAMPLE_INTERVAL_S = 0.1  # /proc counts in 0.01 s; `inertia` is per interval
+FIRST_INTERVAL_S = 0.05  # coarse, but a second job waits for it when the first has just begun
 STALE_S = 1.0  # after so long without a measurement, an average would tell of another time
 POLL_S = 0.03  # how long a halt may go unnoticed, so below 0.05
 FORGOTTEN = 0.01  # a job that ended is dropped when its share in the average is below this
@@ -706,7 +707,8 @@ class CpuJudge:
     def _measure(self, now_s: float) -> CpuReading:
         """Return the latest reading, and keep the average up to it."""
         last, last_s = self._reading, self._read_at_s
-        if last is not None and now_s - last_s < SAMPLE_INTERVAL_S:
+        interval_s = FIRST_INTERVAL_S if self._average is None else SAMPLE_INTERVAL_S
+        if last is not None and now_s - last_s < interval_s:
             return last
         self._read_at_s, self._reading = now_s, self._probe.read_cpus()
         if not self._reading.is_usable:
