@@ -1010,6 +1010,37 @@ def test_response_that_is_complete_too_late_is_dropped(serving: Any, lines: Line
     lines.wait_for("the consumer has gone")
 
 
+@pytest.mark.parametrize("headers", [(DATE, ("Content-Length", "5")), (DATE,)])
+@pytest.mark.parametrize("last", [[], [b""]])
+def test_consumer_that_has_got_everything_may_go(
+    serving: Any, lines: Lines, headers: Any, last: list[bytes]
+) -> None:
+    """The hub knows a response's end by its length, and may close before the app's iterable has ended."""
+    has_ended = threading.Event()
+
+    class Body(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"hello"
+            assert environs[0]["pothead.cancelled"].wait(wire.DEADLINE_S)
+            yield from last
+
+        def close(self) -> None:
+            has_ended.set()
+
+    environs: list[Environ] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        environs.append(environ)
+        start_response("200 OK", list(headers))
+        return Body([b"one item"])  # so that its length is known
+
+    served = serving(app)
+    assert ask(served.peer).body == b"hello"
+    served.accept_again()
+    assert has_ended.is_set()
+    assert not lines.having("the consumer has gone")
+
+
 def test_failing_send_means_that_the_consumer_has_gone(serving: Any, lines: Lines) -> None:
     def endless() -> Iterator[bytes]:
         while True:
