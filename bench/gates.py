@@ -95,9 +95,8 @@ def main() -> None:
                 found[name].append(run(arguments.jobs, cpu_s, options))
         medians = {name: statistics.median(took_s for took_s, _ in runs) for name, runs in found.items()}
         for name, runs in found.items():
-            print(
-                f"{cpu_s:g} s of CPU: {name}: {medians[name]:.2f} s, at most {max(n for _, n in runs)} at a time"
-            )
+            most = max(count for _, count in runs)
+            print(f"{cpu_s:g} s of CPU: {name}: {medians[name]:.2f} s, at most {most} at a time")
         best = min((name for name in kinds if name != "--poll-jobs"), key=medians.__getitem__)
         print(
             f"{cpu_s:g} s of CPU: --poll-jobs takes {medians['--poll-jobs'] / medians[best]:.2f} times {best}"
