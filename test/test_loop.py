@@ -62,6 +62,8 @@ class Recorder:
         self.events.append("reset" if reset else "hangup")
         self.stream.close()
 
+    def on_taken(self) -> None: ...
+
     def on_drained(self) -> None:
         self.events.append("drained")
         if self.on_all_gone is not None:
@@ -629,10 +631,10 @@ def test_role_can_be_exchanged_between_two_reads(rig: Rig) -> None:
 
 def test_hang_up_of_a_quiet_peer_is_seen_without_reading(rig: Rig) -> None:
     stream, role, peer = rig.pair()
-    assert not stream.has_hung_up()
+    assert not stream.has_news()
     assert not stream.has_hung_up_behind_bytes()
     peer.send(b"speaks out of turn")
-    assert stream.has_hung_up()
+    assert stream.has_news()
     assert not stream.has_hung_up_behind_bytes()
     peer.shutdown(socket.SHUT_WR)
     assert stream.has_hung_up_behind_bytes()
