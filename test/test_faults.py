@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -17,7 +16,16 @@ from typing import Any
 import pytest
 
 import wire
-from wire import HubProcess, Peer, hub_process, worker_process
+from wire import (
+    HubProcess,
+    Peer,
+    cpu_ticks,
+    hub_process,
+    resident_kib,
+    until_asleep,
+    wake_ups,
+    worker_process,
+)
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -319,20 +327,6 @@ def test_never_more_run_than_there_are_slots_and_all_in_order(hub: HubProcess, f
 # ---- Idleness ----------------------------------------------------------------------------------------
 
 
-def status_value(pid: int, name: str) -> int:
-    (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith(name)]
-    return int(line.split()[1])
-
-
-def resident_kib(pid: int) -> int:
-    return status_value(pid, "VmRSS:")
-
-
-def cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
 @linux_only
 def test_idle_hub_does_not_even_wake_up(crowd_limit: None) -> None:
     with hub_process() as hub, contextlib.ExitStack() as stack:
@@ -346,19 +340,9 @@ def test_idle_hub_does_not_even_wake_up(crowd_limit: None) -> None:
             consumer.read_response()
         until(hub, slots={"idle": 8, "busy": 0}, demand=0)
         until_asleep(hub.pid)
-        wake_ups, ticks = status_value(hub.pid, "voluntary_ctxt_switches"), cpu_ticks(hub.pid)
+        woken, ticks = wake_ups(hub.pid), cpu_ticks(hub.pid)
         consumers[0].sock.settimeout(1.0)
         with pytest.raises(TimeoutError):
             consumers[0].sock.recv(1)
         assert cpu_ticks(hub.pid) - ticks <= 1
-        assert status_value(hub.pid, "voluntary_ctxt_switches") - wake_ups <= 3
-
-
-def until_asleep(pid: int) -> None:
-    """Wait until the process has nothing left to do: asleep, and not woken between two looks."""
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    before = -1
-    while (wake_ups := status_value(pid, "voluntary_ctxt_switches")) != before:
-        assert time.monotonic() < ends_at
-        before = wake_ups
-        signal.sigtimedwait([], 0.05)
+        assert wake_ups(hub.pid) - woken <= 3
