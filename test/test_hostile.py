@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import re
 import resource
 import select
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -709,3 +711,16 @@ def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() ->
             assert wake_ups(hub.pid) - woken <= 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- Random damage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["pure", "hub"])
+def test_random_damage_is_read_one_way_or_refused(part: str) -> None:
+    """A short run; the figures of longer ones are in docs/reliability.md."""
+    command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "4", "--seed", "4")
+    fuzz = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert fuzz.returncode == 0, fuzz.stderr.decode()
+    cases = re.fullmatch(r"%s: (\d+) cases: .*forward \d+.*\n" % part, fuzz.stdout.decode())
+    assert cases and int(cases[1]) > 100
