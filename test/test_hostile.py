@@ -722,5 +722,5 @@ def test_random_damage_is_read_one_way_or_refused(part: str) -> None:
     command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "4", "--seed", "4")
     fuzz = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert fuzz.returncode == 0, fuzz.stderr.decode()
-    cases = re.fullmatch(r"%s: (\d+) cases: .*forward \d+.*\n" % part, fuzz.stdout.decode())
+    cases = re.fullmatch(part + r": (\d+) cases: .*forward \d+.*\n", fuzz.stdout.decode())
     assert cases and int(cases[1]) > 100
