@@ -8,8 +8,9 @@ be forwarded is read again by the strict reader of ``test/wire.py``, which must 
 response in it.  The **hub** part sends them to a running hub, requests from a consumer and responses from a
 slot: each must come out at the other end as that strict reader's same message, or be refused, or break off.
 
-Each case has a number, and its damage depends on nothing but the seed and that number: ``--first N --cases
-1`` repeats it.  Loopback only, bounded by its options; exits with 1 at the first wrong outcome, and prints it.
+Each case has a number, and its damage depends on nothing but the seed and that number:
+``--first N --cases 1`` repeats it.  Loopback only, bounded by its options; exits with 1 at the first wrong
+outcome, and prints it.
 """
 
 from __future__ import annotations

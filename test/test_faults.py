@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import errno
 import hashlib
+import itertools
+import os
+import random
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_exchange import Rig, has_bytes
 
+import pothead
 import wire
 from wire import (
     HubProcess,
@@ -346,3 +353,474 @@ def test_idle_hub_does_not_even_wake_up(crowd_limit: None) -> None:
             consumers[0].sock.recv(1)
         assert cpu_ticks(hub.pid) - ticks <= 1
         assert wake_ups(hub.pid) - woken <= 3
+
+
+# ---- Every call fails once ---------------------------------------------------------------------------
+#
+# SQLite's method: one fixed scenario, in which the n-th call fails, for n = 1, 2, 3 and so on until a run
+# meets no fault any more.  The hub turns in this process, under a clock by hand, on real sockets.
+
+
+class Plan:
+    """Counts calls of one kind and lets the one at `fails_at` fail; `piece` makes reads and writes short."""
+
+    def __init__(
+        self, fails_at: int = 0, error: int = 0, kind: str = "socket", piece: Callable[[], int] | None = None
+    ) -> None:
+        self.calls = 0
+        self.is_over = False
+        self._fails_at = fails_at
+        self._error = error
+        self._kind = kind
+        self._piece = piece
+
+    def call(self, kind: str) -> None:
+        if self.is_over or kind != self._kind:
+            return
+        self.calls += 1
+        if self.calls == self._fails_at:
+            raise OSError(self._error, f"call {self.calls} fails as planned")
+
+    @property
+    def has_failed(self) -> bool:
+        return 0 < self._fails_at <= self.calls
+
+    def size(self, wanted: int) -> int:
+        return min(wanted, self._piece()) if self._piece is not None and wanted else wanted
+
+
+class FaultySocket:
+    """A socket whose calls fail or fall short by a plan."""
+
+    def __init__(self, sock: socket.socket, plan: Plan) -> None:
+        self._sock = sock
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self._plan.call("accept")
+        return self._sock.accept()
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        self._plan.call("socket")
+        return self._sock.recv(size, flags)
+
+    def recv_into(self, buffer: memoryview) -> int:
+        self._plan.call("socket")
+        return self._sock.recv_into(buffer[: self._plan.size(len(buffer))])
+
+    def send(self, data: bytes) -> int:
+        self._plan.call("socket")
+        return self._sock.send(memoryview(data)[: self._plan.size(len(data))])
+
+    def setsockopt(self, *arguments: Any) -> None:
+        self._plan.call("socket")
+        self._sock.setsockopt(*arguments)
+
+    def shutdown(self, how: int) -> None:
+        self._plan.call("socket")
+        self._sock.shutdown(how)
+
+
+@contextlib.contextmanager
+def faulty_system(plan: Plan) -> Iterator[None]:
+    """Let the functions of `os` that the hub moves bytes with go by the plan too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pread", "pwrite"):
+            patch.setattr(os, name, planned(plan, name))
+        if pothead.CAN_SPLICE:
+            splice = planned(plan, "splice")
+            patch.setattr(os, "splice", lambda a, b, size, flags: splice(a, b, plan.size(size), flags=flags))
+        yield
+
+
+def planned(plan: Plan, name: str) -> Callable[..., Any]:
+    function = getattr(os, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        plan.call(name)
+        return function(*arguments, **named)
+
+    return call
+
+
+class Recorded(Peer):
+    """The strict reader over bytes that are all there."""
+
+    def __init__(self, data: bytes) -> None:
+        self.received = bytearray(data)
+
+    def _receive(self) -> bool:
+        return False
+
+
+LARGE = random.Random(1).randbytes(600_000)
+UPLOAD = random.Random(2).randbytes(100_000)
+CHUNKED_UPLOAD = b"".join(b"%x\r\n%b\r\n" % (1000, UPLOAD[i : i + 1000]) for i in range(0, 5000, 1000))
+
+
+def head(method: str, path: str, *lines: str) -> bytes:
+    return "\r\n".join((f"{method} {path} HTTP/1.1", "Host: pothead.test", *lines, "", "")).encode()
+
+
+# Path: the request, its method, and what its body must be when it reaches a worker.
+SCENARIO = {
+    "/bare": (head("GET", "/bare"), b"GET", b""),
+    "/length": (head("POST", "/length", "Content-Length: 100000") + UPLOAD, b"POST", UPLOAD),
+    "/chunks": (
+        head("POST", "/chunks", "Transfer-Encoding: chunked") + CHUNKED_UPLOAD + b"0\r\n\r\n",
+        b"POST",
+        UPLOAD[:5000],
+    ),
+    "/head": (head("HEAD", "/head"), b"HEAD", b""),
+    "/large": (head("PUT", "/large", "Content-Length: 4") + b"body", b"PUT", b"body"),
+}
+# Path: the response, and the body that its consumer must get.
+ANSWERS = {
+    "/bare": (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n/bare", b"/bare"),
+    "/length": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n/length\r\n0\r\n\r\n",
+        b"/length",
+    ),
+    "/chunks": (b"HTTP/1.0 200 OK\r\n\r\n/chunks", b"/chunks"),
+    "/head": (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b""),
+    "/large": (b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n" + LARGE, LARGE),
+}
+
+
+class Script:
+    """One end of a connection that never blocks: it sends what it has and keeps what comes."""
+
+    def __init__(self, rig: Rig, address: str | None) -> None:
+        self.peer = rig.connect(address)
+        self.peer.sock.setblocking(False)
+        self.unsent = memoryview(b"")
+        self.received = bytearray()
+        self.has_ended = False
+
+    def pump(self) -> bool:
+        """Send and receive what can be; tells whether anything moved."""
+        if self.has_ended:
+            return False
+        moved = False
+        with contextlib.suppress(BlockingIOError):
+            if self.unsent:
+                self.unsent = self.unsent[self.peer.sock.send(self.unsent) :]
+                moved = True
+        with contextlib.suppress(BlockingIOError):
+            try:
+                data = self.peer.sock.recv(1 << 20)
+            except ConnectionResetError:
+                data = b""
+            self.received += data
+            self.has_ended = not data
+            moved = True
+        return moved
+
+
+class OneConsumer(Script):
+    """Sends one request and waits for its answer."""
+
+    def __init__(self, rig: Rig, path: str) -> None:
+        super().__init__(rig, rig.hub.main_address)
+        self.path = path
+        self.request, self.method, _ = SCENARIO[path]
+        self.unsent = memoryview(self.request)
+        self.response: wire.Response | None = None
+
+    def pump(self) -> bool:
+        with contextlib.suppress(OSError):
+            moved = super().pump()
+            if self.response is None and moved:
+                with contextlib.suppress(AssertionError):
+                    self.response = Recorded(bytes(self.received)).read_response(self.method)
+            return moved
+        self.has_ended = True  # it could not send: the hub has broken the connection
+        return True
+
+    def outcome(self) -> str:
+        if self.response is None:
+            return "broken" if self.has_ended else "waiting"
+        return "answered" if self.response.status == 200 else f"refused {self.response.status}"
+
+
+class OneSlot(Script):
+    """Answers what it is asked, and dials again when its connection has ended."""
+
+    def __init__(self, rig: Rig, started: list[str]) -> None:
+        super().__init__(rig, rig.hub.worker_address)
+        self._rig = rig
+        self._started = started
+        self._closes = False
+
+    def pump(self) -> bool:
+        try:
+            moved = super().pump()
+        except OSError:
+            moved = self.has_ended = True
+        if self.has_ended or (self._closes and not self.unsent):
+            self.peer.close()
+            Script.__init__(self, self._rig, self._rig.hub.worker_address)
+            self._closes = False
+            return True
+        reader = Recorded(bytes(self.received))
+        try:
+            request = reader.read_request()
+        except AssertionError as exc:
+            assert not self.received or "the other end closed" in str(exc), exc
+            return moved
+        assert not reader.received and not self.unsent, "two requests at once"
+        path = request.target.decode()
+        assert request.body == SCENARIO[path][2]
+        self._started.append(path)
+        self.received.clear()
+        self.unsent = memoryview(ANSWERS[path][0])
+        self._closes = path == "/chunks"
+        return True
+
+
+class Ledger:
+    """One run of the scenario, and what must hold after it whatever has failed."""
+
+    def __init__(self, plan: Plan, **options: Any) -> None:
+        self.plan = plan
+        self.rig = Rig(spool_memory=4096, **options)
+        self.started: list[str] = []
+        hub = self.rig.hub
+        new_stream = hub._new_stream
+        hub._new_stream = lambda sock, address: new_stream(FaultySocket(sock, plan), address)  # type: ignore
+        for listener in hub._listeners:
+            listener._socket = FaultySocket(listener._socket, plan)  # type: ignore
+        self.slots = [OneSlot(self.rig, self.started) for _ in range(2)]
+        self.consumers = [OneConsumer(self.rig, path) for path in SCENARIO]
+
+    def play(self) -> None:
+        """Turn until every consumer has an answer or a break; one that has neither in the end is lost."""
+        quiet = 0
+        while any(consumer.outcome() == "waiting" for consumer in self.consumers):
+            self.rig.turn()
+            moved = [each.pump() for each in (*self.slots, *self.consumers)]
+            quiet = 0 if any(moved) else quiet + 1
+            if quiet > 3:  # nothing moves any more: let time pass
+                self.rig.pass_time(0.5)
+            assert quiet < 600, f"lost: {[(each.path, each.outcome()) for each in self.consumers]}"
+
+    def check(self, may_fail: int) -> None:
+        outcomes = [consumer.outcome() for consumer in self.consumers]
+        for consumer in self.consumers:
+            if consumer.outcome() == "answered":
+                assert consumer.response and consumer.response.body == ANSWERS[consumer.path][1], "crossed"
+            if consumer.response is not None:
+                reader = Recorded(bytes(consumer.received))
+                reader.read_response(consumer.method)
+                assert not reader.received, "answered twice"
+        assert len(outcomes) - outcomes.count("answered") <= may_fail, outcomes
+        assert set(outcomes) <= {"answered", "broken", "refused 502", "refused 503", "refused 500"}, outcomes
+        for path, count in collections.Counter(self.started).items():
+            assert count == 1 or (count == 2 and SCENARIO[path][1] != b"POST"), f"{path} ran {count} times"
+
+    def check_rest(self) -> None:
+        """Nothing is left of the consumers once they are gone, and the next one is served."""
+        hub = self.rig.hub
+        for consumer in self.consumers:
+            consumer.peer.close()
+        late = OneConsumer(self.rig, "/bare")
+        self.consumers = [late]
+        self.play()
+        assert late.outcome() == "answered"
+        late.peer.close()
+        left = len(hub._listeners) + 2  # two slots
+
+        def is_clean() -> bool:
+            for slot in self.slots:
+                slot.pump()
+            self.rig.pass_time(0.1)  # a listener may be resting
+            return len(hub.loop.watched) == left and len(hub.idle) == 2
+
+        self.rig.until(is_clean)
+        assert (hub.budget.used, hub.budget.files) == (0, 0)
+        assert not hub.exchanges and not len(hub.queue) and len(hub.workers) == 2
+        assert sum(hub.counters.outcomes.values()) == len(self.rig.lines)
+
+
+def open_files() -> set[str]:
+    return set(os.listdir("/proc/self/fd")) if sys.platform == "linux" else set()
+
+
+def run_with(plan: Plan, may_fail: int = 1, **options: Any) -> None:
+    """Play the scenario once and check everything."""
+    before = open_files()
+    with faulty_system(plan):
+        ledger = Ledger(plan, **options)
+        try:
+            ledger.play()
+            ledger.check(may_fail)
+            plan.is_over = True
+            ledger.check_rest()
+        finally:
+            ledger.rig.close()
+    assert open_files() == before
+
+
+def fail_every_call(kind: str, error: str, may_fail: int = 1, **options: Any) -> int:
+    """Let the first call fail, then the second, until a run meets no fault; return how many there are."""
+    for number in itertools.count(1):
+        plan = Plan(number, getattr(errno, error), kind)
+        try:
+            run_with(plan, may_fail, **options)
+        except BaseException:
+            print(f"{kind} call {number} failed with {error}", file=sys.stderr)
+            raise
+        if not plan.has_failed:
+            return number - 1
+    raise AssertionError
+
+
+def test_scenario_of_the_fault_loop_succeeds_without_a_fault() -> None:
+    run_with(Plan(), may_fail=0)
+
+
+@pytest.mark.parametrize("error", ["ECONNRESET", "EPIPE", "ETIMEDOUT", "ENOBUFS"])
+@pytest.mark.parametrize("stream_requests", [False, True], ids=["spooled", "streamed"])
+def test_socket_call_that_fails_costs_one_exchange_at_most(error: str, stream_requests: bool) -> None:
+    """H7: whichever call it is, at either end."""
+    assert fail_every_call("socket", error, stream_requests=stream_requests) > 40
+
+
+@pytest.mark.parametrize("error", ["EAGAIN", "EINTR"])
+def test_socket_call_that_has_to_be_repeated_costs_nothing(error: str) -> None:
+    """H7, the rest of it."""
+    assert fail_every_call("socket", error, may_fail=0) > 40
+
+
+@pytest.mark.parametrize("error", ["ECONNABORTED", "EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EINTR"])
+def test_accept_that_fails_costs_no_exchange(error: str) -> None:
+    """H6, H7: five consumers and two slots, and some more looks for others."""
+    assert fail_every_call("accept", error, may_fail=0) > 7
+
+
+@pytest.mark.skipif(not pothead.CAN_SPLICE, reason="no splice here")
+@pytest.mark.parametrize("error", ["ECONNRESET", "EPIPE", "EINVAL", "ENOMEM", "EAGAIN"])
+def test_splice_that_fails_costs_one_exchange_at_most(error: str) -> None:
+    assert fail_every_call("splice", error, may_fail=error != "EAGAIN") >= 2
+
+
+@pytest.mark.parametrize(("function", "error"), [("pwrite", "ENOSPC"), ("pwrite", "EIO"), ("pread", "EIO")])
+def test_disk_that_fails_costs_one_exchange_at_most(function: str, error: str) -> None:
+    assert fail_every_call(function, error) >= 1
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1000, 0])
+def test_short_reads_and_writes_change_nothing(piece: int) -> None:
+    """Of the first thousands of calls, that is: of all of them it would take minutes.  0 is random."""
+    rng = random.Random(piece)
+    calls = itertools.count()
+
+    def size() -> int:
+        return (piece or rng.choice((1, 2, 100, 5000))) if next(calls) < 10_000 else 100_000
+
+    run_with(Plan(piece=size), may_fail=0)
+
+
+# ---- Peers that stop after every byte ----------------------------------------------------------------
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+LEAVE = pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["fin", "rst"])
+
+
+@LEAVE
+@pytest.mark.parametrize("path", ["/bare", "/short", "/pieces"])
+def test_consumer_that_stops_after_any_byte_of_its_request_is_forgotten(
+    rig: Rig, leave: Callable[[Peer], None], path: str
+) -> None:
+    """C1: no worker ever sees it, whole or not."""
+    message = {
+        "/bare": head("GET", "/bare"),
+        "/short": head("POST", "/short", "Content-Length: 4") + b"body",
+        "/pieces": head("PUT", "/pieces", "Transfer-Encoding: chunked") + b"4\r\nbody\r\n0\r\n\r\n",
+    }[path]
+    hub = rig.hub
+    for count in range(len(message) + 1):
+        consumer = rig.connect(hub.main_address)
+        consumer.send(message[:count])
+        rig.turn()
+        leave(consumer)
+        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners) and not hub.exchanges)
+        assert len(hub.queue) == hub.budget.used == 0
+    assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CQ"}
+
+
+RESPONSES = {
+    "length": b"HTTP/1.1 200 OK\r\nDate: now\r\nContent-Length: 12\r\n\r\nhello, world",
+    "chunks": b"HTTP/1.1 200 OK\r\nDate: now\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    b"7\r\n, world\r\n0\r\n\r\n",
+    "interim": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nDate: now\r\n"
+    b"Content-Length: 12\r\n\r\nhello, world",
+}
+
+
+@LEAVE
+@pytest.mark.parametrize("framing", RESPONSES)
+def test_worker_that_stops_after_any_byte_of_its_response_is_told_by_its_consumer(
+    rig: Rig, leave: Callable[[Peer], None], framing: str
+) -> None:
+    """W4, W5: an error while nothing was sent, a visible break after that, and whole only when it was."""
+    message, hub = RESPONSES[framing], rig.hub
+    for count in range(len(message)):
+        consumer = rig.consumer(head("POST", "/", "Content-Length: 4") + b"body")
+        slot = rig.slot()
+        rig.until(lambda slot=slot: has_bytes(slot))
+        slot.read_request()
+        slot.send(message[:count])
+        rig.turn()
+        leave(slot)
+        rig.until(lambda: not hub.exchanges)
+        rig.turn()
+        consumer.close() if expect_failure(consumer) else consumer.expect_eof()
+        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
+        assert hub.idle.running == hub.idle.waiting == 0
+    assert {line.partition(" code=")[2][:2] for line in rig.lines} <= {"WL", "WC"}
+
+
+def expect_failure(consumer: Peer) -> bool:
+    """Read an error of the hub, and return true, or the beginning of a response that breaks off."""
+    try:
+        while (response := consumer.read_response()).status == 103:
+            pass
+    except AssertionError as exc:
+        assert "the other end closed" in str(exc)
+        consumer.received.clear()
+        return False
+    assert response.status == 502, response
+    return True
+
+
+@LEAVE
+@pytest.mark.parametrize("framing", RESPONSES)
+def test_consumer_that_leaves_after_any_byte_of_its_response_frees_the_slot(
+    rig: Rig, leave: Callable[[Peer], None], framing: str
+) -> None:
+    """C2, C3: the worker is told by the end of its connection."""
+    message, hub = RESPONSES[framing], rig.hub
+    for count in range(len(message)):
+        consumer = rig.consumer(head("GET", "/"))
+        slot = rig.slot()
+        rig.until(lambda slot=slot: has_bytes(slot))
+        slot.read_request()
+        slot.send(message[:count])
+        rig.turn()
+        leave(consumer)
+        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
+        assert not hub.exchanges and not hub.workers
+        slot.expect_eof()
+        slot.close()
+    assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CR"}
