@@ -9,7 +9,9 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -24,11 +26,14 @@ from test_exchange import Rig, has_bytes
 import pothead
 import wire
 from wire import (
+    ROOT,
     HubProcess,
     Peer,
     cpu_ticks,
     hub_process,
+    python,
     resident_kib,
+    running,
     until_asleep,
     wake_ups,
     worker_process,
@@ -74,6 +79,35 @@ def takes_20_ms(environ, start_response):
     return [b"ok"]
 
 
+def echoes(environ, start_response):
+    note("start", environ)
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [environ["PATH_INFO"].encode()]
+
+
+def reads_a_part(environ, start_response):
+    """Take a MiB of the body, say so, and run until the file `go` is there."""
+    environ["wsgi.input"].read(1 << 20)
+    return waits_for_a_file(environ, start_response)
+
+
+def answers_by_halves(environ, start_response):
+    fields = [("Content-Type", "text/plain")]
+    if environ["PATH_INFO"] == "/length":
+        fields.append(("Content-Length", "8"))
+    start_response("200 OK", fields)
+    yield b"half"
+    yield from waits_for_a_file(environ, lambda *_: None)
+
+
+def dies(environ, start_response):
+    if environ["PATH_INFO"] == "/exit":
+        os._exit(3)
+    import ctypes
+
+    ctypes.string_at(0)
+
+
 def hashes(environ, start_response):
     digest = hashlib.sha256(environ["wsgi.input"].read()).hexdigest().encode()
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(digest)))])
@@ -87,6 +121,14 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "fault_apps.py").write_text(APPS)
     (tmp_path / "journal").touch()
     return tmp_path
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A hub inside this process, under a clock by hand."""
+    made = Rig()
+    yield made
+    made.close()
 
 
 def journal(folder: Path) -> list[tuple[str, str, int]]:
@@ -169,6 +211,205 @@ def test_workers_that_die_while_they_wait_make_nothing_run_twice(hub: HubProcess
             until(hub, slots={"idle": 1, "busy": 0})
     started = [path for event, path, _ in journal(folder) if event == "start"]
     assert len(started) == len(set(started))
+
+
+def test_worker_killed_within_the_request_is_told_at_once(hub: HubProcess, folder: Path) -> None:
+    """W3: a body of 8 MiB, of which the application has read one."""
+    with worker_process(hub, "fault_apps:reads_a_part", cwd=folder) as victim:
+        until(hub, slots={"idle": 1, "busy": 0})
+        with Peer.connect(hub.main) as consumer:
+            consumer.send(request("/part", bytes(8 << 20)))
+            until_started(folder, 1)
+            victim.kill()
+            killed_at = time.monotonic()
+            assert consumer.read_response().status == 502
+            assert time.monotonic() - killed_at < 1
+            with worker_process(hub, "fault_apps:echoes", cwd=folder):
+                consumer.send(request("/next"))  # the whole body was read: the connection is kept
+                assert consumer.read_response().body == b"/next"
+    assert until(hub, demand=0)["spool_memory_bytes"] == 0
+
+
+@pytest.mark.parametrize("path", ["/length", "/chunks"])
+@pytest.mark.parametrize("minor_version", [0, 1])
+def test_response_of_a_killed_worker_visibly_breaks_off(
+    hub: HubProcess, folder: Path, path: str, minor_version: int
+) -> None:
+    """W5: with HTTP/1.0 the end of the connection ends a response, so it has to be a reset."""
+    with worker_process(hub, "fault_apps:answers_by_halves", cwd=folder) as victim:
+        with Peer.connect(hub.main) as consumer:
+            consumer.send(f"GET {path} HTTP/1.{minor_version}\r\nHost: a\r\n\r\n".encode())
+            consumer.read_until(b"half")
+            victim.kill()
+            with pytest.raises(ConnectionResetError):
+                while data := consumer.sock.recv(65536):
+                    consumer.received += data
+            assert b"0\r\n" not in consumer.received
+    assert [event for event, _, _ in journal(folder)] == ["start"]
+    hub.wait_for_line(lambda line: f" path={path} " in line and " code=WC" in line)
+
+
+@pytest.mark.parametrize("path", ["/exit", "/segfault"])
+def test_application_that_takes_its_worker_with_it_costs_its_own_request(
+    hub: HubProcess, folder: Path, path: str
+) -> None:
+    """A12: once, since it might well do it again."""
+    with worker_process(hub, "fault_apps:dies", cwd=folder) as victim, Peer.connect(hub.main) as consumer:
+        consumer.send(request(path, b""))
+        assert consumer.read_response().status == 502
+        assert victim.wait() != 0
+        with worker_process(hub, "fault_apps:echoes", cwd=folder):
+            consumer.send(request("/next"))
+            assert consumer.read_response().body == b"/next"
+
+
+def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(folder: Path) -> None:
+    """W6, W7: as long as its kernel lives it looks like a waiting slot."""
+    app = "fault_apps:echoes"
+    with contextlib.ExitStack() as stack:
+        hub = stack.enter_context(hub_process("--response-timeout", "500ms"))
+        stopped = stack.enter_context(worker_process(hub, app, cwd=folder))
+        until(hub, slots={"idle": 1, "busy": 0})
+        stopped.send_signal(signal.SIGSTOP)
+        late = stack.enter_context(Peer.connect(hub.main))
+        late.send(request("/late", b""))
+        asked_at = time.monotonic()
+        until(hub, requests_in_flight=1)
+        stack.enter_context(worker_process(hub, app, cwd=folder))
+        consumer = stack.enter_context(Peer.connect(hub.main))
+        for number in range(10):  # served by the other one
+            consumer.send(request(f"/{number}"))
+            assert consumer.read_response().body == f"/{number}".encode()
+        assert late.read_response().status == 504
+        assert 0.5 <= time.monotonic() - asked_at < 3
+        stopped.send_signal(signal.SIGCONT)
+        until(hub, slots={"idle": 2, "busy": 0})
+        for number in range(10, 30):  # by both
+            for each in (late, consumer):
+                each.send(request(f"/{number}"))
+            for each in (late, consumer):
+                assert each.read_response().body == f"/{number}".encode()
+        assert late.received == consumer.received == b""
+    assert [path for _, path, _ in journal(folder)].count("/late") <= 1
+
+
+# ---- The hub itself ----------------------------------------------------------------------------------
+
+
+def test_hub_killed_under_load_is_replaced_on_the_same_ports(hub: HubProcess, folder: Path) -> None:
+    """H1: what it had is broken visibly; workers come back by themselves, and nothing is crossed or lost."""
+    stops = threading.Event()
+    outcomes: list[str] = []
+
+    def consume(number: int) -> None:
+        for count in itertools.count():
+            path = f"/{number}-{count}"
+            if stops.is_set():
+                return
+            try:
+                with Peer.connect(hub.main) as consumer:
+                    consumer.send(request(path))
+                    response = consumer.read_response()
+            except (ConnectionError, AssertionError) as exc:
+                assert "nothing came" not in str(exc), "lost"
+                outcomes.append("unknown")
+                stops.wait(0.01)
+                continue
+            outcomes.append("answered" if response.body == path.encode() else f"crossed {response}")
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(worker_process(hub, "--workers", "2", "fault_apps:echoes", cwd=folder))
+        until(hub, slots={"idle": 4, "busy": 0})
+        threads = [threading.Thread(target=consume, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        current = hub
+        ports = ("--main-port", str(hub.main[1]), "--worker-port", str(hub.worker[1]))
+        for _ in range(3):
+            answered = outcomes.count("answered")
+            while outcomes.count("answered") < answered + 50:
+                assert all(thread.is_alive() for thread in threads)
+                stops.wait(0.01)
+            current.kill()
+            current.wait()
+            current = stack.enter_context(hub_process(*ports))
+        answered = outcomes.count("answered")
+        while outcomes.count("answered") < answered + 50:
+            assert all(thread.is_alive() for thread in threads)
+            stops.wait(0.01)
+        stops.set()
+        for thread in threads:
+            thread.join()
+        until(current, slots={"idle": 4, "busy": 0})
+    assert set(outcomes) == {"answered", "unknown"}
+    started = [path for event, path, _ in journal(folder) if event == "start"]
+    assert len(started) == len(set(started))
+
+
+def test_hub_that_was_stopped_reads_before_it_looks_at_the_clock() -> None:
+    """H5: a worker that answered in time meanwhile has answered in time."""
+    with hub_process("--response-timeout", "300ms", "--queue-timeout", "300ms") as hub:
+        with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
+            consumer.send(request("/"))
+            slot.read_request()
+            hub.process.send_signal(signal.SIGSTOP)
+            slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            waiting = Peer.connect(hub.main)
+            waiting.send(request("/next"))
+            consumer.sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                consumer.sock.recv(1)
+            consumer.sock.settimeout(wire.DEADLINE_S)
+            hub.process.send_signal(signal.SIGCONT)
+            assert consumer.read_response().body == b"ok"
+            assert slot.read_request().target == b"/next"
+            slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            assert waiting.read_response().status == 200
+            waiting.close()
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_wall_clock_that_jumps_changes_dates_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    """H9"""
+    now = time.time()
+    queued = rig.consumer(head("GET", "/queued"))
+    monkeypatch.setattr(time, "time", lambda: now + days * 86400)
+    rig.pass_time(1.0)
+    slot = rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    monkeypatch.setattr(time, "time", lambda: now - days * 86400)
+    rig.pass_time(1.0)
+    slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    response = rig.response(queued)
+    assert response.status == 200
+    assert response.value(b"Date") == pothead.http_date(int(now - days * 86400))
+    assert re.search(r" queued_ms=1000\.0 worker_ms=1000\.0 total_ms=2000\.0 ", rig.lines[0])
+
+
+def test_hub_serves_on_when_the_disk_of_its_log_is_full(tmp_path: Path) -> None:
+    """H8: lines are lost and requests are not."""
+    log = tmp_path / "log"
+    command = python(str(ROOT / "pothead.py"), "--main-port", "0", "--worker-port", "0", "--admin-port", "0")
+    script = 'log=$1; shift; ulimit -f 8; exec "$@" >"$log" 2>&1'
+    hub = HubProcess(["sh", "-c", script, "sh", str(log), *command], ROOT)
+    with running(hub):
+        ends_at = time.monotonic() + wire.DEADLINE_S
+        while not log.exists() or log.read_text().count("listening ") < 3:
+            assert time.monotonic() < ends_at
+        hub.lines += log.read_text().splitlines()
+        hub.wait_until_ready()
+        with echoing_slots(hub, 1), Peer.connect(hub.main) as consumer:
+            for number in range(200):
+                consumer.send(request(f"/{number}"))
+                digest = hashlib.sha256(f"/{number}".encode()).hexdigest()
+                assert consumer.read_response().body == digest.encode()
+        assert hub.stats()["outcomes"]["OK"] == 200
+    assert log.stat().st_size <= 8192
+    assert log.read_text().count(" code=OK") < 100
 
 
 # ---- Crowds ------------------------------------------------------------------------------------------
@@ -725,13 +966,6 @@ def test_short_reads_and_writes_change_nothing(piece: int) -> None:
 
 
 # ---- Peers that stop after every byte ----------------------------------------------------------------
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig()
-    yield made
-    made.close()
 
 
 LEAVE = pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["fin", "rst"])
