@@ -213,6 +213,28 @@ def test_workers_that_die_while_they_wait_make_nothing_run_twice(hub: HubProcess
     assert len(started) == len(set(started))
 
 
+@pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["fin", "rst"])
+def test_slot_that_left_before_it_was_known_costs_not_even_a_post(
+    rig: Rig, leave: Callable[[Peer], None]
+) -> None:
+    """W2: the newest slots are taken first, and these are gone before the hub has seen them."""
+    good = rig.slot()
+    for _ in range(20):
+        consumer = rig.consumer()
+        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub._listeners) + 2)
+        for _ in range(3):
+            leave(rig.connect(rig.hub.worker_address))
+        consumer.send(request("/post", b"body"))
+        rig.turn()
+        rig.until(lambda consumer=consumer: has_bytes(good) or has_bytes(consumer))
+        assert good.read_request().body == b"body"
+        good.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        assert rig.response(consumer).body == b"ok"
+        consumer.close()
+        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub._listeners) + 1)
+    assert rig.hub.counters.requeues == 0
+
+
 def test_worker_killed_within_the_request_is_told_at_once(hub: HubProcess, folder: Path) -> None:
     """W3: a body of 8 MiB, of which the application has read one."""
     with worker_process(hub, "fault_apps:reads_a_part", cwd=folder) as victim:

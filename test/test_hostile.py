@@ -519,10 +519,10 @@ def test_slot_that_comes_and_goes_ten_thousand_times_costs_bounded_time(hub: Hub
     assert hub.stats()["workers"] == []
 
 
-def test_flapping_slots_hardly_take_a_request_from_a_good_one(hub: HubProcess) -> None:
-    """W13, W2: a slot that has gone already is passed over; one that goes as the request comes costs it.
+def test_slot_that_comes_and_goes_all_the_time_holds_up_nobody(hub: HubProcess) -> None:
+    """W13, W2: the newest slot is taken first, and the newest is nearly always gone.
 
-    POST requests, which may not run twice, against a slot that comes and goes as fast as it can.
+    POST requests, which may not run twice: one that was sent to a slot just before it left is a 502.
     """
     stops = threading.Event()
 
@@ -537,7 +537,7 @@ def test_flapping_slots_hardly_take_a_request_from_a_good_one(hub: HubProcess) -
         thread.start()
     statuses = []
     with Peer.connect(hub.main) as consumer:
-        for _ in range(400):
+        for _ in range(200):
             consumer.send(post(b"/", b"body"))
             statuses.append(consumer.read_response().status)
     stops.set()
@@ -546,8 +546,8 @@ def test_flapping_slots_hardly_take_a_request_from_a_good_one(hub: HubProcess) -
     threads[0].join()
     good.close()
     assert set(statuses) <= {200, 502}
-    assert statuses.count(502) <= 20
-    assert time.monotonic() - began < 15
+    assert statuses.count(200) > 100
+    assert time.monotonic() - began < 8
 
 
 @linux_only
@@ -681,6 +681,14 @@ def test_hub_without_descriptors_pauses_and_serves_on(foreseen: bool) -> None:
         for thread in threads:
             thread.join()
         assert hub.stderr.count("accepting no connections for now") < 60
+
+
+@linux_only
+@pytest.mark.parametrize("limit", [32, 64])
+def test_hub_with_very_few_descriptors_still_serves(limit: int) -> None:
+    with limited_hub(limit) as hub, contextlib.closing(Pair(hub)) as pair:
+        for _ in range(10):
+            pair.probe()
 
 
 @linux_only
