@@ -213,17 +213,21 @@ def test_workers_that_die_while_they_wait_make_nothing_run_twice(hub: HubProcess
     assert len(started) == len(set(started))
 
 
-@pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["fin", "rst"])
-def test_slot_that_left_before_it_was_known_costs_not_even_a_post(
-    rig: Rig, leave: Callable[[Peer], None]
+def speak_unasked(slot: Peer) -> None:
+    slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\na lie")
+
+
+@pytest.mark.parametrize("misbehave", [Peer.close, Peer.reset, speak_unasked], ids=["fin", "rst", "speaks"])
+def test_slot_that_left_or_spoke_before_it_was_known_costs_not_even_a_post(
+    rig: Rig, misbehave: Callable[[Peer], None]
 ) -> None:
-    """W2: the newest slots are taken first, and these are gone before the hub has seen them."""
+    """W2, W11: the newest slots are taken first, and these are bad before the hub has seen them."""
     good = rig.slot()
     for _ in range(20):
         consumer = rig.consumer()
         rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub._listeners) + 2)
         for _ in range(3):
-            leave(rig.connect(rig.hub.worker_address))
+            misbehave(rig.connect(rig.hub.worker_address))
         consumer.send(request("/post", b"body"))
         rig.turn()
         rig.until(lambda consumer=consumer: has_bytes(good) or has_bytes(consumer))

