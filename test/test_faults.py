@@ -266,6 +266,7 @@ def test_response_of_a_killed_worker_visibly_breaks_off(
         with Peer.connect(hub.main) as consumer:
             consumer.send(f"GET {path} HTTP/1.{minor_version}\r\nHost: a\r\n\r\n".encode())
             consumer.read_until(b"half")
+            until_started(folder, 1)
             victim.kill()
             with pytest.raises(ConnectionResetError):
                 while data := consumer.sock.recv(65536):

@@ -495,6 +495,30 @@ def test_bad_requests_cost_hardly_more_than_good_ones(hub: HubProcess) -> None:
     assert bad <= 2 * good + 5, (bad, good)
 
 
+@linux_only
+@pytest.mark.parametrize("what", ["says nothing", "is served"])
+def test_connections_that_come_and_go_leave_no_memory_behind(hub: HubProcess, what: str) -> None:
+    """H13: nothing of a closed connection may stay until its deadline, which would have been 75 s away."""
+    count = 20_000 if what == "says nothing" else 4_000
+    with Peer.connect(hub.worker) as slot:
+        thread = threading.Thread(target=serve_all, args=(slot,))
+        thread.start()
+        before_kib = 0
+        for number in range(count):
+            if number == count // 20:  # what is allocated once has been
+                before_kib = resident_kib(hub.pid)
+            with Peer.connect(hub.main) as consumer:
+                if what == "is served":
+                    consumer.send(get(b"/"))
+                    consumer.read_response()
+                consumer.reset()
+        hub.stats()
+        grown_kib = resident_kib(hub.pid) - before_kib
+        slot.sock.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert grown_kib < 0.2 * count, f"{grown_kib} KiB"
+
+
 # ---- Workers that mean no good -----------------------------------------------------------------------
 
 
