@@ -1562,13 +1562,16 @@ class Stream(Watched):
             self._try(self._socket.setsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def has_news(self) -> bool:
-        """Whether the peer of a stream on which nothing is due has closed it, or has sent something."""
+        """Whether the peer of a stream on which nothing is due has closed it, or has sent something.
+
+        If so, the role is told in the next turn.
+        """
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:
-            return True
+        except OSError as exc:
+            self._fail(exc)
         return True
 
     def has_hung_up_behind_bytes(self) -> bool:
@@ -1681,7 +1684,7 @@ class Stream(Watched):
         self._loop.touch(self)
 
     def _fail(self, exc: OSError) -> None:
-        """Writing is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
+        """The connection is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
         log.debug("%s: %s", self.address, exc)
         self._failed = True
         self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
@@ -2818,7 +2821,7 @@ class Hub:
         while self.queue.length and self.idle.waiting:
             worker = self.idle.take()
             assert worker is not None
-            if worker.stream.has_news():  # it has left or spoken: its own event is to come, and tells which
+            if worker.stream.has_news():  # it has left, or spoken: it will be told which
                 self.idle.release(worker)
                 continue
             exchange = self.queue.take()
