@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -11,8 +12,10 @@ import os
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -318,6 +321,135 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
                 assert each.read_response().body == f"/{number}".encode()
         assert late.received == consumer.received == b""
     assert [path for _, path, _ in journal(folder)].count("/late") <= 1
+
+
+# ---- A network that is cut ---------------------------------------------------------------------------
+
+CLONE_NEWNET = 0x40000000
+# The limits that find a dead peer, a tenth of what they are: with half a minute there is nothing to learn.
+IMPATIENT_HUB = """
+import dataclasses, sys
+import pothead
+pothead.LIMITS = dataclasses.replace(
+    pothead.LIMITS, keepalive_idle_s=1, keepalive_interval_s=1, unacknowledged_s=2.0)
+sys.exit(pothead.main())
+"""
+IMPATIENT_WORKER = """
+import sys
+import pothead_worker
+pothead_worker.KEEP_ALIVE_IDLE_S = pothead_worker.KEEP_ALIVE_INTERVAL_S = 1
+pothead_worker.CONNECT_TIMEOUT_S = 1.0
+sys.exit(pothead_worker.main())
+"""
+
+
+class Namespace:
+    """A network of its own, for the calling thread and the processes it starts."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        outside = self._current()
+        self._outside = [outside]  # where the thread came from, once for each time that it entered
+        if self._libc.unshare(CLONE_NEWNET):
+            os.close(outside)
+            pytest.skip("this needs the right to make a network namespace")
+        self._own = self._current()
+        self.ip("link set lo up")
+        self.__exit__()
+
+    def __enter__(self) -> Namespace:
+        self._outside.append(self._current())
+        self._enter(self._own)
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        outside = self._outside.pop()
+        self._enter(outside)
+        os.close(outside)
+
+    def ip(self, command: str) -> None:
+        """Run `ip` in the namespace that the thread is in."""
+        subprocess.run(["ip", *command.split()], check=True, timeout=wire.DEADLINE_S)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._own}"
+
+    def close(self) -> None:
+        os.close(self._own)
+
+    def _current(self) -> int:
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+    def _enter(self, namespace: int) -> None:
+        assert self._libc.setns(namespace, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
+
+class Cable:
+    """Two networks and what joins them, until it is cut: then packets vanish, and nobody is told."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.ends = (Namespace(), Namespace())
+        for end in self.ends:
+            stack.callback(end.close)
+        with self.ends[0] as first:
+            first.ip(f"link add far type veth peer name near netns {self.ends[1].path}")
+            first.ip("link set far name near")
+        for number, end in enumerate(self.ends, 1):
+            with end:
+                end.ip("link set near up")
+                end.ip(f"addr add 192.0.2.{number}/24 dev near")
+
+    def cut(self) -> None:
+        for number, end in enumerate(self.ends, 1):
+            with end:  # an address that is no one's
+                end.ip(f"neigh replace 192.0.2.{3 - number} lladdr 02:00:00:00:00:99 dev near")
+
+    def mend(self) -> None:
+        for number, end in enumerate(self.ends, 1):
+            with end:
+                end.ip(f"neigh del 192.0.2.{3 - number} dev near")
+
+
+@pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")
+@linux_only
+def test_cut_network_is_noticed_at_both_ends_and_costs_a_post_at_most(folder: Path) -> None:
+    """W8, W9, W10: no FIN comes, and nothing is acknowledged any more."""
+    (folder / "impatient_hub.py").write_text(IMPATIENT_HUB)
+    (folder / "impatient_worker.py").write_text(IMPATIENT_WORKER)
+    ports = ("--main-port", "0", "--worker-host", "192.0.2.1", "--worker-port", "0", "--admin-port", "0")
+    environment = {"PYTHONPATH": str(ROOT)}
+    with contextlib.ExitStack() as stack:
+        cable = Cable(stack)
+        here, there = cable.ends
+        stack.enter_context(here)
+        command = python("impatient_hub.py", *ports, "--allow-anonymous-workers")
+        hub = stack.enter_context(running(HubProcess(command, folder, environment)))
+        hub.wait_until_ready()
+        connect = ("--connect", f"192.0.2.1:{hub.worker[1]}", "--workers", "3")
+        with there:
+            command = python("impatient_worker.py", *connect, "fault_apps:echoes")
+            worker = wire.WorkerProcess(command, folder, environment)
+        stack.enter_context(running(worker))
+        until(hub, slots={"idle": 3, "busy": 0})
+        # 1. Two slots are sent a request that never comes, and one waits.
+        cable.cut()
+        cut_at = time.monotonic()
+        get, post = (stack.enter_context(Peer.connect(hub.main)) for _ in range(2))
+        get.send(request("/get"))
+        post.send(request("/post", b"once"))
+        until(hub, requests_in_flight=2)
+        # 2. All three are found to be dead, and so is the hub by its worker.
+        assert post.read_response().status == 502
+        until(hub, slots={"idle": 0, "busy": 0}, queue_length=1)
+        assert time.monotonic() - cut_at < 10
+        worker.wait_for_error(lambda line: "unreachable" in line)
+        assert journal(folder) == []
+        # 3. They meet again.
+        cable.mend()
+        assert get.read_response().body == b"/get"
+        until(hub, slots={"idle": 3, "busy": 0})
+        assert [path for _, path, _ in journal(folder)] == ["/get"]
 
 
 # ---- The hub itself ----------------------------------------------------------------------------------
