@@ -100,6 +100,8 @@ class Limits:
     unacknowledged_s: float = 30.0  # sent bytes without an acknowledgement, before the peer is held for dead
     worker_full_s: float = 900.0  # the same while a slot is sent a large body: it may compute before it reads
     large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
+    slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
+    slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
 
@@ -1293,6 +1295,7 @@ class EventLoop:
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, READ, None)
         self._running = True
+        self._slow_at = -math.inf  # when that was last told
 
     def add(self, watched: Watched) -> None:
         """Takes over a descriptor: from now on the loop closes it."""
@@ -1346,6 +1349,15 @@ class EventLoop:
             elif not watched.closed:
                 self.deliver(watched, watched.on_events, events)
         self._fire_timers()
+        self._tell_if_slow(self.clock() - self.now)
+
+    def _tell_if_slow(self, turn_s: float) -> None:
+        """While one turn lasts, nobody else is served: a slow disk for the spools, or a machine that swaps."""
+        if turn_s > LIMITS.slow_turn_s and self.now - self._slow_at > LIMITS.slow_turn_pause_s:
+            log.warning(
+                "everyone has waited for %.1f s: is the disk slow, or the machine overloaded?", turn_s
+            )
+            self._slow_at = self.now
 
     def deliver(self, watched: Watched, method: Callable[..., None], *arguments: object) -> None:
         """Calls ``method``; a fault in it ends what ``watched`` is about and nothing else."""

@@ -243,6 +243,19 @@ def test_deadline_that_moved_to_and_fro_fires_where_it_came_to_rest(rig: Rig) ->
         assert events == ["fired"]
 
 
+def test_turn_that_keeps_everyone_waiting_is_told_once_a_minute(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def burn() -> None:
+        rig.clock.now += 0.7
+
+    for at, wanted in ((1, 1), (2, 1), (100, 2)):
+        rig.timer(at, burn)
+        rig.turn()
+        rig.turn(at=at)
+        assert caplog.text.count("everyone has waited for 0.7 s") == wanted
+
+
 def test_deadline_that_was_switched_off_does_not_fire(rig: Rig) -> None:
     events = Events()
     timer = rig.timer(1, events.note("fired"))
