@@ -108,9 +108,12 @@ EXIT_GRACE_S = 2.0  # how long threads that the app left behind may keep an ende
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
 KEEP_ALIVE_PROBES = 3
-# A hub that has no room for a response stops reading. The kernel counts that against the user timeout,
-# too, so it must be longer than a consumer may reasonably stall.
-USER_TIMEOUT_S = 60
+# There is no TCP_USER_TIMEOUT: it would count a hub that has no room for more of a response, and does not
+# read until its consumer has taken some, as dead. Keep-alive is for waiting slots; a hub that vanishes in
+# the midst of a response is given up when the kernel has retransmitted often enough, as every HTTP server
+# does.
+
+CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
 
@@ -123,6 +126,7 @@ SIDE_GRACE_S = 1.0  # how long a page may take when the worker ends
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
 
 PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
+STALL_S = 60  # a consumer that has come and reads nothing for so long is given up: it holds a slot
 
 CANCEL_GRACE_S = 0.5  # how long a request's process may clean up before it is killed
 FORK_SERVER_EXIT_S = 3.0  # how long the fork server may take to kill what it started
@@ -198,11 +202,12 @@ class Halt:
         self._reader.close()
 
 
-def wait_ready(sock: socket.socket, event: int, halt: Halt, timeout_s: float | None = None) -> bool:
+def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
     """Return whether `sock` became ready for `event` before timeout or halt. Ready wins over halted."""
     poller = select.poll()
     poller.register(sock, event)
-    poller.register(halt, select.POLLIN)
+    if halt is not None:
+        poller.register(halt, select.POLLIN)
     ready = poller.poll(None if timeout_s is None else timeout_s * 1000)
     sock_fd = sock.fileno()
     return any(fd == sock_fd for fd, _ in ready)
@@ -628,7 +633,10 @@ class Response(BaseHandler):
         self.request = head
         self.body = body
         self.head: ResponseHead | None = None
-        self.sent_bytes = 0
+        self.body_bytes = 0  # that the app has given
+        # What completes a body of the app's Content-Length is kept until it is sure that no more follows: a
+        # body that is too long must not be taken for a whole one.
+        self.last_piece = b""
         self.is_complete = False
         self.is_chunked = False
         self.says_close = False
@@ -641,10 +649,9 @@ class Response(BaseHandler):
 
     @property
     def is_all_sent(self) -> bool:
-        """Whether the consumer has all of the response: from now on it may be gone."""
+        """Whether the consumer has all of the response, whose length is ours: from now on it may be gone."""
         assert self.head is not None
-        is_body_sent = not self.has_body or self.sent_bytes >= (self.head.length or 0)
-        return self.headers_sent and not self.is_chunked and is_body_sent
+        return self.headers_sent and not self.is_chunked and (not self.has_body or self.head.length is None)
 
     # -- calling the app
 
@@ -729,20 +736,24 @@ class Response(BaseHandler):
         if self.head is None:
             raise WSGIViolation("the body came before start_response was called")
         length = self.head.length
-        excess = 0 if length is None else self.sent_bytes + len(data) - length
-        if excess > 0 and self.has_body:
-            self.says_close = True
+        self.body_bytes += len(data)
+        if length is None or not self.has_body:
+            self._send(data)
+        elif self.body_bytes > length:
+            raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
+        elif self.body_bytes == length:
+            self.last_piece = data
+        else:
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
         start = b"" if self.headers_sent else self._begin(len(data))
-        self.sent_bytes += len(data)
         if not self.has_body:
             self._write(start)
         elif self.is_chunked:
             self._write(start + b"%x\r\n" % len(data), data, b"\r\n")
-        elif excess <= 0:
-            self._write(start, data)
         else:
-            self._write(start, data[: len(data) - excess])
-            raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
+            self._write(start, data)
 
     def finish_content(self) -> None:
         """Send what ends the response, if it is whole."""
@@ -750,9 +761,11 @@ class Response(BaseHandler):
             raise WSGIViolation("start_response was not called")
         if not self.is_all_sent:
             self._check_consumer()
-        if self.has_body and self.sent_bytes < (self.head.length or 0):
+        if self.has_body and self.body_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
-        if not self.headers_sent:
+        if self.last_piece:
+            self._send(self.last_piece)
+        elif not self.headers_sent:
             self._write(self._begin(0))
         elif self.is_chunked:
             self._write(b"0\r\n\r\n")
@@ -852,6 +865,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.body: RequestBody | None = None
         self.is_busy = False
         self.has_served = False
+        self.free_since = time.monotonic()
         self.is_hung_up = False
         self.wants_close = False
         self.cancelled = threading.Event()
@@ -909,7 +923,12 @@ class RequestHandler(BaseHTTPRequestHandler):
     # -- serving
 
     def _wait_for_request(self) -> bool:
-        return not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt)
+        if not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt):
+            return True
+        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
+        # response. It is served; after that the hub knows.
+        left_s = self.free_since + CROSSING_S - time.monotonic()
+        return left_s > 0 and wait_ready(self.connection, select.POLLIN, None, left_s)
 
     def handle_one_request(self) -> None:
         """Serve one request; sets close_connection when it was the last."""
@@ -922,6 +941,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self.is_busy = False
+            self.free_since = time.monotonic()
 
     def _serve(self) -> None:
         self.cancelled = self.make_cancelled()
@@ -1874,6 +1894,8 @@ class RedirectingHandler(RequestHandler):
         """The consumer has come. Called by the port's thread."""
         with contextlib.suppress(OSError):
             set_options(sock)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self.connection = sock
         self.slot.watch(self)
         self.deliver(sock)
@@ -3096,14 +3118,13 @@ def look_up(address: Address) -> Sequence[AddressInfo] | OSError:
 
 
 def set_options(sock: socket.socket) -> None:
-    """Send at once, and find out within a minute when the hub's machine has vanished."""
+    """Send at once, and let a waiting slot find out within a minute when the hub's machine has vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEP_ALIVE_IDLE_S),
         ("TCP_KEEPINTVL", KEEP_ALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_S * 1000),
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
