@@ -20,8 +20,12 @@ How it is built, from the bottom to the top: `parse_head` and the bodies underst
 one connection, one after the other; a `Slot` is a thread that keeps one connection open; a watcher notices
 a hub that closes a connection while the app computes; `WorkerPool` owns the slots and ends them. Threads
 share next to nothing: a slot's connection belongs to its thread, and `Halt` is how the others tell it to
-stop. Two modes stand between: a `PickupPort` is where consumers come for responses that shall not pass the
-hub, and a `ForkServer` gives each request a process of its own.
+stop.
+
+The modes are built on that. A `Forwarder` stands in for an app, and passes requests to a local HTTP program.
+A `SideDoor` is a port of the worker's own: a `PickupPort`, where consumers come for responses that shall not
+pass the hub, or a `PagePort` with metrics or with what the worker is doing. A `ForkServer` gives each request
+a process of its own. A `GateLoop` opens a slot for one request each time the app's gate returns.
 
 Vocabulary: the *consumer* sent the request to the hub; an *exchange* is one request with its response; a
 message has a *head* and a *body*.
@@ -4252,10 +4256,26 @@ def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarde
     return app, fork_server
 
 
+def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics, PagePort | None]:
+    """Return what counts and where that is shown, if it is. Raises UsageError."""
+    directory = options.metrics_directory
+    port = options.metrics_port if directory else None
+    scrapes = bind(stack, "PROMETHEUS_PORT", port, lambda port: PagePort("metrics", port))
+    if scrapes is None or directory is None:
+        return Metrics(), None
+    try:
+        metrics = PrometheusMetrics(directory)
+    except OSError as exc:
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: cannot be emptied: {exc}") from None
+    scrapes.pages = {"/metrics": metrics.page, "/": metrics.page}
+    stack.callback(metrics.close)
+    stack.callback(scrapes.close)  # before what its pages show
+    return metrics, scrapes
+
+
 def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
     """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
     host, expiry_s, interval_s = options.redirect_host, options.pickup_expiry_s, options.pickup_interval_s
-    metrics_port = options.metrics_port if options.metrics_directory else None
     pickups = bind(
         stack,
         "--redirect-response",
@@ -4268,12 +4288,7 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         options.inspection_port,
         lambda port: PagePort("inspection", port, options.inspection_host),
     )
-    scrapes = bind(stack, "PROMETHEUS_PORT", metrics_port, lambda port: PagePort("metrics", port))
-    metrics = Metrics()
-    if scrapes and options.metrics_directory:
-        metrics = prometheus = PrometheusMetrics(options.metrics_directory)
-        stack.callback(prometheus.close)
-        scrapes.pages = {"/metrics": prometheus.page, "/": prometheus.page}
+    metrics, scrapes = open_metrics(options, stack)
     app, fork_server = load(options, metrics)
     if isinstance(app, Forwarder):
         stack.callback(app.close)

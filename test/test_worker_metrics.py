@@ -363,6 +363,16 @@ def test_taken_port_is_refused_before_anything_is_removed(
     assert (directory / "counter_1.db").exists()
 
 
+@needs_prometheus
+def test_directory_that_cannot_be_emptied_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "counter_1.db").mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
+    monkeypatch.setenv("PROMETHEUS_PORT", "0")
+    assert "PROMETHEUS_MULTIPROC_DIR: cannot be emptied: " in refusal(capsys)
+
+
 def test_missing_package_is_one_line_that_names_the_extra(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
