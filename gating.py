@@ -149,6 +149,7 @@ class CpuAverage:
     capacity: float  # all that we may use
     free: float  # what of it nobody used
     own: float  # what we used of it
+    first_until_s: float = -math.inf  # where its first measurement ended
 
     def share(self, job: Job, inertia: float) -> float:
         """Return how much of `job` the average shows: 1 for a job that ran all the time, 0 for an offer."""
@@ -161,7 +162,11 @@ class CpuAverage:
             return 1.0
         if moment_s <= self.since_s:
             return 0.0
-        return decay(inertia, self.until_s - moment_s)
+        if moment_s >= self.first_until_s:
+            return decay(inertia, self.until_s - moment_s)
+        # The first measurement was drawn towards from nothing: all its moments count alike.
+        first_share = (moment_s - self.since_s) / (self.first_until_s - self.since_s)
+        return decay(inertia, self.until_s - self.first_until_s) * first_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,7 @@ def average_between(earlier: CpuReading, later: CpuReading, since_s: float, unti
     own = capacity - free  # all that is used, unless we know better
     if earlier.own_s is not None and later.own_s is not None:
         own = min(own, max(0.0, (later.own_s - earlier.own_s) / elapsed_s))
-    return CpuAverage(since_s, until_s, capacity, free, own)
+    return CpuAverage(since_s, until_s, capacity, free, own, first_until_s=until_s)
 
 
 def smooth(before: CpuAverage | None, latest: CpuAverage, inertia: float) -> CpuAverage:
@@ -261,6 +266,7 @@ def smooth(before: CpuAverage | None, latest: CpuAverage, inertia: float) -> Cpu
         capacity=latest.capacity,
         free=keep * before.free + (1 - keep) * latest.free,
         own=keep * before.own + (1 - keep) * latest.own,
+        first_until_s=before.first_until_s,
     )
 
 

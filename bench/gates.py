@@ -47,7 +47,7 @@ app.wait_for_slot = gating.wait_for_idle_cpus(1)  # type: ignore[attr-defined]
 def run(jobs: int, cpu_s: float, options: list[str]) -> tuple[float, int]:
     """Return the time for all jobs, and how many ran at most at the same time."""
     with tempfile.TemporaryFile("w+") as log:
-        ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "off"]
+        ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "off", "--log-level", "error"]
         hub = subprocess.Popen(
             [sys.executable, "-u", ROOT / "pothead.py", *ports], stdout=subprocess.PIPE, text=True
         )
