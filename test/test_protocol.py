@@ -297,7 +297,7 @@ def test_worker_of_the_document_serves_one_request_after_the_other_on_one_connec
     for number in range(20):
         ask(consumer, b"request %d" % number)
     (worker,) = hub.stats()["workers"]
-    assert (worker["served"], worker["failures"], worker["state"]) == (20, 0, "idle")
+    assert (worker["served"], worker["state"]) == (20, "idle")
 
 
 def test_worker_of_the_document_serves_bodies_of_all_kinds(
@@ -313,7 +313,8 @@ def test_worker_of_the_document_serves_bodies_of_all_kinds(
         response = consumer.read_response(method)
         assert (response.status, response.body) == (200, b"")
     ask(consumer, b"still in step")
-    assert [worker["failures"] for worker in hub.stats()["workers"]] == [0]
+    (worker,) = hub.stats()["workers"]
+    assert worker["served"] == 7, "all on one connection"
 
 
 def test_worker_of_the_document_understands_streamed_chunks(command: list[str], tmp_path: Path) -> None:
