@@ -312,9 +312,11 @@ def test_worker_of_the_document_serves_bodies_of_all_kinds(
         consumer.send(request(method))
         response = consumer.read_response(method)
         assert (response.status, response.body) == (200, b"")
+    consumer.send(request(b"GET", fields=b"X-Long: %b\r\n" % (b"x" * 30_000)))
+    assert consumer.read_response().status == 200
     ask(consumer, b"still in step")
     (worker,) = hub.stats()["workers"]
-    assert worker["served"] == 7, "all on one connection"
+    assert worker["served"] == 8, "all on one connection"
 
 
 def test_worker_of_the_document_understands_streamed_chunks(command: list[str], tmp_path: Path) -> None:
