@@ -3489,7 +3489,6 @@ def _passed_socket(fd: int, name: str) -> socket.socket:
     if not is_tcp or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         sock.close()
         raise ValueError(f"what is passed as {name!r} is no listening TCP socket")
-    sock.set_inheritable(False)
     return sock
 
 
