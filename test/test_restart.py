@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -270,6 +271,17 @@ def test_platform_without_shared_ports_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(socket, "SO_REUSEPORT")
     with pytest.raises(ValueError, match="--reuse-port is not possible: this platform has no SO_REUSEPORT"):
         pothead.Options(reuse_port=True)
+
+
+def test_connection_that_waits_when_a_drain_begins_is_refused_in_words() -> None:
+    with wire.hub_process("--graceful-timeout", "100ms") as hub:
+        hub.process.send_signal(signal.SIGSTOP)
+        with Peer.connect(hub.main) as consumer:
+            consumer.send(get(b"/"))
+            hub.terminate()
+            hub.process.send_signal(signal.SIGCONT)
+            assert consumer.read_response().status == 503
+        hub.wait()
 
 
 @contextlib.contextmanager
