@@ -103,6 +103,8 @@ class Limits:
     unacknowledged_s: float = 30.0  # sent bytes without an acknowledgement, before the peer is held for dead
     worker_full_s: float = 900.0  # the same while a slot is sent a large body: it may compute before it reads
     large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
+    slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
+    slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
 
@@ -838,6 +840,7 @@ class RequestQueue(Generic[Item]):
         self._max_length = max_length
         self._timeout_s = timeout_s
         self._deque: deque[_Entry[Item]] = deque()
+        self._returned: deque[_Entry[Item]] = deque()  # by arrival, too; all of them came before the others
         self._entries: dict[Item, _Entry[Item]] = {}  # those that wait, and those that may come back
         self._numbers = itertools.count()
         self.length = 0  # of those that wait
@@ -846,7 +849,9 @@ class RequestQueue(Generic[Item]):
         return self.length
 
     def __iter__(self) -> Iterator[Item]:
-        return (entry.item for entry in self._deque if entry.item is not None)
+        for entry in itertools.chain(self._returned, self._deque):
+            if entry.item is not None:
+                yield entry.item
 
     @property
     def is_full(self) -> bool:
@@ -862,24 +867,29 @@ class RequestQueue(Generic[Item]):
         self.length += 1
         return True
 
-    def put_back(self, item: Item) -> None:
-        """Returns an item that ``take`` gave to its old place, ahead of all that came later."""
+    def put_back(self, item: Item, away_s: float) -> None:
+        """Returns an item that ``take`` gave to its old place, ahead of all that came later.
+
+        The ``away_s`` seconds since it was taken do not count as waiting.
+        """
         entry = self._entries[item]
-        place = 0
-        while place < len(self._deque) and self._deque[place].number < entry.number:
-            place += 1
-        self._deque.insert(place, entry)
+        entry.since += away_s
         entry.waits = True
         self.length += 1
+        place = len(self._returned)
+        while place and self._returned[place - 1].number > entry.number:
+            place -= 1
+        self._returned.insert(place, entry)
 
     def take(self) -> Item | None:
         """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
-        while self._deque:
-            entry = self._deque.popleft()
-            if entry.item is not None:
-                entry.waits = False
-                self.length -= 1
-                return entry.item
+        for line in (self._returned, self._deque):
+            while line:
+                entry = line.popleft()
+                if entry.item is not None:
+                    entry.waits = False
+                    self.length -= 1
+                    return entry.item
         return None
 
     def cancel(self, item: Item) -> None:
@@ -889,33 +899,36 @@ class RequestQueue(Generic[Item]):
             return
         entry.item = None
         self.length -= 1
-        if len(self._deque) > 2 * self.length + 16:
+        if len(self._deque) + len(self._returned) > 2 * self.length + 16:
             self._deque = deque(entry for entry in self._deque if entry.item is not None)
+            self._returned = deque(entry for entry in self._returned if entry.item is not None)
 
     def expire(self, now: float) -> list[Item]:
         """Removes and returns all that have waited for the time limit or longer."""
-        expired = []
-        while now >= self.next_expiry():
-            item = self.take()
-            assert item is not None
-            del self._entries[item]
-            expired.append(item)
+        latest = now - self._timeout_s
+        # Those that came back may have waited less than those behind them: all are looked at.
+        late = [entry for entry in self._returned if entry.since <= latest]
+        late += itertools.takewhile(lambda entry: entry.since <= latest, self._deque)
+        expired = [entry.item for entry in late if entry.item is not None]
+        for item in expired:
+            self.cancel(item)
         return expired
 
     def next_expiry(self) -> float:
         """Returns when ``expire`` will next have something to do, infinity if nothing waits."""
-        oldest = self._oldest()
-        return oldest.since + self._timeout_s if oldest is not None else math.inf
+        return self._oldest_since() + self._timeout_s
 
     def oldest_wait(self, now: float) -> float:
-        """Returns how long the oldest item has waited, in seconds."""
-        oldest = self._oldest()
-        return now - oldest.since if oldest is not None else 0.0
+        """Returns how long the item that has waited longest has waited, in seconds."""
+        return now - self._oldest_since() if self.length else 0.0
 
-    def _oldest(self) -> _Entry[Item] | None:
+    def _oldest_since(self) -> float:
         while self._deque and self._deque[0].item is None:
             self._deque.popleft()
-        return self._deque[0] if self._deque else None
+        since = self._deque[0].since if self._deque else math.inf
+        if self._returned:
+            since = min([since, *(entry.since for entry in self._returned if entry.item is not None)])
+        return since
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int:
@@ -1055,19 +1068,22 @@ class _Extent:
 class Spool:
     """Bytes in order: in memory up to a mark and while the budget lasts, in a temporary file beyond.
 
-    With ``keep`` the bytes stay after they were read, for a second reading after ``rewind``.
+    With ``keep`` the bytes stay after they were read, for a second reading after ``rewind``.  Without it
+    the file is used in a circle once it is as long as ``file_limit``, so that it does not hold what has
+    been read.
     A full disk loses nothing: what does not fit into the file stays in memory, and ``disk_error`` tells
     the owner to take in no more.
     """
 
     __slots__ = (
-        "_budget", "_directory", "_file", "_file_end", "_held", "_keep", "_memory_limit", "_offset",
-        "_read", "_unread", "disk_error", "size",
+        "_budget", "_directory", "_file", "_file_end", "_file_limit", "_held", "_keep", "_memory_limit",
+        "_offset", "_read", "_unread", "disk_error", "size",
     )  # fmt: skip
 
     def __init__(
-        self, budget: MemoryBudget, memory_limit: int, directory: str | None = None, keep: bool = False
-    ) -> None:
+        self, budget: MemoryBudget, memory_limit: int, directory: str | None = None, keep: bool = False,
+        file_limit: float = math.inf,
+    ) -> None:  # fmt: skip
         self._budget = budget
         self._memory_limit = memory_limit
         self._directory = directory
@@ -1077,7 +1093,8 @@ class Spool:
         self._offset = 0  # of the first unread byte in the first unread part
         self._held = 0  # bytes of memory, as the budget counts them
         self._file: BinaryIO | None = None
-        self._file_end = 0
+        self._file_end = 0  # behind what was written last
+        self._file_limit = file_limit
         self.size = 0  # unread bytes
         self.disk_error: OSError | None = None
 
@@ -1089,11 +1106,12 @@ class Spool:
             self._append_to_memory(data)
             return
         try:
-            self._append_to_file(memoryview(data))
+            if self._append_to_file(memoryview(data)):
+                return
         except OSError as exc:
             self.disk_error = exc
-            self._budget.used += size  # it is held all the same, and shall be counted
-            self._append_to_memory(data)
+        self._budget.used += size  # it is held all the same, and shall be counted
+        self._append_to_memory(data)
 
     def spill(self, memory_limit: int) -> None:
         """Lowers the mark, and moves to the file what is beyond it."""
@@ -1113,7 +1131,7 @@ class Spool:
 
     def is_over(self, limit: int) -> bool:
         """Whether the spool should take in no more until it has been read."""
-        return self.size > limit or self._file_end > limit or self.disk_error is not None
+        return self.size > limit or self.disk_error is not None
 
     def peek(self, limit: int) -> Bytes:
         """Returns up to ``limit`` of the next unread bytes, none if there are none."""
@@ -1167,7 +1185,10 @@ class Spool:
         else:
             self._unread.append(bytearray(data))
 
-    def _append_to_file(self, data: memoryview) -> None:
+    def _append_to_file(self, data: memoryview) -> bool:
+        place = self._place(len(data))
+        if place is None:
+            return False
         if self._file is None:
             self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
                 prefix="pothead-", dir=self._directory, buffering=0
@@ -1175,13 +1196,32 @@ class Spool:
             self._budget.files += 1
         written = 0
         while written < len(data):
-            written += os.pwrite(self._file.fileno(), data[written:], self._file_end + written)
+            written += os.pwrite(self._file.fileno(), data[written:], place + written)
         last = self._unread[-1] if self._unread else None
-        if isinstance(last, _Extent) and last.offset + last.length == self._file_end:
+        if isinstance(last, _Extent) and last.offset + last.length == place:
             last.length += written
         else:
-            self._unread.append(_Extent(self._file_end, written))
-        self._file_end += written
+            self._unread.append(_Extent(place, written))
+        self._file_end = place + written
+        return True
+
+    def _place(self, size: int) -> int | None:
+        """Returns where in the file the next ``size`` bytes go, ``None`` if they would meet unread ones."""
+        start = None if self._keep else self._first_unread()
+        if start is None:
+            return self._file_end if self._keep else 0
+        if self._file_end > start:  # what is unread lies between the two
+            is_round = self._file_end >= self._file_limit and size < start
+            return 0 if is_round else self._file_end
+        return self._file_end if self._file_end + size < start else None
+
+    def _first_unread(self) -> int | None:
+        offset = self._offset
+        for part in self._unread:
+            if isinstance(part, _Extent):
+                return part.offset + offset
+            offset = 0
+        return None
 
     def _drop_file(self) -> None:
         if self._file is not None:
@@ -1251,8 +1291,9 @@ class EventLoop:
         self.pipe: Pipe | None = None  # the same for bytes that are moved without being received
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Watched]] = []  # heap; the number breaks ties
+        self._stale = 0  # entries of the heap that mean nothing any more
         self._numbers = itertools.count()
-        self._touched: set[Watched] = set()
+        self._touched: dict[Watched, None] = {}  # in order: the first to come is the first to be registered
         self.watched: set[Watched] = set()  # everything with a descriptor, until it is closed
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -1260,15 +1301,16 @@ class EventLoop:
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, READ, None)
         self._running = True
+        self._slow_at = -math.inf  # when that was last told
 
     def add(self, watched: Watched) -> None:
         """Takes over a descriptor: from now on the loop closes it."""
         self.watched.add(watched)
-        self._touched.add(watched)
+        self._touched[watched] = None
 
     def touch(self, watched: Watched) -> None:
         """Asks to look at the wanted events and the deadline before the loop sleeps."""
-        self._touched.add(watched)
+        self._touched[watched] = None
 
     def call_soon(self, function: Callable[[], None]) -> None:
         """Calls ``function`` before the loop sleeps next."""
@@ -1313,10 +1355,19 @@ class EventLoop:
             elif not watched.closed:
                 self.deliver(watched, watched.on_events, events)
         self._fire_timers()
+        self._tell_if_slow(self.clock() - self.now)
+
+    def _tell_if_slow(self, turn_s: float) -> None:
+        """While one turn lasts, nobody else is served: a slow disk for the spools, or a machine that swaps."""
+        if turn_s > LIMITS.slow_turn_s and self.now - self._slow_at > LIMITS.slow_turn_pause_s:
+            log.warning(
+                "everyone has waited for %.1f s: is the disk slow, or the machine overloaded?", turn_s
+            )
+            self._slow_at = self.now
 
     def deliver(self, watched: Watched, method: Callable[..., None], *arguments: object) -> None:
         """Calls ``method``; a fault in it ends what ``watched`` is about and nothing else."""
-        self._touched.add(watched)
+        self._touched[watched] = None
         try:
             method(*arguments)
         except Exception:
@@ -1337,20 +1388,36 @@ class EventLoop:
         for step in self.before_sleep:
             step()
         while self._touched:
-            watched = self._touched.pop()
-            wanted = 0 if watched.closed else watched.wanted_events()
-            if wanted != watched.registered:
-                self._register(watched, wanted)
-            if watched.closed:
-                self._release(watched)
-            elif watched.deadline < watched.armed:
-                watched.armed = watched.deadline
-                heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
+            touched, self._touched = self._touched, {}
+            for watched in touched:
+                self._settle_one(watched)
+
+    def _settle_one(self, watched: Watched) -> None:
+        wanted = 0 if watched.closed else watched.wanted_events()
+        if wanted != watched.registered:
+            self._register(watched, wanted)
+        if watched.closed:
+            self._release(watched)
+        elif watched.deadline < watched.armed:
+            self._stale += watched.armed != math.inf
+            watched.armed = watched.deadline
+            heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
 
     def _release(self, watched: Watched) -> None:
         watched.deadline = math.inf
+        if watched.armed != math.inf:
+            watched.armed = math.inf
+            self._stale += 1
+            self._forget_stale()
         self.watched.discard(watched)
         watched.release()
+
+    def _forget_stale(self) -> None:
+        """Rebuilds the heap when most of it is stale, since it keeps what has been closed alive."""
+        if self._stale > 64 + len(self._timers) // 2:
+            self._timers = [entry for entry in self._timers if entry[0] == entry[2].armed]
+            heapq.heapify(self._timers)
+            self._stale = 0
 
     def _register(self, watched: Watched, wanted: int) -> None:
         # Unregistered when nothing is wanted: a selector that waits for no event still reports a hang-up,
@@ -1375,6 +1442,7 @@ class EventLoop:
         while self._timers and self._timers[0][0] <= self.now:
             when, _, watched = heapq.heappop(self._timers)
             if when != watched.armed:
+                self._stale -= 1
                 continue  # it moved earlier since: another entry speaks for it
             watched.armed = math.inf
             if watched.deadline <= self.now:
@@ -1421,6 +1489,9 @@ class Role(Protocol):
 
     def on_hangup(self, *, reset: bool) -> None:
         """The peer has closed the connection, or broken it, or it cannot be written to any more."""
+
+    def on_taken(self) -> None:
+        """The network has taken a piece of what was kept; more is left."""
 
     def on_drained(self) -> None:
         """Everything written has been handed to the network."""
@@ -1508,14 +1579,17 @@ class Stream(Watched):
             milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
             self._try(self._socket.setsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def has_hung_up(self) -> bool:
-        """Whether the peer of a stream on which nothing is due has closed it, or has sent something."""
+    def has_news(self) -> bool:
+        """Whether the peer of a stream on which nothing is due has closed it, or has sent something.
+
+        If so, the role is told in the next turn.
+        """
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:
-            return True
+        except OSError as exc:
+            self._fail(exc)
         return True
 
     def has_hung_up_behind_bytes(self) -> bool:
@@ -1605,6 +1679,8 @@ class Stream(Watched):
             outbuf.close()
             self.outbuf = None
             self.role.on_drained()
+        else:
+            self.role.on_taken()
 
     def _send(self, data: Bytes) -> int:
         try:
@@ -1626,7 +1702,7 @@ class Stream(Watched):
         self._loop.touch(self)
 
     def _fail(self, exc: OSError) -> None:
-        """Writing is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
+        """The connection is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
         log.debug("%s: %s", self.address, exc)
         self._failed = True
         self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
@@ -1662,6 +1738,7 @@ class _NoRole:
 
     def on_bytes(self, data: memoryview) -> None: ...
     def on_hangup(self, *, reset: bool) -> None: ...
+    def on_taken(self) -> None: ...
     def on_drained(self) -> None: ...
     def on_deadline(self) -> None: ...
     def on_fault(self) -> None: ...
@@ -1961,12 +2038,14 @@ class Exchange:
 
     def on_consumer_drained(self) -> None:
         """The consumer has taken everything so far."""
-        if self.state is not State.RESPONDING:
-            return
-        if self.worker is not None:
+        responding = self.state is State.RESPONDING
+        if self.worker is None:
+            if responding:
+                self.finish(Outcome.COMPLETED)
+        elif responding:
             self._stop_waiting(self.worker)
         else:
-            self.finish(Outcome.COMPLETED)
+            self.worker.resume()  # interim responses have filled the consumer's buffer, and it has read them
 
     def _framing_for_consumer(self, reader: BodyReader | None) -> Framing:
         if reader is None or isinstance(reader, FixedBody):
@@ -2231,6 +2310,10 @@ class Consumer:
         if stream.outbuf is not None and not kept_before:
             self._set_deadline()
 
+    def on_taken(self) -> None:
+        if self.exchange is not None and self.exchange.worker is not None:
+            self.exchange.worker.resume()
+
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_drained()
@@ -2269,7 +2352,7 @@ class Consumer:
             return
         if not self._hub.refuses:
             self._set_deadline()
-        elif not self.stream.has_hung_up():  # one that has just come is refused in words
+        elif not self.stream.has_news():  # one that has just come is refused in words
             self.stream.close()
 
     @property
@@ -2304,7 +2387,7 @@ class Consumer:
             self._refuse(ProtocolError(408, f"no whole head within {options.head_timeout:g} s"))
         elif exchange is not None:
             exchange.refuse(408, f"nothing more of the body for {options.stall_timeout:g} s")
-        elif self.stream.has_hung_up():
+        elif self.stream.has_news():
             self._set_deadline()  # a request has come this very moment: the next turn reads it
         else:
             self.stream.close()
@@ -2355,6 +2438,8 @@ class Farewell:
         return True
 
     def on_bytes(self, data: memoryview) -> None: ...
+
+    def on_taken(self) -> None: ...
 
     def on_drained(self) -> None:
         self._stream.end_output()
@@ -2481,6 +2566,8 @@ class Worker:
         if reader.done:
             exchange.on_worker_done(reusable=self._keep_alive)
 
+    def on_taken(self) -> None: ...
+
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.pump()
@@ -2561,6 +2648,8 @@ class Admin:
     def _set_deadline(self) -> None:
         if self._stream.role is self:
             self._stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
+
+    def on_taken(self) -> None: ...
 
     def on_drained(self) -> None:
         self._set_deadline()
@@ -2703,11 +2792,14 @@ class Hub:
         self.counters = Counters()
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
-        self._trusted = [ipaddress.ip_network(each) for each in options.forwarded_allow_ips if each != "*"]
+        self._trusted = [
+            ipaddress.ip_network(each, strict=False) for each in options.forwarded_allow_ips if each != "*"
+        ]
         self._trusts_all = "*" in options.forwarded_allow_ips
         self._request_ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex()
-        self._descriptors = descriptor_limit() - LIMITS.reserved_descriptors
+        limit = descriptor_limit()
+        self._descriptors = limit - min(LIMITS.reserved_descriptors, limit // 4)
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
@@ -2777,12 +2869,14 @@ class Hub:
 
     def new_spool(self, *, keep: bool) -> Spool:
         """Returns an empty spool for the body of a request."""
-        return Spool(self.budget, self.options.spool_memory, self.options.spool_dir, keep)
+        options = self.options
+        return Spool(self.budget, options.spool_memory, options.spool_dir, keep, options.spool_memory)
 
     def _new_outbuf(self) -> Spool:
         """Returns an empty spool for what a peer has not taken yet: one piece stays in memory."""
         memory_limit = max(LIMITS.receive_bytes + 1 * KIB, self.options.spool_memory)
-        return Spool(self.budget, memory_limit, self.options.spool_dir)
+        options = self.options
+        return Spool(self.budget, memory_limit, options.spool_dir, file_limit=options.response_spool)
 
     # .. pairing ..
 
@@ -2791,9 +2885,8 @@ class Hub:
         while self.queue.length and self.idle.waiting:
             worker = self.idle.take()
             assert worker is not None
-            # A slot that has left since the last turn is passed over, and nobody need notice.
-            if worker.parked_at < self.loop.now and worker.stream.has_hung_up():
-                self.release(worker, reusable=False)
+            if worker.stream.has_news():  # it has left, or spoken: it will be told which
+                self.idle.release(worker)
                 continue
             exchange = self.queue.take()
             assert exchange is not None
@@ -2816,7 +2909,7 @@ class Hub:
     def requeue(self, exchange: Exchange) -> None:
         """Puts a request whose worker was lost back to the head of the queue."""
         self.counters.requeues += 1
-        self.queue.put_back(exchange)
+        self.queue.put_back(exchange, exchange.worker_s)
 
     def release(self, worker: Worker, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
@@ -2917,6 +3010,7 @@ class Hub:
             self.loop.run()
             if not self.draining:
                 self.notify("STOPPING=1\nSTATUS=stopping at once")
+            self.draining = True  # as the last answers shall say
             unfinished = list(self.exchanges)
             for exchange in unfinished:
                 self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.DRAINING)
@@ -3135,8 +3229,9 @@ def _tune(sock: socket.socket) -> None:
 
 
 def address_text(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Returns ``host:port``, an IPv6 host in brackets."""
+    """Returns ``host:port``, an IPv6 host in brackets; IPv4 that came through an IPv6 socket is IPv4."""
     host, port = address[:2]
+    host = host.removeprefix("::ffff:") if "." in host else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -3515,6 +3610,7 @@ class Companion:
         self._name = command[0]
         self._hub = hub
         self._status = 0
+        self._is_hurried = False
         self._process = subprocess.Popen(command, env={**os.environ, "POTHEAD_CONNECT": hub.worker_address})
 
     def check(self) -> None:
@@ -3529,17 +3625,25 @@ class Companion:
         """Asks the command to end."""
         self._process.terminate()
 
+    def hurry(self) -> None:
+        """The hub ends at once, and so shall the command."""
+        self._is_hurried = True
+
     def kill(self) -> None:
         """Ends the command."""
         self._process.kill()
 
     def wait(self) -> int:
         """Waits for its end; returns its exit status if it ended by itself, else 0."""
-        try:
-            self._process.wait(self._hub.options.graceful_timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        limits_s = (0.5, 1.5) if self._is_hurried else (self._hub.options.graceful_timeout,)
+        for limit_s in limits_s:
+            try:
+                self._process.wait(limit_s)
+                return self._status
+            except subprocess.TimeoutExpired:
+                self._process.terminate()  # a second SIGTERM hurries a worker, too
+        self._process.kill()
+        self._process.wait()
         return self._status
 
 
@@ -3572,8 +3676,9 @@ def _serve(options: Options, command: list[str]) -> int:
     # 2. Ready.
     if companion is not None:
         signals.on_child = companion.check
+        signals.on_impatience = [companion.hurry, hub.stop]
         hub.loop.call_soon(companion.check)  # it may have ended already
-        hub.at_end += [companion.terminate, lambda: signals.expect_impatience(companion.kill)]
+        hub.at_end += [companion.terminate, lambda: signals.on_impatience.append(companion.kill)]
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(f"listening {name}={address}\n")
@@ -3602,18 +3707,15 @@ class SignalHandler:
         self._hub = hub
         self._terms = 0
         self.on_child: Callable[[], None] | None = None
-        self._on_impatience = hub.stop
+        self.on_impatience: list[Callable[[], None]] = [hub.stop]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
-
-    def expect_impatience(self, function: Callable[[], None]) -> None:
-        """From now on INT, and a second TERM, mean ``function``: the hub itself is stopping already."""
-        self._on_impatience = function
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM
         if number == signal.SIGINT or self._terms > 1:
-            self._on_impatience()
+            for function in self.on_impatience:
+                function()
         elif number == signal.SIGTERM:
             self._hub.drain()
         elif number == signal.SIGCHLD and self.on_child is not None:

@@ -92,9 +92,12 @@ EXIT_GRACE_S = 2.0  # how long threads that the app left behind may keep an ende
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
 KEEP_ALIVE_PROBES = 3
-# A hub that has no room for a response stops reading. The kernel counts that against the user timeout,
-# too, so it must be longer than a consumer may reasonably stall.
-USER_TIMEOUT_S = 60
+# There is no TCP_USER_TIMEOUT: it would count a hub that has no room for more of a response, and does not
+# read until its consumer has taken some, as dead. Keep-alive is for waiting slots; a hub that vanishes in
+# the midst of a response is given up when the kernel has retransmitted often enough, as every HTTP server
+# does.
+
+CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
 
@@ -155,11 +158,12 @@ class Halt:
         self._reader.close()
 
 
-def wait_ready(sock: socket.socket, event: int, halt: Halt, timeout_s: float | None = None) -> bool:
+def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
     """Return whether `sock` became ready for `event` before timeout or halt. Ready wins over halted."""
     poller = select.poll()
     poller.register(sock, event)
-    poller.register(halt, select.POLLIN)
+    if halt is not None:
+        poller.register(halt, select.POLLIN)
     ready = poller.poll(None if timeout_s is None else timeout_s * 1000)
     sock_fd = sock.fileno()
     return any(fd == sock_fd for fd, _ in ready)
@@ -562,7 +566,10 @@ class Response(BaseHandler):
         self.request = head
         self.body = body
         self.head: ResponseHead | None = None
-        self.sent_bytes = 0
+        self.body_bytes = 0  # that the app has given
+        # What completes a body of the app's Content-Length is kept until it is sure that no more follows: a
+        # body that is too long must not be taken for a whole one.
+        self.last_piece = b""
         self.is_complete = False
         self.is_chunked = False
         self.says_close = False
@@ -646,20 +653,24 @@ class Response(BaseHandler):
         if self.head is None:
             raise WSGIViolation("the body came before start_response was called")
         length = self.head.length
-        excess = 0 if length is None else self.sent_bytes + len(data) - length
-        if excess > 0 and self.has_body:
-            self.says_close = True
+        self.body_bytes += len(data)
+        if length is None or not self.has_body:
+            self._send(data)
+        elif self.body_bytes > length:
+            raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
+        elif self.body_bytes == length:
+            self.last_piece = data
+        else:
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
         start = b"" if self.headers_sent else self._begin(len(data))
-        self.sent_bytes += len(data)
         if not self.has_body:
             self._write(start)
         elif self.is_chunked:
             self._write(start + b"%x\r\n" % len(data), data, b"\r\n")
-        elif excess <= 0:
-            self._write(start, data)
         else:
-            self._write(start, data[: len(data) - excess])
-            raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
+            self._write(start, data)
 
     def finish_content(self) -> None:
         """Send what ends the response, if it is whole."""
@@ -667,9 +678,11 @@ class Response(BaseHandler):
             raise WSGIViolation("start_response was not called")
         if self.handler.cancelled.is_set():
             raise ConsumerGone
-        if self.has_body and self.sent_bytes < (self.head.length or 0):
+        if self.has_body and self.body_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
-        if not self.headers_sent:
+        if self.last_piece:
+            self._send(self.last_piece)
+        elif not self.headers_sent:
             self._write(self._begin(0))
         elif self.is_chunked:
             self._write(b"0\r\n\r\n")
@@ -754,6 +767,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.body: RequestBody | None = None
         self.is_busy = False
         self.has_served = False
+        self.free_since = time.monotonic()
         self.is_hung_up = False
         self.wants_close = False
         self.cancelled = threading.Event()
@@ -782,7 +796,12 @@ class RequestHandler(BaseHTTPRequestHandler):
         return self.wants_close or self.slot.halt.is_set() or unread > DISCARD_LIMIT_BYTES
 
     def _wait_for_request(self) -> bool:
-        return not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt)
+        if not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt):
+            return True
+        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
+        # response. It is served; after that the hub knows.
+        left_s = self.free_since + CROSSING_S - time.monotonic()
+        return left_s > 0 and wait_ready(self.connection, select.POLLIN, None, left_s)
 
     def handle_one_request(self) -> None:
         """Serve one request; sets close_connection when it was the last."""
@@ -795,6 +814,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self.is_busy = False
+            self.free_since = time.monotonic()
 
     def _serve(self) -> None:
         self.cancelled = threading.Event()
@@ -1051,14 +1071,13 @@ def look_up(address: Address) -> Sequence[AddressInfo] | OSError:
 
 
 def set_options(sock: socket.socket) -> None:
-    """Send at once, and find out within a minute when the hub's machine has vanished."""
+    """Send at once, and let a waiting slot find out within a minute when the hub's machine has vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEP_ALIVE_IDLE_S),
         ("TCP_KEEPINTVL", KEEP_ALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_S * 1000),
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

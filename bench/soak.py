@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IDEMPOTENT = ("GET", "PUT", "DELETE")
@@ -205,6 +206,17 @@ class Workers:
             process.wait()
 
 
+def at_rest(admin: str, slots: int) -> dict[str, Any]:
+    """Returns /stats once all slots wait and nobody else is there, or after ten seconds."""
+    ends_at = time.monotonic() + 10
+    while True:
+        with urllib.request.urlopen(f"http://{admin}/stats") as page:
+            stats: dict[str, Any] = json.load(page)
+        if stats["slots"] == {"idle": slots, "busy": 0} or time.monotonic() > ends_at:
+            return stats
+        time.sleep(0.05)
+
+
 def state_of(pid: int) -> str:
     """Returns resident memory and open descriptors of a process."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
@@ -244,6 +256,7 @@ def main() -> int:
         addresses = dict(line.split(" ")[1].split("=") for line in log_path.read_text().splitlines()[:3])
         workers = Workers(args.workers, addresses["workers"], directory, random.Random(args.seed))
         soak = Soak(int(addresses["consumers"].rpartition(":")[2]), args.seconds, args.seed)
+        at_rest(addresses["admin"], 2 * args.workers)
         before = state_of(hub.pid)
 
         async def run() -> None:
@@ -252,8 +265,7 @@ def main() -> int:
 
         try:
             asyncio.run(run())
-            with urllib.request.urlopen(f"http://{addresses['admin']}/stats") as page:
-                stats = json.load(page)
+            stats = at_rest(addresses["admin"], 2 * args.workers)
             after = state_of(hub.pid)
         finally:
             workers.end()

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,37 @@ def test_command_that_does_not_listen_is_killed_after_the_graceful_timeout() -> 
         hub.wait()
 
 
+# A worker whose application takes no notice of anything.
+BUSY_APP = """
+import time
+
+def app(environ, start_response):
+    print("running", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["INT", "second TERM"]
+)
+def test_interrupted_hub_does_not_wait_for_what_its_worker_runs(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    (tmp_path / "busy.py").write_text(BUSY_APP)
+    command = [*wire.python(WORKER), "busy:app"]
+    with wire.hub_process("--", *command, cwd=tmp_path) as hub, wire.Peer.connect(hub.main) as consumer:
+        consumer.send(GET)
+        hub.wait_for_line(lambda line: line == "running")
+        began = time.monotonic()
+        for number in signals:
+            hub.send_signal(number)
+            if number == signal.SIGTERM:
+                hub.wait_for_error(lambda line: "draining" in line)
+        assert consumer.read_response().status == 503
+        assert hub.wait() == 1
+        assert time.monotonic() - began < 10
+
+
 def test_second_interrupt_does_not_wait_for_a_command_that_does_not_listen() -> None:
     shell = ("sh", "-c", 'trap "" TERM INT; echo ready; exec sleep 20')
     with wire.hub_process("--graceful-timeout", "60s", "--", *shell) as hub:
@@ -790,6 +822,12 @@ def test_log_line_that_cannot_be_encoded_is_written_all_the_same() -> None:
         assert pipe.read_all() == b"lone \\udc80\n"
 
 
+def test_network_may_be_given_by_any_of_its_addresses() -> None:
+    hub = pothead.Hub(pothead.Options(main_port=0, worker_port=0, forwarded_allow_ips=("10.1.2.3/8",)))
+    assert (hub.trusts("10.9.9.9:1"), hub.trusts("11.0.0.1:1")) == (True, False)
+    hub.loop.close()
+
+
 def test_options_of_a_program_are_checked_as_those_of_the_command_line_are() -> None:
     senseless: list[dict[str, Any]] = [
         {"main_port": 65536},
@@ -799,6 +837,7 @@ def test_options_of_a_program_are_checked_as_those_of_the_command_line_are() -> 
         {"spool_memory": -1},
         {"spool_dir": "/nonexistent"},
         {"forwarded_allow_ips": ("x",)},
+        {"forwarded_allow_ips": ("10.0.0.0/33",)},
     ]
     for options in senseless:
         with pytest.raises(ValueError, match=flag(next(iter(options)))):

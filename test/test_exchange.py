@@ -521,7 +521,8 @@ def test_hub_stopped_in_the_midst_of_work_answers_it_and_says_so() -> None:
         thread = threading.Thread(target=lambda: statuses.append(hub.run()))
         thread.start()
         hub.stop()
-        assert consumer.read_response().status == 503
+        response = consumer.read_response()
+        assert (response.status, response.value(b"Connection")) == (503, b"close")
         thread.join(wire.DEADLINE_S)
     assert statuses == [1]
     assert " code=DR" in lines[0]

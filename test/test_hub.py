@@ -184,6 +184,17 @@ def test_requests_are_served_in_the_order_they_came(hub: HubProcess) -> None:
             assert consumer.read_response().body == answer
 
 
+def test_requests_that_come_at_once_are_served_in_the_order_they_came(hub: HubProcess) -> None:
+    """On connections that the hub has not seen before, too."""
+    paths = [b"/at-once/%d" % number for number in range(50)]
+    with contextlib.ExitStack() as stack:
+        with paused(hub):
+            for path in paths:
+                stack.enter_context(ask(hub, get(path)))
+        until_queued(hub, len(paths))
+        assert [each["path"].encode() for each in hub.stats()["waiting"]] == paths
+
+
 def test_a_busy_slot_is_sent_nothing(hub: HubProcess, slot: Peer) -> None:
     with ask(hub, get(b"/first")) as first:
         assert slot.read_request().target == b"/first"
@@ -234,6 +245,21 @@ def test_slot_that_leaves_as_the_request_comes_costs_not_even_a_post() -> None:
         with consumer:
             assert serve(staying).value(b"Pothead-Attempt") == b"1"
             assert consumer.read_response().body == b"ok"
+
+
+@pytest.mark.parametrize("leave", [Peer.close, Peer.reset], ids=["FIN", "RST"])
+def test_slot_that_leaves_after_its_response_costs_not_even_a_post(leave: Callable[[Peer], None]) -> None:
+    with hub_process() as hub, dial(hub) as leaving, ask(hub, get(b"/first")) as first:
+        leaving.read_request()
+        with ask(hub, post(b"/job", b"once")) as second:
+            until_queued(hub, 1)
+            with paused(hub):
+                leaving.send(OK)
+                leave(leaving)
+            assert leave is Peer.reset or first.read_response().body == b"ok"
+            with dial(hub) as staying:
+                assert serve(staying).value(b"Pothead-Attempt") == b"1"
+                assert second.read_response().body == b"ok"
 
 
 def test_requests_that_come_at_once_find_the_waiting_slots_before_the_queue_is_full() -> None:
@@ -433,6 +459,16 @@ def test_forwarded_allow_ips_names_who_is_trusted(option: str, host: str, is_tru
         request = forwarded(hub, slot, get(b"/", b"X-Forwarded-For: 192.0.2.1"), host)
     wanted = f"192.0.2.1, {host}" if is_trusted else host
     assert request.value(b"X-Forwarded-For") == wanted.encode()
+
+
+def test_consumer_over_ipv4_is_known_by_its_ipv4_address_on_every_port() -> None:
+    with hub_process("--main-host", "::") as hub, dial(hub) as slot:
+        with Peer.connect(("127.0.0.1", hub.main[1])) as consumer:
+            consumer.send(get(b"/", b"X-Forwarded-Proto: https"))
+            request = serve(slot)
+            assert request.value(b"X-Forwarded-For") == b"127.0.0.1"
+            assert request.value(b"X-Forwarded-Proto") == b"https"  # it is trusted
+            assert consumer.read_response().body == b"ok"
 
 
 # ---- What a consumer is sent -------------------------------------------------------------------------
@@ -1229,19 +1265,37 @@ def test_reader_that_stops_is_given_up() -> None:
         assert len(reader.read_to_end()) < 24 * MIB
 
 
+def send_while_taken(peer: Peer, data: memoryview) -> int:
+    """Send until nothing has been taken for a second; return how much was."""
+    peer.sock.settimeout(1.0)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < len(data):
+            sent += peer.sock.send(data[sent : sent + MIB])
+    peer.sock.settimeout(wire.DEADLINE_S)
+    return sent
+
+
+def test_response_beyond_the_spool_goes_on_as_the_reader_reads() -> None:
+    """It does not wait until the whole spool has been read: that would hold the slot for long."""
+    body = memoryview(noise(128 * MIB))
+    with hub_process("--response-spool", "32m") as hub, dial(hub) as slot, ask(hub, get(b"/huge")) as reader:
+        serve(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        reader.read_head()
+        sent = send_while_taken(slot, body)
+        assert 32 * MIB <= sent < 64 * MIB
+        assert reader.read_exactly(16 * MIB) == body[: 16 * MIB]
+        assert send_while_taken(slot, body[sent:]) > 12 * MIB
+
+
 def test_response_beyond_the_spool_holds_the_worker_back() -> None:
     size = 64 * MIB
     with hub_process("--response-spool", "1m") as hub, dial(hub) as slot, ask(hub, get(b"/huge")) as reader:
         slot.read_request()
         slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
         body = memoryview(noise(size))
-        slot.sock.settimeout(1.0)
-        sent = 0
-        with pytest.raises(TimeoutError):
-            while sent < size:
-                sent += slot.sock.send(body[sent : sent + MIB])
+        sent = send_while_taken(slot, body)
         assert sent < 40 * MIB
-        slot.sock.settimeout(wire.DEADLINE_S)
         sender = threading.Thread(target=slot.send, args=(body[sent:],))
         sender.start()
         digest = hashlib.sha256(reader.read_response().body).digest()
@@ -1485,8 +1539,10 @@ def test_drain_that_is_cut_short_answers_what_is_left_and_says_so(signals: list[
             for number in signals:
                 hub.send_signal(number)
             assert hub.wait() == 1
-            assert read_refusal(runs, 503).value(b"Retry-After")
-            assert read_refusal(waits, 503).value(b"Retry-After")
+            for consumer in (runs, waits):
+                refusal = read_refusal(consumer, 503)
+                assert refusal.value(b"Retry-After")
+                assert refusal.value(b"Connection") == b"close"
             slot.expect_eof()
     assert [logged(hub, path=path)["code"] for path in ("/runs", "/waits")] == ["DR", "DR"]
 

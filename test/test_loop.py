@@ -62,6 +62,8 @@ class Recorder:
         self.events.append("reset" if reset else "hangup")
         self.stream.close()
 
+    def on_taken(self) -> None: ...
+
     def on_drained(self) -> None:
         self.events.append("drained")
         if self.on_all_gone is not None:
@@ -239,6 +241,19 @@ def test_deadline_that_moved_to_and_fro_fires_where_it_came_to_rest(rig: Rig) ->
         rig.turn(at=rest)
         rig.turn(at=rest + 30)
         assert events == ["fired"]
+
+
+def test_turn_that_keeps_everyone_waiting_is_told_once_a_minute(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def burn() -> None:
+        rig.clock.now += 0.7
+
+    for at, wanted in ((1, 1), (2, 1), (100, 2)):
+        rig.timer(at, burn)
+        rig.turn()
+        rig.turn(at=at)
+        assert caplog.text.count("everyone has waited for 0.7 s") == wanted
 
 
 def test_deadline_that_was_switched_off_does_not_fire(rig: Rig) -> None:
@@ -629,10 +644,10 @@ def test_role_can_be_exchanged_between_two_reads(rig: Rig) -> None:
 
 def test_hang_up_of_a_quiet_peer_is_seen_without_reading(rig: Rig) -> None:
     stream, role, peer = rig.pair()
-    assert not stream.has_hung_up()
+    assert not stream.has_news()
     assert not stream.has_hung_up_behind_bytes()
     peer.send(b"speaks out of turn")
-    assert stream.has_hung_up()
+    assert stream.has_news()
     assert not stream.has_hung_up_behind_bytes()
     peer.shutdown(socket.SHUT_WR)
     assert stream.has_hung_up_behind_bytes()

@@ -68,7 +68,7 @@ def test_queue_of_no_length_refuses_everything() -> None:
 def test_request_put_back_goes_ahead_of_those_that_came_later() -> None:
     queue = filled("a", "b", "c")
     queue.take()
-    queue.put_back("a")
+    queue.put_back("a", 0.0)
     assert take_all(queue) == "abc"
 
 
@@ -79,7 +79,7 @@ def test_requests_put_back_in_any_order_keep_the_order_of_arrival(order: str) ->
         queue.take()
     queue.put("e", 9.0)
     for item in order:
-        queue.put_back(item)
+        queue.put_back(item, 0.0)
     assert list(queue) == ["a", "b", "c", "d", "e"]
     assert take_all(queue) == "abcde"
 
@@ -88,8 +88,8 @@ def test_request_put_back_does_not_overtake_an_older_one() -> None:
     queue = filled("a", "b", "c")
     queue.take()
     queue.take()
-    queue.put_back("a")
-    queue.put_back("b")
+    queue.put_back("a", 0.0)
+    queue.put_back("b", 0.0)
     assert take_all(queue) == "abc"
 
 
@@ -97,7 +97,7 @@ def test_request_is_put_back_even_into_a_full_queue() -> None:
     queue = filled("a", max_length=1)
     queue.take()
     assert queue.put("b", 1.0)
-    queue.put_back("a")
+    queue.put_back("a", 0.0)
     assert len(queue) == 2
     assert not queue.put("c", 2.0)
     assert take_all(queue) == "ab"
@@ -107,7 +107,7 @@ def test_request_may_be_put_back_twice() -> None:
     queue = filled("a", "b")
     for _ in range(2):
         assert queue.take() == "a"
-        queue.put_back("a")
+        queue.put_back("a", 0.0)
     assert take_all(queue) == "ab"
 
 
@@ -135,7 +135,7 @@ def test_cancelling_what_is_not_queued_changes_nothing() -> None:
 def test_request_put_back_can_be_cancelled() -> None:
     queue = filled("a", "b")
     queue.take()
-    queue.put_back("a")
+    queue.put_back("a", 0.0)
     queue.cancel("a")
     assert take_all(queue) == "b"
 
@@ -171,12 +171,21 @@ def test_next_expiry_is_that_of_the_oldest_request() -> None:
     assert queue.next_expiry() == math.inf
 
 
-def test_request_put_back_expires_by_its_first_arrival() -> None:
+def test_time_away_from_the_queue_does_not_count_as_waiting() -> None:
     queue = filled("a", "b", timeout_s=10.0)
     queue.take()
-    queue.put_back("a")
-    assert queue.next_expiry() == 10.0
-    assert queue.oldest_wait(4.0) == 4.0
+    queue.put_back("a", 100.0)
+    assert queue.next_expiry() == 11.0
+    assert queue.expire(109.0) == ["b"]
+    assert (list(queue), queue.next_expiry(), queue.oldest_wait(104.0)) == (["a"], 110.0, 4.0)
+    assert queue.expire(110.0) == ["a"]
+
+
+def test_time_waited_before_counts_again_after_a_return() -> None:
+    queue = filled("a", "b", timeout_s=10.0)
+    queue.take()
+    queue.put_back("a", 0.5)
+    assert queue.oldest_wait(4.0) == 3.5
     assert queue.expire(10.5) == ["a"]
     assert list(queue) == ["b"]
 
@@ -217,27 +226,31 @@ def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> N
     rng = random.Random(seed)
     queue: RequestQueue[int] = RequestQueue(8, 10.0)
     waiting: list[int] = []
-    taken: list[int] = []
+    taken: dict[int, int] = {}  # and when
+    since: dict[int, int] = {}
     for now in range(500):
         action = rng.choice(("put", "put", "put", "take", "put back", "cancel", "expire"))
         if action == "put":
             assert queue.put(now, float(now)) == (len(waiting) < 8)
             waiting += [now] if len(waiting) < 8 else []
+            since[now] = now
         elif action == "take":
             assert queue.take() == (waiting[0] if waiting else None)
-            taken += waiting[:1]
+            taken |= dict.fromkeys(waiting[:1], now)
             del waiting[:1]
         elif action == "put back" and taken:
-            waiting.append(taken.pop(rng.randrange(len(taken))))
-            queue.put_back(waiting[-1])
-            waiting.sort()
+            item = rng.choice(list(taken))
+            away = now - taken.pop(item)
+            since[item] += away
+            queue.put_back(item, float(away))
+            waiting = sorted([*waiting, item])
         elif action == "cancel" and waiting:
             queue.cancel(waiting.pop(rng.randrange(len(waiting))))
         elif action == "expire":
-            assert queue.expire(float(now)) == [item for item in waiting if now - item >= 10]
-            waiting = [item for item in waiting if now - item < 10]
+            assert queue.expire(float(now)) == [item for item in waiting if now - since[item] >= 10]
+            waiting = [item for item in waiting if now - since[item] < 10]
         assert (len(queue), list(queue)) == (len(waiting), waiting)
-        assert queue.next_expiry() == (waiting[0] + 10.0 if waiting else math.inf)
+        assert queue.next_expiry() == min((since[item] for item in waiting), default=math.inf) + 10.0
 
 
 # ---- The estimate of the wait ------------------------------------------------------------------------

@@ -462,3 +462,39 @@ def running(program: ProgramT) -> Iterator[ProgramT]:
         print(f"stderr of {program.process.args!r}:\n{program.stderr}", file=sys.stderr)
         raise
     program.stop()
+
+
+# ---- What the system tells of a process (Linux) ------------------------------------------------------
+
+
+def status_value(pid: int, name: str) -> int:
+    (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith(name)]
+    return int(line.split()[1])
+
+
+def resident_kib(pid: int) -> int:
+    return status_value(pid, "VmRSS:")
+
+
+def wake_ups(pid: int) -> int:
+    return status_value(pid, "voluntary_ctxt_switches")
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def descriptors(pid: int) -> int:
+    """Return how many descriptors the process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def until_asleep(pid: int) -> None:
+    """Wait until the process has nothing left to do: asleep, and not woken between two looks."""
+    ends_at = time.monotonic() + DEADLINE_S
+    before = -1
+    while (now := wake_ups(pid)) != before:
+        assert time.monotonic() < ends_at
+        before = now
+        signal.sigtimedwait([], 0.05)
