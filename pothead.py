@@ -1358,7 +1358,7 @@ class EventLoop:
         self._tell_if_slow(self.clock() - self.now)
 
     def _tell_if_slow(self, turn_s: float) -> None:
-        """While one turn lasts, nobody else is served: a slow disk for the spools, or a machine that swaps."""
+        """While one turn lasts, nobody else is served: a slow disk under the spools shows here."""
         if turn_s > LIMITS.slow_turn_s and self.now - self._slow_at > LIMITS.slow_turn_pause_s:
             log.warning(
                 "everyone has waited for %.1f s: is the disk slow, or the machine overloaded?", turn_s

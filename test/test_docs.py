@@ -27,7 +27,7 @@ PROGRAMS = ("pothead.py", "pothead_worker.py")
 AHEAD = {
     "flags": {
         "--admin-allowed-hosts", "--forward", "--inspection-port", "--poll-jobs", "--redirect-response",
-        "--request-timeout", "--reuse-port", "--use-request-subprocess",
+        "--request-timeout", "--use-request-subprocess",
     },
     "codes": {"AC"},
     "endpoints": {"/", "/metrics", "/pause", "/resume", "/requests/ID/cancel", "/drain"},
@@ -36,7 +36,7 @@ AHEAD = {
         "waiting_not_listed", "running_not_listed", "workers_not_listed", "machines_not_listed",
     },
     "names": {"Hub.cancel_now"},
-    "files": {"deploy/README.md"},
+    "files": set(),
     "messages": {
         "paused: requests wait until it is resumed", "resumed", "...: cancelled by an operator",
         "request ...: its process ...", "another fork server is ready",
