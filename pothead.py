@@ -32,6 +32,7 @@ if __name__ == "__main__":  # Ctrl-C is a quiet end even while the imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import array
 import contextlib
 import dataclasses
 import enum
@@ -53,12 +54,13 @@ import selectors
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType
 from typing import BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -92,6 +94,7 @@ class Limits:
     lingering_s: float = 5.0  # for a refused consumer to take the refusal before the connection is cut
     gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
     accept_pause_s: float = 0.5  # without descriptors, before the next attempt
+    handover_s: float = 1.0  # of a drain with a successor, for what is under way: TCP's first retransmission
     accepts_a_turn: int = 64  # so that a rush of new connections does not starve the old
     backlog: int = 4096  # the kernel trims it to net.core.somaxconn
     keepalive_idle_s: int = 15  # before TCP asks a silent peer for a sign of life ...
@@ -141,6 +144,7 @@ class Options:
     log_format: str = "text"
     log_level: str = "info"
     allow_anonymous_workers: bool = False
+    reuse_port: bool = False
 
     def __post_init__(self) -> None:
         """Checks each value by itself; what needs the network (addresses) is checked by ``Hub``."""
@@ -161,6 +165,8 @@ class Options:
             _check(usable, "spool_dir", f"is not a directory to write to: {self.spool_dir}")
         for address in self.forwarded_allow_ips:
             _check(address == "*" or _is_network(address), "forwarded_allow_ips", f"is no address: {address}")
+        lacks_it = self.reuse_port and not hasattr(socket, "SO_REUSEPORT")
+        _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
         _check(self.log_format in ("text", "json"), "log_format", "is text or json")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
@@ -1352,7 +1358,7 @@ class EventLoop:
         self._tell_if_slow(self.clock() - self.now)
 
     def _tell_if_slow(self, turn_s: float) -> None:
-        """While one turn lasts, nobody else is served: a slow disk for the spools, or a machine that swaps."""
+        """While one turn lasts, nobody else is served: a slow disk under the spools shows here."""
         if turn_s > LIMITS.slow_turn_s and self.now - self._slow_at > LIMITS.slow_turn_pause_s:
             log.warning(
                 "everyone has waited for %.1f s: is the disk slow, or the machine overloaded?", turn_s
@@ -1851,7 +1857,7 @@ class Exchange:
         hub, head = self._hub, self.head
         length = head.content_length or 0
         self.received = not has_body
-        if hub.draining:
+        if hub.refuses:
             self.finish(Outcome.DRAINING)
         elif length > hub.options.max_request_body:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
@@ -2143,7 +2149,7 @@ class Exchange:
         # 2. The consumer gets an answer as long as none has begun; what has begun is never ended cleanly.
         status = status or outcome.status
         if outcome is Outcome.COMPLETED:
-            self.consumer.end_exchange(keep_alive=self._keeps_consumer and not self._hub.draining)
+            self.consumer.end_exchange(keep_alive=self._keeps_consumer and not self._hub.refuses)
         elif self.status == 0 and 0 < status != CONSUMER_GONE_STATUS:
             self.status = status
             self._answer(status, detail)
@@ -2340,10 +2346,21 @@ class Consumer:
 
     # .. the rest ..
 
-    def close_if_idle(self) -> None:
-        """Closes the stream unless a request is under way."""
-        if self._phase is Phase.IDLE and self.stream.outbuf is None and not self.stream.inbuf:
+    def on_drain(self) -> None:
+        """The hub drains: an idle stream is closed at once, or soon if its next request would be served."""
+        if self._phase is not Phase.IDLE or self.stream.outbuf is not None or self.stream.inbuf:
+            return
+        if not self._hub.refuses:
+            self._set_deadline()
+        elif not self.stream.has_news():  # one that has just come is refused in words
             self.stream.close()
+
+    @property
+    def may_need_a_slot(self) -> bool:
+        """Whether a request that no worker has been given yet is there, or may come."""
+        if self.stream.closed:
+            return False
+        return self.exchange is None or self.exchange.state in (State.RECEIVING, State.QUEUED)
 
     def on_hangup(self, *, reset: bool) -> None:
         if self.exchange is not None:
@@ -2370,6 +2387,8 @@ class Consumer:
             self._refuse(ProtocolError(408, f"no whole head within {options.head_timeout:g} s"))
         elif exchange is not None:
             exchange.refuse(408, f"nothing more of the body for {options.stall_timeout:g} s")
+        elif self.stream.has_news():
+            self._set_deadline()  # a request has come this very moment: the next turn reads it
         else:
             self.stream.close()
 
@@ -2384,7 +2403,7 @@ class Consumer:
         elif not self.may_read():
             stream.deadline = now + LIMITS.gone_check_s
         elif self._phase is Phase.IDLE:
-            stream.deadline = now + options.keep_alive
+            stream.deadline = now + self._hub.keep_alive_s
         elif self._phase is Phase.HEAD:
             stream.deadline = now + options.head_timeout
         elif self._phase is Phase.BODY:
@@ -2652,7 +2671,7 @@ class Listener(Watched):
 
     def __init__(
         self, loop: EventLoop, sock: socket.socket, accept: Callable[[socket.socket, str], None],
-        may_accept: Callable[[], bool],
+        may_accept: Callable[[], bool], *, is_shared: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self._loop = loop
@@ -2661,13 +2680,25 @@ class Listener(Watched):
         self._may_accept = may_accept
         self._rests = False
         self._has_warned = False
+        self._left = False  # to the successor
+        self.is_shared = is_shared  # this very socket, with whoever passed it; it listens already
         self.address = address_text(sock.getsockname())
+        sock.setblocking(False)
+
+    def listen(self, what: str) -> None:
+        """From now on connections come, unless they come already."""
+        if self.is_shared:
+            return
+        try:
+            self._socket.listen(LIMITS.backlog)
+        except OSError as exc:  # another program has bound the port at the same moment
+            raise OSError(f"cannot listen for {what} on {self.address}: {exc.strerror}") from exc
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def wanted_events(self) -> int:
-        return 0 if self._rests else READ
+        return 0 if self._rests or (self._left and self.is_shared) else READ
 
     def on_events(self, events: int) -> None:
         for _ in range(LIMITS.accepts_a_turn):
@@ -2689,6 +2720,29 @@ class Listener(Watched):
 
     def on_deadline(self) -> None:
         self._rests = False
+
+    def leave_to_successor(self, leaves: bool) -> None:
+        """Lets new connections go to the hub that takes over, or takes them again.
+
+        In a shared socket they wait until that hub accepts them.  Of a shared port (SO_REUSEPORT) this hub
+        still accepts what the kernel has given to it, or gives to it because there is no other hub.
+        """
+        if leaves == self._left:
+            return
+        self._left = leaves
+        self._loop.touch(self)
+        if not self.is_shared:
+            _prefer_newer(self._socket, leaves)
+
+    def finish(self) -> None:
+        """Accepts what has come already, which the kernel would reset, then closes."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        for _ in range(LIMITS.backlog // LIMITS.accepts_a_turn):  # more cannot have been waiting
+            if poll.poll(0) and not self._rests:
+                self.on_events(READ)
+        self.closed = True
+        self._loop.touch(self)
 
     def release(self) -> None:
         self._socket.close()
@@ -2716,11 +2770,15 @@ class Hub:
 
     The constructor binds the ports (``OSError`` if it cannot, ``ValueError`` if it must not); ``run``
     serves in the calling thread until ``drain`` or ``stop`` is called, from any thread.  ``access_log``
-    is called with the line of each finished exchange.
+    is called with the line of each finished exchange.  ``sockets`` are listening already and used in place
+    of ports; their names are those of ``addresses``.
     """
 
     def __init__(
-        self, options: Options | None = None, access_log: Callable[[str], None] | None = None
+        self,
+        options: Options | None = None,
+        access_log: Callable[[str], None] | None = None,
+        sockets: Mapping[str, socket.socket] | None = None,
     ) -> None:
         self.options = options = options or Options()
         self.loop = EventLoop()
@@ -2730,6 +2788,7 @@ class Hub:
         self.workers: set[Worker] = set()
         self.budget = MemoryBudget(options.memory_budget)
         self.draining = False
+        self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.counters = Counters()
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
@@ -2744,56 +2803,49 @@ class Hub:
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
+        self._handover_timer = Timer(self._finish_listening)
         self._started = self.loop.now
         self.at_end: list[
             Callable[[], None]
         ] = []  # called when the work is over, before the ports are closed
-        self._listeners: list[Listener] = []
+        self._passed: Mapping[str, socket.socket] = sockets or {}
+        self._has_successor = options.reuse_port or "consumers" in self._passed
+        self._listeners: dict[str, Listener] = {}
         self._listen()
-        self.loop.before_sleep += [self.dispatch, self._end_drain]
+        self.loop.before_sleep += [self.dispatch, self._let_spare_slots_go, self._end_drain]
 
     # .. listening ..
 
     def _listen(self) -> None:
         options = self.options
         try:
-            self.main_address = self._listen_on(
-                "consumers",
-                options.main_host,
-                options.main_port,
-                self._accept_consumer,
-                self._has_descriptors,
-            )
-            self.worker_address = self._listen_on(
-                "workers", options.worker_host, options.worker_port, self._accept_worker, _always
-            )
-            self.admin_address: str | None = None
-            if options.admin_port is not None:
-                self.admin_address = self._listen_on(
-                    "admin", options.admin_host, options.admin_port, self._accept_admin, _always
-                )
+            self._bind("consumers", options.main_host, options.main_port, self._accept_consumer)
+            self._bind("workers", options.worker_host, options.worker_port, self._accept_worker)
+            if options.admin_port is not None or "admin" in self._passed:
+                self._bind("admin", options.admin_host, options.admin_port or 0, self._accept_admin)
+            # From the first connection on nothing may fail any more: it would be lost with this hub.
+            for name, listener in self._listeners.items():
+                listener.listen(name)
         except (OSError, ValueError):
             self.loop.close()
+            for sock in self._passed.values():
+                sock.close()
             raise
+        self.main_address = self._listeners["consumers"].address
+        self.worker_address = self._listeners["workers"].address
+        self.admin_address = self._listeners["admin"].address if "admin" in self._listeners else None
 
-    def _listen_on(
-        self,
-        what: str,
-        host: str,
-        port: int,
-        accept: Callable[[Stream], None],
-        may_accept: Callable[[], bool],
-    ) -> str:
+    def _bind(self, what: str, host: str, port: int, accept: Callable[[Stream], None]) -> None:
         def take(sock: socket.socket, address: str) -> None:
             accept(self._new_stream(sock, address))
 
-        sock = _bind(what, host, port)
-        listener = Listener(self.loop, sock, take, may_accept)
-        self._listeners.append(listener)
+        sock = self._passed.get(what) or _bind(what, host, port, reuse_port=self.options.reuse_port)
+        may_accept = self._has_descriptors if what == "consumers" else _always
+        listener = Listener(self.loop, sock, take, may_accept, is_shared=what in self._passed)
+        self._listeners[what] = listener
         self.loop.add(listener)
         if what == "workers" and not self.options.allow_anonymous_workers:
             _refuse_open_worker_port(sock)
-        return listener.address
 
     def _has_descriptors(self) -> bool:
         return len(self.loop.watched) + self.budget.files < self._descriptors
@@ -2938,10 +2990,26 @@ class Hub:
         """Where it listens: ``consumers``, ``workers``, ``admin``, each ``host:port``."""
         return {"consumers": self.main_address, "workers": self.worker_address, "admin": self.admin_address}
 
+    @property
+    def refuses(self) -> bool:
+        """Whether requests that still come are refused.
+
+        Not if another hub takes over: those who have a connection here are served once more, and told to
+        close it.
+        """
+        return self.draining and not self._has_successor
+
+    @property
+    def keep_alive_s(self) -> float:
+        """How long an idle consumer's connection is kept."""
+        return min(self.options.keep_alive, LIMITS.handover_s if self.draining else math.inf)
+
     def run(self) -> int:
         """Serves until it is drained or stopped; returns 1 if work was cut off, else 0."""
         try:
             self.loop.run()
+            if not self.draining:
+                self.notify("STOPPING=1\nSTATUS=stopping at once")
             self.draining = True  # as the last answers shall say
             unfinished = list(self.exchanges)
             for exchange in unfinished:
@@ -2964,17 +3032,57 @@ class Hub:
         if self.draining:
             return
         log.info("draining: %d requests to finish", len(self.exchanges))
+        self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
         self.draining = True
-        self._listeners[0].closed = True  # consumers; workers are still needed, and an admin may watch
-        self.loop.touch(self._listeners[0])
-        for stream in [each for each in self.loop.watched if isinstance(each, Stream)]:
-            if isinstance(stream.role, Consumer):
-                stream.role.close_if_idle()
+        if self._has_successor:
+            self._hand_over()
+        else:
+            self._finish_listening()
+        for consumer in self._consumers():
+            consumer.on_drain()
         self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
         self.loop.touch(self._drain_timer)
 
+    def _consumers(self) -> list[Consumer]:
+        streams = [each for each in self.loop.watched if isinstance(each, Stream) and not each.closed]
+        return [each.role for each in streams if isinstance(each.role, Consumer)]
+
+    def _hand_over(self) -> None:
+        """Leaves new consumers to the hub that takes over.
+
+        With a port of its own in SO_REUSEPORT's group this takes a moment: a connection whose handshake is
+        under way is this hub's, and would be reset if it closed at once.
+        """
+        self._listeners["consumers"].leave_to_successor(True)
+        if self.options.reuse_port:
+            if "admin" in self._listeners:
+                self._listeners["admin"].leave_to_successor(True)
+            self._handover_timer.deadline = self.loop.now + LIMITS.handover_s
+            self.loop.touch(self._handover_timer)
+
+    def _finish_listening(self) -> None:
+        """Closes the port for consumers; workers are still needed.
+
+        An admin may watch, unless that port too is another hub's by now.
+        """
+        for name in ("consumers", "admin") if self._has_successor else ("consumers",):
+            listener = self._listeners.get(name)
+            if listener is not None and not listener.is_shared:
+                listener.finish()
+
+    def _let_spare_slots_go(self) -> None:
+        """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
+        if not self.draining or not (self.options.reuse_port or "workers" in self._passed):
+            return
+        needed = self.queue.length or sum(each.may_need_a_slot for each in self._consumers())
+        self._listeners["workers"].leave_to_successor(len(self.idle) >= needed)
+        while len(self.idle) > needed and (worker := self.idle.take()):
+            self.release(worker, reusable=False)
+
     def _end_drain(self) -> None:
-        if self.draining and not self.exchanges and not self._has_unsent_bytes():
+        if not self.draining or self.exchanges or self._has_unsent_bytes():
+            return
+        if not self._has_successor or not (self._consumers() or self._handover_timer.deadline < math.inf):
             self.loop.stop()
 
     def _has_unsent_bytes(self) -> bool:
@@ -3048,8 +3156,11 @@ def _always() -> bool:
     return True
 
 
-def _bind(what: str, host: str, port: int) -> socket.socket:
-    """Returns a listening socket; raises ``OSError`` that names what it was for."""
+def _ignore(text: str) -> None: ...
+
+
+def _bind(what: str, host: str, port: int, *, reuse_port: bool) -> socket.socket:
+    """Returns a bound socket; raises ``OSError`` that names what it was for."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -3057,16 +3168,38 @@ def _bind(what: str, host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setblocking(False)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind(address)
-            sock.listen(LIMITS.backlog)
         except OSError:
             sock.close()
             raise
     except (OSError, UnicodeError) as exc:
         reason = getattr(exc, "strerror", None) or "no valid host name"
+        if reuse_port and isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
+            reason += " (to share it, the hub there needs --reuse-port too, and the same user)"
         raise OSError(f"cannot listen for {what} on {host}:{port}: {reason}") from exc
     return sock
+
+
+def _prefer_newer(sock: socket.socket, prefer: bool) -> None:
+    """Has the kernel give new connections not to this socket but to the next one on the port (Linux).
+
+    With SO_REUSEPORT it deals them out among all sockets until one closes, and resets what that one had not
+    accepted.  A classic BPF program that returns the number 1 chooses the second oldest socket; if there is
+    none, all are dealt out as before.  The program belongs to the port and outlives this hub, so the next
+    one to start gets the new connections as soon as it listens.
+    """
+    # struct sock_filter {code, jt, jf, k}: BPF_RET | BPF_K, 1; struct sock_fprog {len, *filter}
+    program = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 1))
+    attach, detach = 51, 68  # SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF: unknown to the socket module
+    try:
+        if sys.platform == "linux" and prefer:
+            sock.setsockopt(socket.SOL_SOCKET, attach, struct.pack("HP", 1, program.buffer_info()[0]))
+        elif sys.platform == "linux":
+            sock.setsockopt(socket.SOL_SOCKET, detach, 0)
+    except OSError as exc:  # then a few connections may be reset when this hub's socket closes
+        log.debug("new connections are still dealt out among all hubs on the port: %s", exc)
 
 
 def _refuse_open_worker_port(sock: socket.socket) -> None:
@@ -3316,6 +3449,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "log_format": (str, "text|json", "of the access log on stdout"),
     "log_level": (str, "LEVEL", f"of the messages on stderr: {', '.join(LOG_LEVELS)}"),
     "allow_anonymous_workers": (bool, "", "let any machine that reaches the worker port be a worker"),
+    "reuse_port": (bool, "", "share the ports with the hub that takes over when this one drains"),
 }  # fmt: skip
 
 
@@ -3407,6 +3541,68 @@ def _truth(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
 
 
+# .. the service manager, such as systemd ..
+
+SOCKET_NAMES: Final = ("consumers", "workers", "admin")
+_FIRST_PASSED_FD: Final = 3  # SD_LISTEN_FDS_START
+
+
+def take_sockets(environ: MutableMapping[str, str]) -> dict[str, socket.socket]:
+    """Takes over the listening sockets that the service manager passes, by name: sd_listen_fds(3).
+
+    Removes the variables, whomever they are for: they are for no program started from here.  Raises
+    ``ValueError``.
+    """
+    pid, count, names = (environ.pop(f"LISTEN_{each}", "") for each in ("PID", "FDS", "FDNAMES"))
+    if pid != str(os.getpid()) or count in ("", "0"):
+        return {}
+    listed = names.split(":")
+    if str(len(listed)) != count:
+        raise ValueError(f"LISTEN_FDS is {count!r} and LISTEN_FDNAMES {names!r}: not one name a socket")
+    sockets: dict[str, socket.socket] = {}
+    try:
+        for fd, name in enumerate(listed, _FIRST_PASSED_FD):
+            if name not in SOCKET_NAMES:
+                known = ", ".join(SOCKET_NAMES)
+                raise ValueError(f"a socket is passed as {name!r}; FileDescriptorName= is one of {known}")
+            if name in sockets:
+                raise ValueError(f"two sockets are passed as {name!r}")
+            sockets[name] = _passed_socket(fd, name)
+    except ValueError:
+        for sock in sockets.values():
+            sock.close()
+        raise
+    return sockets
+
+
+def _passed_socket(fd: int, name: str) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as exc:
+        raise ValueError(f"what is passed as {name!r} is no socket: {exc.strerror}") from exc
+    is_tcp = sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6)
+    if not is_tcp or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.close()
+        raise ValueError(f"what is passed as {name!r} is no listening TCP socket")
+    return sock
+
+
+def notifier(address: str) -> Callable[[str], None]:
+    """Returns a function that tells the service manager how things stand: sd_notify(3), one datagram."""
+    if not address:
+        return _ignore
+
+    def notify(text: str) -> None:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as exc:
+            log.debug("NOTIFY_SOCKET %s: %s", address, exc)
+
+    return notify
+
+
 class Companion:
     """The command that lives and dies with the hub."""
 
@@ -3467,7 +3663,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: Options, command: list[str]) -> int:
     # 1. Everything that can be refused is refused here.
-    hub = Hub(options)
+    notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
+    hub = Hub(options, sockets=take_sockets(os.environ))
+    hub.notify = notify
     out, err = Output(hub.loop, 1), Output(hub.loop, 2)
     hub.access_log = out.write
     log.addHandler(OutputHandler(err))
@@ -3484,6 +3682,7 @@ def _serve(options: Options, command: list[str]) -> int:
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(f"listening {name}={address}\n")
+    notify(f"READY=1\nSTATUS=serving consumers on {hub.main_address}, workers on {hub.worker_address}")
     # 3. Serve; then wait for what has been started.
     status = hub.run()
     if companion is not None:

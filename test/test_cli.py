@@ -79,8 +79,9 @@ GIVEN: dict[str, tuple[str, object]] = {
     "log_format": ("json", "json"),
     "log_level": ("error", "error"),
     "allow_anonymous_workers": ("1", True),
+    "reuse_port": ("on", True),
 }
-SWITCHES = ("stream_requests", "allow_anonymous_workers")
+SWITCHES = ("stream_requests", "allow_anonymous_workers", "reuse_port")
 
 
 def flag(name: str) -> str:

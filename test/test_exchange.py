@@ -416,6 +416,19 @@ def test_idle_consumer_is_closed_when_its_time_is_over(new_rig: Callable[..., Ri
     assert rig.is_closed(consumer)
 
 
+def test_request_that_crosses_the_end_of_the_idle_time_is_served(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(keep_alive=75.0)
+    slot, consumer = rig.slot(), rig.consumer()
+    rig.turn()
+    streams = [each for each in rig.hub.loop.watched if isinstance(each, pothead.Stream)]
+    (role,) = [each.role for each in streams if isinstance(each.role, pothead.Consumer)]
+    consumer.send(get(b"/"))
+    role.on_deadline()  # the timer fires before the bytes are looked at
+    rig.until(lambda: has_bytes(slot))
+    slot.send(OK)
+    assert rig.response(consumer).status == 200
+
+
 def test_a_byte_now_and_then_does_not_prolong_a_head(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(head_timeout=10.0)
     consumer = rig.consumer()

@@ -991,7 +991,7 @@ class Ledger:
         hub = self.rig.hub
         new_stream = hub._new_stream
         hub._new_stream = lambda sock, address: new_stream(FaultySocket(sock, plan), address)  # type: ignore
-        for listener in hub._listeners:
+        for listener in hub._listeners.values():
             listener._socket = FaultySocket(listener._socket, plan)  # type: ignore
         self.slots = [OneSlot(self.rig, self.started) for _ in range(2)]
         self.consumers = [OneConsumer(self.rig, path) for path in SCENARIO]

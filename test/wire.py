@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -263,10 +263,17 @@ def field_lines(fields: Fields) -> bytes:
 class Program:
     """A running process whose output is collected in threads, so that it never blocks on a full pipe."""
 
-    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         self.process = subprocess.Popen(
             arguments,
             cwd=cwd,
+            pass_fds=pass_fds,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -376,8 +383,14 @@ class HubProcess(Program):
 
     LISTENING = re.compile(r"listening (consumers|workers|admin)=\[?(.+?)\]?:([0-9]+)")
 
-    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
-        super().__init__(arguments, cwd, environment)
+    def __init__(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        super().__init__(arguments, cwd, environment, pass_fds)
         self.main: Address = ("", 0)
         self.worker: Address = ("", 0)
         self.admin: Address = ("", 0)

@@ -1,0 +1,240 @@
+"""The files in deploy/: their options, metrics and timeouts fit the programs and each other."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import pothead
+import wire
+
+DEPLOY = wire.ROOT / "deploy"
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
+KUBERNETES = DEPLOY / "kubernetes"
+
+# The design's list, with what Prometheus makes of each kind.
+HISTOGRAMS = ("pothead_hub_queue_seconds", "pothead_hub_worker_seconds")
+METRICS = {
+    "pothead_hub_queue_length",
+    "pothead_hub_queue_oldest_seconds",
+    "pothead_hub_requests_in_flight",
+    "pothead_hub_slots",
+    "pothead_hub_demand",
+    "pothead_hub_requests_total",
+    "pothead_hub_requeues_total",
+    "pothead_hub_rejected_total",
+    "pothead_hub_bytes_total",
+    "pothead_build_info",
+    *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")),
+}
+
+
+def read(name: str) -> str:
+    return (DEPLOY / name).read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(DEPLOY))
+
+
+@functools.cache
+def options(program: str) -> frozenset[str]:
+    """Return the options that `--help` of a program knows."""
+    command = wire.python(str(wire.ROOT / program), "--help")
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    # The admin port's list of names belongs to its page, and is no option where that is missing.
+    return frozenset(re.findall(r"--[a-z-]+", text)) | {"--admin-allowed-hosts"}
+
+
+def seconds(text: str) -> float:
+    return pothead.duration(text)
+
+
+def first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match, f"{pattern!r} is not there"
+    return match[1]
+
+
+# ---- Options -----------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the lists of words that begin with the name of a program, in YAML's two ways to write a list."""
+    blocks = re.findall(r"(?:args|command):\n((?: +(?:- |#).*\n)+)", text)
+    found = [re.findall(r"^ +- (\S+)", block, re.MULTILINE) for block in blocks]
+    found += [re.split(r", *", row) for row in re.findall(r"(?:args|command): \[(pothead.*)\]", text)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/hub.yaml", "kubernetes/worker.yaml"])
+def test_every_flag_of_a_container_is_an_option_of_its_program(name: str) -> None:
+    found = commands(read(name))
+    assert found
+    for program, *flags in found:
+        known = options(program.replace("-", "_") + ".py")
+        unknown = [flag for flag in flags if flag.partition("=")[0] not in known]
+        assert not unknown, f"{program}: {unknown}"
+        assert len(flags) > 2, "the test has overlooked some"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_variable_is_an_option(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for prefix, program in (("POTHEAD_HUB_", "pothead.py"), ("POTHEAD_WORKER_", "pothead_worker.py")):
+        for name in re.findall(rf"{prefix}([A-Z_]+)\b", text):
+            assert f"--{name.lower().replace('_', '-')}" in options(program), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_flag_in_the_prose_is_somebodys_option(path: Path) -> None:
+    ours = options("pothead.py") | options("pothead_worker.py")
+    others = {
+        "--help", "--build", "--scale", "--build-arg", "--rm", "--now", "--full",  # docker, systemctl
+        "--no-install-recommends", "--yes", "--no-cache-dir", "--from", "--directory", "--owner", "--group",
+        "--create-home", "--uid", "--collector",
+    }  # fmt: skip
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")))
+    assert found <= ours | others
+
+
+def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
+    names = {
+        first(r"^FileDescriptorName=(.*)$", path.read_text()): path.name for path in DEPLOY.rglob("*.socket")
+    }
+    assert names == {name: f"pothead-{name}.socket" for name in pothead.SOCKET_NAMES}
+    service = read("systemd/pothead.service")
+    for setting in ("Requires", "Sockets", "Also"):
+        assert set(first(rf"^{setting}=(.*)$", service).split()) == set(names.values())
+
+
+# ---- Timeouts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["systemd/pothead.service", "systemd/pothead-worker@.service"])
+def test_systemd_kills_later_than_the_program_gives_up(name: str) -> None:
+    graceful = first(r"^Environment=POTHEAD_\w+_GRACEFUL_TIMEOUT=(.*)$", read(name))
+    assert seconds(graceful) + 5 <= seconds(first(r"^TimeoutStopSec=(.*)$", read(name)))
+
+
+def test_compose_kills_later_than_the_programs_give_up() -> None:
+    text = read("compose.yaml")
+    graceful = [seconds(each) for each in re.findall(r"--graceful-timeout=(\w+)", text)]
+    killed = [seconds(each) for each in re.findall(r"stop_grace_period: (\w+)", text)]
+    assert len(graceful) == len(killed) == 2
+    assert all(before + 5 <= after for before, after in zip(graceful, killed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["hub.yaml", "worker.yaml"])
+def test_kubernetes_kills_later_than_the_programs_give_up(name: str) -> None:
+    text = (KUBERNETES / name).read_text(encoding="utf-8")
+    graceful = seconds(first(r"--graceful-timeout=(\w+)", text))
+    pre_stop = re.search(r'command: \[sleep, "(\d+)"\]', text)
+    before = graceful + (float(pre_stop[1]) if pre_stop else 0)
+    assert before + 5 <= float(first(r"terminationGracePeriodSeconds: (\d+)", text))
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------
+
+
+def metrics_in(text: str) -> set[str]:
+    return set(re.findall(r"\bpothead_(?:hub_\w+|build_info)\b", text))
+
+
+@pytest.mark.parametrize(
+    "name", ["prometheus/alerts.yml", "prometheus/alerts_test.yml", "grafana/pothead.json"]
+)
+def test_every_metric_is_one_of_the_hubs(name: str) -> None:
+    found = metrics_in(read(name))
+    assert found and found <= METRICS
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    shown = metrics_in(read("grafana/pothead.json"))
+    assert {name for name in METRICS if not name.endswith(("_sum", "_count"))} == shown
+
+
+def test_log_codes_of_the_alerts_and_the_dashboard_are_the_hubs() -> None:
+    codes = {outcome.code for outcome in pothead.Outcome}
+    for name in ("prometheus/alerts.yml", "grafana/pothead.json"):
+        found = re.findall(r'code[=!]~?\\?"([A-Z|]+)\\?"', read(name))
+        assert found and {code for each in found for code in each.split("|")} <= codes
+
+
+def test_each_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
+    alerts = read("prometheus/alerts.yml").split("- alert: ")[1:]
+    assert len(alerts) >= 9
+    for alert in alerts:
+        assert first(r"^ +runbook: (.*)$", alert) == f"docs/operating.md#{alert.split()[0]}"
+        assert first(r"severity: (\w+)", alert) in ("page", "ticket")
+        assert re.search("summary: .+", alert) and re.search("description: .+", alert)
+
+
+# ---- The form of the files ---------------------------------------------------------------------------
+
+
+def test_dashboard_is_json_with_panels_that_do_not_overlap() -> None:
+    dashboard = json.loads(read("grafana/pothead.json"))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        columns, rows = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        cells = {(x, y) for x in columns for y in rows}
+        assert not cells & taken and max(columns) < 24, panel["title"]
+        taken |= cells
+        assert panel["targets"]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix in (".yml", ".yaml")], ids=name_of)
+def test_yaml_can_be_read(path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    assert documents and all(isinstance(each, dict) for each in documents)
+
+
+def test_services_select_the_pods_and_ports_that_there_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    deployment, *others = yaml.safe_load_all((KUBERNETES / "hub.yaml").read_text(encoding="utf-8"))
+    pod = deployment["spec"]["template"]
+    ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+    services = {each["metadata"]["name"]: each["spec"] for each in others if each["kind"] == "Service"}
+    assert set(services) == {"pothead", "pothead-workers", "pothead-admin"}
+    for spec in services.values():
+        assert spec["selector"].items() <= pod["metadata"]["labels"].items()
+        assert {port["targetPort"] for port in spec["ports"]} <= set(ports)
+    assert services["pothead-workers"]["clusterIP"] == "None"
+    assert services["pothead-workers"]["publishNotReadyAddresses"] is True
+    assert pod["spec"]["enableServiceLinks"] is False, "POTHEAD_..._PORT=tcp://... would be taken for options"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("promtool", ["check", "rules", "prometheus/alerts.yml"]),
+        ("promtool", ["test", "rules", "prometheus/alerts_test.yml"]),
+    ],
+)
+def test_rules_hold_their_promises(tool: str, arguments: list[str]) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run([tool, *arguments], cwd=DEPLOY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_units_are_well_formed(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    for path in (DEPLOY / "systemd").iterdir():
+        (tmp_path / path.name).write_text(
+            path.read_text().replace("/usr/bin/python3", shutil.which("true") or "")
+        )
+    units = sorted(str(path) for path in tmp_path.iterdir())
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60)
+    complaints = [line for line in done.stderr.splitlines() if "pothead" in line]
+    assert done.returncode == 0 and not complaints, done.stderr

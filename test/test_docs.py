@@ -1,0 +1,299 @@
+"""The documents: every list in them is the code's own, in both directions, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+import pothead
+import pothead_worker
+import wire
+
+DOCUMENTS = {
+    str(path.relative_to(wire.ROOT)): path.read_text(encoding="utf-8")
+    for folder in (wire.ROOT, wire.ROOT / "docs", wire.ROOT / "bench")
+    for path in sorted(folder.glob("*.md"))
+}
+OPERATING, DESIGN = DOCUMENTS["docs/operating.md"], DOCUMENTS["docs/design.md"]
+PROGRAMS = ("pothead.py", "pothead_worker.py")
+
+# What the documents tell already and the code has not yet. An entry that has come must be removed here.
+AHEAD = {
+    "flags": {
+        "--admin-allowed-hosts", "--forward", "--inspection-port", "--poll-jobs", "--redirect-response",
+        "--request-timeout", "--use-request-subprocess",
+    },
+    "codes": {"AC"},
+    "endpoints": {"/", "/metrics", "/pause", "/resume", "/requests/ID/cancel", "/drain"},
+    "stats": {
+        "paused", "max_queue", "queued_seconds", "worker_seconds", "machines", "failures", "history",
+        "waiting_not_listed", "running_not_listed", "workers_not_listed", "machines_not_listed",
+    },
+    "names": {"Hub.cancel_now"},
+    "files": set(),
+    "messages": {
+        "paused: requests wait until it is resumed", "resumed", "...: cancelled by an operator",
+        "request ...: its process ...", "another fork server is ready",
+        "the fork server ...; its requests are cut off, and another one is started",
+        "cannot start another fork server: ...", "cannot accept a consumer: ...",
+        "importing the app started threads, which the requests' processes will not have: ...",
+        "pickup: unknown, used or expired key from ...", "pickup: not a request from ...: ...",
+        "request ...: the local program failed: ...", "http://... unreachable, answering 502: ...",
+        "http://... reached again", "the gate raised an exception", "the gate's ... raised an exception",
+        "leaving without the gate, which does not listen to halt()",
+        "metrics of an ended process are lost: ...: ...", "... failed",
+    },
+}  # fmt: skip
+
+# Options of other programs that the documents mention.
+FOREIGN_FLAGS = {"--ulimit"}
+
+
+def section(text: str, heading: str) -> str:
+    """Return what is below a heading, up to the next heading of any level."""
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match, f"there is no section {heading!r}"
+    return match[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of the last table in a text, row by row, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    start = max(number for number, line in enumerate(lines) if set(line) <= set("|- "))
+    return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines[start + 1 :]]
+
+
+def code_words(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def first_column(heading: str, text: str = OPERATING) -> set[str]:
+    """Return the code words in the first column of a section's table."""
+    return {word for row in rows(section(text, heading)) for word in code_words(row[0])}
+
+
+# ---- What the code has -------------------------------------------------------------------------------
+#
+# Each of these asks the code where it can tell best, so that only these change when the code is rebuilt.
+
+
+def flags_of(program: str) -> set[str]:
+    command = wire.python(str(wire.ROOT / program), "--help")
+    environment = {**os.environ, "COLUMNS": "1000"}  # a flag is broken at its hyphens where a line ends
+    text = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=30
+    ).stdout
+    return set(re.findall(r"--[a-z][a-z-]+", text)) | {"--help"}
+
+
+def ask_admin(hub: wire.HubProcess, path: str) -> wire.Response:
+    with wire.Peer.connect(hub.admin) as peer:
+        peer.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        return peer.read_response()
+
+
+def endpoints_of(hub: wire.HubProcess) -> set[str]:
+    """The page for what is not there tells what is there."""
+    return set(re.findall(r"(?<!\S)/\S*", ask_admin(hub, "/nowhere").body.decode()))
+
+
+def metrics_of_hub(hub: wire.HubProcess) -> set[str]:
+    """None at all if this hub has no metrics, or not the package for them."""
+    response = ask_admin(hub, "/metrics")
+    page = response.body.decode() if response.status == 200 else ""
+    return {
+        name for name in re.findall(r"^# TYPE (\S+)", page, re.MULTILINE) if not name.endswith("_created")
+    }
+
+
+def metrics_of_worker() -> set[str]:
+    return set(re.findall(r'"(pothead_worker_[a-z_]+)"', source_of("pothead_worker.py")))
+
+
+def source_of(program: str) -> str:
+    return (wire.ROOT / program).read_text(encoding="utf-8")
+
+
+def messages_of(program: str) -> Iterator[tuple[str, str]]:
+    """Yield level and format of each message that the program can log, but for DEBUG."""
+    for node in ast.walk(ast.parse(source_of(program))):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log.")):
+            continue
+        level = ast.unparse(node.func).removeprefix("log.")
+        if level in ("info", "warning", "error", "exception", "log"):
+            text = node.args[level == "log"]
+            for choice in [text.body, text.orelse] if isinstance(text, ast.IfExp) else [text]:
+                if isinstance(choice, ast.Constant):
+                    yield level, str(choice.value)
+
+
+def patterns_of(program: str) -> dict[str, str]:
+    """Return each message of the program with a pattern for what it may look like."""
+    return {text: re.sub(r"%(\\.\d)?[srdgf]", ".+", re.escape(text)) for _, text in messages_of(program)}
+
+
+# ---- The lists ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_is_in_the_documents(program: str) -> None:
+    words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(DOCUMENTS.values())))
+    assert flags_of(program) <= words
+
+
+def test_no_document_tells_of_a_flag_that_is_not_there() -> None:
+    known = flags_of("pothead.py") | flags_of("pothead_worker.py") | AHEAD["flags"] | FOREIGN_FLAGS
+    for name in ("README.md", "docs/operating.md", "docs/protocol.md", "docs/design.md"):
+        told = set(re.findall(r"`(--[a-z][a-z-]+)", DOCUMENTS[name]))
+        assert told <= known, name
+
+
+def test_log_codes_are_those_of_the_hub() -> None:
+    told = {code_words(row[0])[0]: row[1] for row in rows(section(OPERATING, "Log codes"))}
+    assert set(told) == {outcome.code for outcome in pothead.Outcome} | AHEAD["codes"]
+    for outcome in pothead.Outcome:
+        if outcome.status:
+            assert told[outcome.code] == str(outcome.status)
+
+
+def test_outcomes_of_the_design_are_those_of_the_hub() -> None:
+    told = [
+        pair
+        for row in rows(section(DESIGN, "Endings"))
+        for pair in zip(*map(code_words, row[:2]), strict=True)
+    ]
+    in_code = {(outcome.name, outcome.code) for outcome in pothead.Outcome}
+    assert in_code == {(name, code) for name, code in told if code not in AHEAD["codes"]}
+
+
+def test_states_of_the_design_are_those_of_the_hub() -> None:
+    picture = section(DESIGN, "States").split("```")[1]
+    assert set(re.findall(r"[A-Z]{3,}", picture)) == set(pothead.State.__members__)
+
+
+def test_endpoints_are_those_of_the_admin_port(hub: wire.HubProcess) -> None:
+    told = first_column("Pages") | first_column("Actions")
+    assert {word.split()[1] for word in told} == endpoints_of(hub) | AHEAD["endpoints"]
+
+
+def test_metrics_of_the_hub_are_those_it_serves(hub: wire.HubProcess) -> None:
+    served = metrics_of_hub(hub)
+    if not served:
+        pytest.skip("this hub serves no metrics, or prometheus-client is not installed")
+    assert first_column("Metrics of the hub") == served
+
+
+def test_metrics_of_the_worker_are_those_in_its_code() -> None:
+    in_code = metrics_of_worker()
+    if not in_code:
+        pytest.skip("this worker has no metrics")
+    assert first_column("Metrics of the worker") == in_code
+
+
+def test_fields_of_stats_are_those_that_are_served(hub: wire.HubProcess) -> None:
+    assert first_column("Stats") == set(hub.stats()) | AHEAD["stats"]
+
+
+def test_fields_of_a_log_line_are_those_that_are_written() -> None:
+    with wire.hub_process("--log-format", "json") as hub, wire.Peer.connect(hub.main) as consumer:
+        consumer.send(b"?\r\n")
+        consumer.read_response()
+        line = json.loads(hub.wait_for_line(lambda line: line.startswith("{")))
+    assert first_column("The log") == set(line) - {"time"}
+
+
+@pytest.mark.parametrize(
+    ("program", "heading"),
+    [("pothead.py", "Messages of the hub"), ("pothead_worker.py", "Messages of the worker")],
+)
+def test_messages_are_those_of_the_program(program: str, heading: str) -> None:
+    told, patterns = first_column(heading), patterns_of(program)
+    for message in told - AHEAD["messages"]:
+        assert any(re.fullmatch(pattern, message) for pattern in patterns.values()), f"stale: {message}"
+    for level, text in messages_of(program):
+        if level != "info":
+            assert any(re.fullmatch(patterns[text], message) for message in told), f"not told: {text}"
+
+
+def test_names_in_the_design_are_in_the_code() -> None:
+    for word in re.findall(r"`([A-Z][A-Za-z]*\.\w+)", DESIGN):
+        name, attribute = word.split(".")
+        owners = [getattr(module, name, None) for module in (pothead, pothead_worker)]
+        assert word in AHEAD["names"] or any(hasattr(owner, attribute) for owner in owners), word
+
+
+# ---- Links -------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a document's headings, as they are made of them."""
+    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links() -> list[tuple[str, str]]:
+    """Return each link within the project: the document it is in, and where it leads."""
+    found = []
+    for name, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not re.match(r"[a-z]+:", target):
+                found.append((name, target))
+    return found
+
+
+@pytest.mark.parametrize(("name", "target"), links())
+def test_link_leads_somewhere(name: str, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    leads_to = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+    if leads_to in AHEAD["files"]:
+        return
+    assert (wire.ROOT / leads_to).exists(), target
+    if anchor:
+        assert anchor in anchors(DOCUMENTS[leads_to]), target
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    linked = {target for name, target in links() if name == "README.md"}
+    assert {name for name in DOCUMENTS if name.startswith("docs/")} <= linked
+
+
+ALERT_RULES = wire.ROOT / "deploy" / "prometheus" / "alerts.yml"
+
+
+@pytest.mark.skipif(not ALERT_RULES.exists(), reason="there are no alert rules")
+def test_each_alert_has_its_section_and_leads_there() -> None:
+    rules = ALERT_RULES.read_text(encoding="utf-8")
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    sections = re.findall(r"^### (Pothead\w+)$", OPERATING, re.MULTILINE)
+    assert sections == alerts
+    assert re.findall(r"docs/operating\.md#(\S+)", rules) == alerts
+
+
+# ---- What is announced -------------------------------------------------------------------------------
+
+
+def test_nothing_that_has_come_is_still_announced(hub: wire.HubProcess) -> None:
+    """An entry of AHEAD that is in the code hides what may get stale later: remove it."""
+    patterns = [pattern for program in PROGRAMS for pattern in patterns_of(program).values()]
+    in_code = {
+        "flags": flags_of("pothead.py") | flags_of("pothead_worker.py"),
+        "codes": {outcome.code for outcome in pothead.Outcome},
+        "endpoints": endpoints_of(hub),
+        "stats": set(hub.stats()),
+        "names": {name for name in AHEAD["names"] if hasattr(pothead.Hub, name.partition(".")[2])},
+        "files": {name for name in AHEAD["files"] if (wire.ROOT / name).exists()},
+        "messages": {
+            text for text in AHEAD["messages"] if any(re.fullmatch(each, text) for each in patterns)
+        },
+    }
+    have_come = {
+        kind: sorted(words & in_code[kind]) for kind, words in AHEAD.items() if words & in_code[kind]
+    }
+    assert have_come == {}
