@@ -138,7 +138,6 @@ FORK_SERVER_EXIT_S = 3.0  # how long the fork server may take to kill what it st
 MAX_WAITING_OFFERS = 256  # connections that wait for a request at the same time, however many a gate permits
 GATE_GRACE_S = 2.0  # how long a gate may take to notice that the worker is stopping
 
-SCRAPE_ATTEMPTS = 5  # a file of metrics that is just being made cannot be read
 PROGRESS_INTERVAL_S = 0.1
 
 
@@ -2960,17 +2959,16 @@ class PrometheusMetrics(Metrics):
     def page(self, _visitor: socket.socket) -> Page:
         """Return what a scrape gets."""
         self._merge_others()
-        for _ in range(SCRAPE_ATTEMPTS - 1):
-            with contextlib.suppress(struct.error, RuntimeError, FileNotFoundError):
-                return self._collect()
-        return self._collect()
-
-    def _collect(self) -> Page:
-        registry = self._client.CollectorRegistry()
-        self._collector(registry, self._directory)
         with self._lock:
-            text: bytes = self._client.generate_latest(registry)
+            text: bytes = self._client.generate_latest(self)
         return Page(text, content_type=str(self._client.CONTENT_TYPE_LATEST))
+
+    def collect(self) -> Iterable[object]:
+        """Return all metrics, as prometheus_client wants them of a registry."""
+        paths = glob.glob(os.path.join(glob.escape(self._directory), "*.db"))
+        # A process that has just made a file, and has been stopped before it wrote, must not spoil the page.
+        metrics: Iterable[object] = self._collector.merge(list(filter(os.path.getsize, paths)))
+        return metrics
 
     def close(self) -> None:
         for merged in self._merged.values():

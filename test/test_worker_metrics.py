@@ -246,9 +246,19 @@ def test_unreadable_file_of_an_ended_process_is_logged_and_harms_nothing_else(
     assert not (directory / f"counter_{ended.pid}.db").exists()
 
 
+@needs_prometheus
+def test_file_that_is_just_being_made_does_not_spoil_the_page(
+    start: Callable[..., Metered], directory: Path
+) -> None:
+    metered = start()
+    metered.ask()
+    (directory / f"counter_{os.getpid()}.db").touch()  # as of a process that lives
+    assert metered.scrape()['myapp_requests_total{path="/"}'] == 1
+
+
 # What a process has in all kinds of metrics is the same on the page before and after its end.
 MERGING = """
-    import os, sys
+    import os, socket, sys
     sys.path.insert(0, sys.argv[1])
     import pothead_worker
     metrics = pothead_worker.PrometheusMetrics(os.environ["PROMETHEUS_MULTIPROC_DIR"])
@@ -269,10 +279,11 @@ MERGING = """
             os._exit(0)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         pids.append(pid)
-    before = metrics._collect().body
+    one, two = socket.socketpair()
+    before = metrics.page(one).body
     for pid in pids:
         metrics.merge_ended(pid)
-    after = metrics._collect().body
+    after = metrics.page(one).body
     print(before.decode() + "====\\n" + after.decode(), end="")
 """
 
