@@ -32,6 +32,7 @@ if __name__ == "__main__":  # Ctrl-C is a quiet end even while the imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import enum
@@ -57,7 +58,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
@@ -102,6 +104,13 @@ class Limits:
     large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
+    listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
+    listed_path_bytes: int = 200  # of a path in these tables
+    listed_failures: int = 20  # the last ones
+    timed_exchanges: int = 1000  # the last ones, from which median and 99th percentile are taken
+    history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
+    history_steps: int = 120  # ten minutes
+    remembered_machines: int = 100  # that worked once and may come back
 
 
 LIMITS: Final = Limits()
@@ -121,6 +130,7 @@ class Options:
     worker_port: int = 4040
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 4041  # None: no admin port
+    admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
     response_timeout: float = math.inf
@@ -159,11 +169,14 @@ class Options:
             _check(usable, "spool_dir", f"is not a directory to write to: {self.spool_dir}")
         for address in self.forwarded_allow_ips:
             _check(address == "*" or _is_network(address), "forwarded_allow_ips", f"is no address: {address}")
+        for name in self.admin_allowed_hosts:
+            _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
         _check(self.log_format in ("text", "json"), "log_format", "is text or json")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def _check(holds: bool, name: str, complaint: str) -> None:
@@ -1697,6 +1710,7 @@ class Outcome(enum.Enum):
     QUEUE_FULL = ("QF", 503, "the queue is full")
     QUEUE_TIMEOUT = ("QT", 503, "no worker became free in time")
     DRAINING = ("DR", 503, "the service is shutting down")
+    CANCELLED = ("AC", 503, "an operator cancelled the request")
     WORKER_LOST = ("WL", 502, "the worker was lost before it answered")
     WORKER_GARBAGE = ("WG", 502, "the worker's answer was not understood")
     WORKER_CUT = ("WC", 0, "the response was cut off midway")
@@ -1949,6 +1963,7 @@ class Exchange:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
         worker = self._let_worker_go(reusable=reusable and self._body_sent)
         worker.served += 1
+        worker.record.served += 1
         self._hub.counters.on_served(self.worker_s)
         if self.consumer.stream.outbuf is None:
             self.finish(Outcome.COMPLETED)
@@ -1996,7 +2011,7 @@ class Exchange:
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
         assert self.worker is not None
-        self.worker.failures += 1
+        self.worker.record.failures += 1
         if self.state is State.RESPONDING:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again():
@@ -2025,7 +2040,7 @@ class Exchange:
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
         assert self.worker is not None
-        self.worker.failures += 1
+        self.worker.record.failures += 1
         cut = self.state is State.RESPONDING
         self.finish(Outcome.WORKER_CUT if cut else Outcome.WORKER_GARBAGE, error.detail)
 
@@ -2035,7 +2050,7 @@ class Exchange:
         if self.state is State.RESPONDING:
             self._absorb()
         else:
-            self.worker.failures += 1
+            self.worker.record.failures += 1
             self.finish(Outcome.WORKER_TIMEOUT)
 
     def on_consumer_gone(self, detail: str = "") -> None:
@@ -2081,7 +2096,7 @@ class Exchange:
         if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE):
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
-        if status == 503:
+        if status == 503 and self.outcome is not Outcome.CANCELLED:
             fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
@@ -2099,7 +2114,7 @@ class Exchange:
             "id": self.request_id.decode(),
             "consumer": self.consumer.stream.address,
             "method": self.head.method.decode(),
-            "path": self.head.path.decode(),
+            "path": short_path(self.head),
             "age_seconds": round(now - self.received_at, 3),
             "attempts": self.attempts,
         }
@@ -2357,9 +2372,9 @@ class Worker:
         "_keep_alive",
         "_reader",
         "exchange",
-        "failures",
         "machine",
         "parked_at",
+        "record",
         "served",
         "since",
         "stream",
@@ -2373,7 +2388,7 @@ class Worker:
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
-        self.failures = 0
+        self.record = hub.machines.join(self.machine)
         self._keep_alive = True  # the connection, after the response under way
         self._reader: BodyReader | None = None
         stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
@@ -2398,7 +2413,6 @@ class Worker:
             "address": self.stream.address,
             "state": "idle" if self.exchange is None else "busy",
             "served": self.served,
-            "failures": self.failures,
             "connected_seconds": round(now - self.since, 3),
         }
 
@@ -2517,19 +2531,18 @@ class Admin:
             while self._stream.role is self and (head := take_request_head(self._stream.inbuf)):
                 self._answer(head)
         except ProtocolError as error:
-            page = own_response(error.status, error.detail.encode() + b"\n", keep_alive=False)
-            self._end(page)
+            detail = error.detail.encode() + b"\n"
+            self._end(own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False))
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
         if request_body(head) is not None:
             raise ProtocolError(413, "no body is wanted here")
-        status, content_type, body = self._hub.admin_page(head.method, head.target.partition(b"?")[0])
-        fields = [(b"Allow", b"GET, HEAD")] if status == 405 else []
-        fields.append((b"Cache-Control", b"no-store"))
+        answer = answer_admin(self._hub, head)
         page = own_response(
-            status, body, content_type, fields, keep_alive=head.keep_alive, with_body=head.method != b"HEAD"
-        )
+            answer.status, answer.body, answer.content_type, (*answer.fields, *ADMIN_FIELDS),
+            keep_alive=head.keep_alive, with_body=head.method != b"HEAD",
+        )  # fmt: skip
         if head.keep_alive and head.minor_version == 1:
             self._stream.write(page)
         else:
@@ -2639,9 +2652,12 @@ class Hub:
         self.idle: IdleSlots[Worker] = IdleSlots()
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
+        self.machines = Machines()
         self.budget = MemoryBudget(options.memory_budget)
         self.draining = False
+        self.paused = False  # nothing is handed to a slot
         self.counters = Counters()
+        self.history = History(self.loop.now)
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
         self._trusted = [ipaddress.ip_network(each) for each in options.forwarded_allow_ips if each != "*"]
@@ -2652,13 +2668,13 @@ class Hub:
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
-        self._started = self.loop.now
+        self.started = self.loop.now
         self.at_end: list[
             Callable[[], None]
         ] = []  # called when the work is over, before the ports are closed
         self._listeners: list[Listener] = []
         self._listen()
-        self.loop.before_sleep += [self.dispatch, self._end_drain]
+        self.loop.before_sleep += [self.dispatch, self._note, self._end_drain]
 
     # .. listening ..
 
@@ -2736,7 +2752,7 @@ class Hub:
 
     def dispatch(self) -> None:
         """Hands the oldest requests to waiting slots; the only place where the two meet."""
-        while self.queue.length and self.idle.waiting:
+        while self.queue.length and self.idle.waiting and not self.paused:
             worker = self.idle.take()
             assert worker is not None
             # A slot that has left since the last turn is passed over, and nobody need notice.
@@ -2771,13 +2787,17 @@ class Hub:
         reusable = reusable and not worker.stream.closed
         self.idle.release(worker, park=reusable)
         if not reusable:
-            self.workers.discard(worker)
-            worker.stream.close()
+            self._forget(worker)
 
     def on_worker_left(self, worker: Worker) -> None:
         """A waiting slot has hung up: its offer is withdrawn."""
         self.idle.remove(worker)
-        self.workers.discard(worker)
+        self._forget(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self.machines.leave(worker.machine, self.loop.now)
         worker.stream.close()
 
     def on_breach(self, worker: Worker) -> None:
@@ -2831,6 +2851,10 @@ class Hub:
             log.warning("cannot spool to a file: %s; refusing bodies that need one", error)
             self._disk_full_at = self.loop.now
 
+    def _note(self) -> None:
+        """Keeps the plot of the status page; a step of the loop, so that an idle hub need not wake for it."""
+        self.history.note(self.loop.now, (self.queue.length, self.idle.running, len(self.workers)))
+
     def on_finished(self, exchange: Exchange) -> None:
         """Counts and logs."""
         self.exchanges.discard(exchange)
@@ -2860,17 +2884,51 @@ class Hub:
 
     def drain(self) -> None:
         """Takes no more requests, finishes those it has, then ends ``run``; safe from any thread."""
-        self.loop.call_from_thread(self._drain)
+        self.loop.call_from_thread(self.drain_now)
 
     def stop(self) -> None:
         """Ends ``run`` at once; safe from any thread."""
         self.loop.call_from_thread(self.loop.stop)
 
-    def _drain(self) -> None:
+    def pause(self) -> None:
+        """Hands no more requests to slots, which queue then; those that run go on.  Safe from any thread."""
+        self.loop.call_from_thread(lambda: self.set_paused(True))
+
+    def resume(self) -> None:
+        """Ends a pause; safe from any thread."""
+        self.loop.call_from_thread(lambda: self.set_paused(False))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends all requests with that id, waiting or running; safe from any thread."""
+        self.loop.call_from_thread(functools.partial(self._cancel, request_id))
+
+    def _cancel(self, request_id: str) -> None:
+        self.cancel_now(request_id)
+
+    # The same for the loop's own thread, done at once.
+
+    def set_paused(self, paused: bool) -> None:
+        """Pauses, unless it drains, or resumes."""
+        if paused != self.paused and not (paused and self.draining):
+            self.paused = paused
+            log.warning("paused: requests wait until it is resumed" if paused else "resumed")
+
+    def cancel_now(self, request_id: str) -> int:
+        """Cancels; returns how many requests had that id."""
+        wanted = request_id.encode()
+        found = [each for each in self.exchanges if each.request_id == wanted]
+        for exchange in found:
+            log.warning("%s: cancelled by an operator", request_id)
+            self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.CANCELLED)
+        return len(found)
+
+    def drain_now(self) -> None:
+        """Begins to drain; does nothing if it does already."""
         if self.draining:
             return
         log.info("draining: %d requests to finish", len(self.exchanges))
         self.draining = True
+        self.set_paused(False)  # what waits is to be finished, too
         self._listeners[0].closed = True  # consumers; workers are still needed, and an admin may watch
         self.loop.touch(self._listeners[0])
         for stream in [each for each in self.loop.watched if isinstance(each, Stream)]:
@@ -2886,57 +2944,29 @@ class Hub:
     def _has_unsent_bytes(self) -> bool:
         return any(isinstance(each, Stream) and each.outbuf is not None for each in self.loop.watched)
 
-    # .. the admin port ..
-
-    def admin_page(self, method: bytes, path: bytes) -> tuple[int, str, bytes]:
-        """Returns status, content type and body."""
-        text = "text/plain; charset=utf-8"
-        if path not in (b"/livez", b"/readyz", b"/stats"):
-            return 404, text, b"here are: /livez /readyz /stats\n"
-        if method not in (b"GET", b"HEAD"):
-            return 405, text, b"GET or HEAD\n"
-        if path == b"/stats":
-            return 200, "application/json", json.dumps(self.stats(), indent=1).encode() + b"\n"
-        if path == b"/readyz" and self.draining:
-            return 503, text, b"draining\n"
-        return 200, text, b"ok\n"
-
     def stats(self) -> dict[str, object]:
         """Returns what goes on, ready for JSON; durations in seconds."""
-        now = self.loop.now
-        running = [each for each in self.exchanges if each.worker is not None]
-        return {
-            "version": __version__,
-            "uptime_seconds": round(now - self._started, 3),
-            "draining": self.draining,
-            "queue_length": len(self.queue),
-            "queue_oldest_seconds": round(self.queue.oldest_wait(now), 3),
-            "requests_in_flight": len(running),
-            "slots": {"idle": len(self.idle), "busy": self.idle.running},
-            "demand": len(self.queue) + len(running),
-            "mean_service_seconds": round(self.counters.mean_service_s, 6),
-            "retry_after_seconds": self.retry_after_s(),
-            "spool_memory_bytes": self.budget.used,
-            "requeues": self.counters.requeues,
-            "breaches": self.counters.breaches,
-            "bytes": {"in": self.counters.bytes_in, "out": self.counters.bytes_out},
-            "outcomes": {outcome.code: count for outcome, count in self.counters.outcomes.items()},
-            "waiting": [each.describe(now) for each in self.queue],
-            "running": [each.describe(now) for each in sorted(running, key=lambda each: each.received_at)],
-            "workers": [each.describe(now) for each in sorted(self.workers, key=lambda each: each.since)],
-        }
+        return describe_hub(self)
 
 
 class Counters:
-    """What has happened since the start."""
+    """What has happened since the start.
+
+    The metrics are made of these when somebody asks; what an exchange pays is one call of
+    ``on_finished``.
+    """
 
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(Outcome, 0)
+        self.requests: dict[tuple[bytes, int, Outcome], int] = {}  # (method, status, outcome) -> how many
         self.requeues = 0
         self.breaches = 0
         self.bytes_in = 0
         self.bytes_out = 0
         self.mean_service_s = 0.0  # moving, over about the last 50
+        self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
+        self.worked = Durations()  # of the last attempt, whether it ended well or not
+        self.failures: deque[dict[str, object]] = deque(maxlen=LIMITS.listed_failures)
         self._served = 0
 
     def on_served(self, worker_s: float) -> None:
@@ -2944,10 +2974,130 @@ class Counters:
         self.mean_service_s += (worker_s - self.mean_service_s) / min(self._served, 50)
 
     def on_finished(self, exchange: Exchange) -> None:
-        assert exchange.outcome is not None
-        self.outcomes[exchange.outcome] += 1
+        outcome, method = exchange.outcome, exchange.head.method
+        assert outcome is not None
+        self.outcomes[outcome] += 1
+        label = (method if method in COUNTED_METHODS else b"other", exchange.status, outcome)
+        self.requests[label] = self.requests.get(label, 0) + 1
         self.bytes_in += exchange.bytes_in
         self.bytes_out += exchange.bytes_out
+        if exchange.attempts or exchange.queued_s:
+            self.queued.add(exchange.queued_s)
+        if exchange.attempts:
+            self.worked.add(exchange.worker_s)
+        if outcome is not Outcome.COMPLETED:
+            self.failures.append(describe_failure(exchange, outcome))
+
+
+# Any other is a word that a consumer chose, and no label.
+COUNTED_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+
+
+class Durations:
+    """How long something took: all since the start in buckets, and the last ones as they were."""
+
+    # Upper bounds of the buckets, in seconds; what took longer than the last is in one more bucket.
+    BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum_s = 0.0
+        self._last: deque[float] = deque(maxlen=LIMITS.timed_exchanges)
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum_s += seconds
+        self._last.append(seconds)
+
+    def summary(self) -> dict[str, object]:
+        """Returns median and 99th percentile of the last ones (``None`` without any), and their number."""
+        ordered = sorted(self._last)
+        last = len(ordered) - 1
+        median, p99 = (round(ordered[round(last * q)], 6) if ordered else None for q in (0.5, 0.99))
+        return {"median": median, "p99": p99, "of_last": len(ordered)}
+
+
+class MachineRecord:
+    """What is known of a machine that has, or had, workers."""
+
+    __slots__ = ("failures", "left_at", "served", "slots")
+
+    def __init__(self) -> None:
+        self.slots = 0  # connected now
+        self.served = 0
+        self.failures = 0
+        self.left_at = 0.0  # when the last slot went
+
+
+class Machines:
+    """The machines by their addresses; of those without a slot, the ones seen last.
+
+    A slot that fails is closed, and its record with it: only its machine can tell that there were failures.
+    """
+
+    def __init__(self) -> None:
+        self.connected: dict[str, MachineRecord] = {}
+        self.gone: dict[str, MachineRecord] = {}  # in the order in which they went
+
+    def join(self, machine: str) -> MachineRecord:
+        """Counts a new slot of the machine."""
+        record = self.connected.get(machine)
+        if record is None:
+            record = self.gone.pop(machine) if machine in self.gone else MachineRecord()
+            self.connected[machine] = record
+        record.slots += 1
+        return record
+
+    def leave(self, machine: str, now: float) -> None:
+        """One slot less."""
+        record = self.connected[machine]
+        record.slots -= 1
+        if not record.slots:
+            record.left_at = now
+            self.gone[machine] = self.connected.pop(machine)
+            if len(self.gone) > LIMITS.remembered_machines:
+                del self.gone[next(iter(self.gone))]
+
+
+Levels = tuple[int, int, int]  # requests that wait, slots that are busy, slots
+
+
+class History:
+    """The levels of the last ten minutes, in steps of some seconds: the peak of each step.
+
+    It is told of changes and does not look by itself, so that an idle hub sleeps on.  A step without a row
+    is as the row before it ended.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._level: Levels = (0, 0, 0)
+        self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps + 1)
+        self._rows.append((int(now / LIMITS.history_step_s), self._level, self._level))  # step, peak, end
+
+    def note(self, now: float, level: Levels) -> None:
+        """The levels are these now."""
+        if level == self._level:
+            return
+        step, peak, before = self._rows[-1]
+        if step == (this := int(now / LIMITS.history_step_s)):
+            del self._rows[-1]
+        else:
+            peak = before
+        waiting, busy, slots = level
+        self._rows.append((this, (max(peak[0], waiting), max(peak[1], busy), max(peak[2], slots)), level))
+        self._level = level
+
+    def read(self, now: float) -> list[Levels | None]:
+        """Returns the peaks, oldest first, the step that is under way last; ``None`` before the start."""
+        end = int(now / LIMITS.history_step_s) + 1
+        start = end - LIMITS.history_steps
+        rows = list(self._rows)
+        peaks: list[Levels | None] = [None] * max(0, rows[0][0] - start)
+        for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
+            if step >= start:
+                peaks.append(peak)
+            peaks += [level] * ((end if after is None else after) - max(step + 1, start))
+        return peaks
 
 
 def _always() -> bool:
@@ -3079,6 +3229,243 @@ def _second(epoch_s: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
 
 
+# ---- The admin port ---------------------------------------------------------------------------------------
+#
+# It has no password, and whoever can open a page in the operator's browser can make that browser send
+# requests here.  So: what is asked for by a name that nobody has allowed is refused (DNS rebinding), what
+# changes anything needs a field that no form of another site can send, and no answer may be framed.
+
+ADMIN_FIELDS: Final[Sequence[Field]] = (
+    (b"Cache-Control", b"no-store"),
+    (b"X-Content-Type-Options", b"nosniff"),
+    (b"Referrer-Policy", b"no-referrer"),
+    (b"Cross-Origin-Resource-Policy", b"same-origin"),
+)
+ACTION_FIELD: Final = b"pothead-action"  # "yes"
+TEXT: Final = "text/plain; charset=utf-8"
+
+
+class Answer(NamedTuple):
+    """What the admin port answers."""
+
+    status: int
+    body: bytes
+    content_type: str = TEXT
+    fields: Sequence[Field] = ()
+
+
+def answer_admin(hub: Hub, head: RequestHead) -> Answer:
+    """Answers a request on the admin port, and does what it asks for."""
+    if not _may_be_called(hub.options, head.host):
+        return Answer(421, b"this name is not among --admin-allowed-hosts: %b\n" % (head.host or b""))
+    page, action = PAGES.get(head.path), _action(head.path)
+    if page is not None:
+        if head.method in (b"GET", b"HEAD"):
+            return page(hub)
+        return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+    if action is None:
+        return Answer(404, b"here are: %b\n" % b" ".join([*PAGES, *ACTIONS, b"/requests/ID/cancel"]))
+    if head.method != b"POST":
+        return Answer(405, b"POST\n", fields=[(b"Allow", b"POST")])
+    return action(hub) if _is_meant(head) else Answer(403, b"this needs the field Pothead-Action: yes\n")
+
+
+def _may_be_called(options: Options, host: bytes | None) -> bool:
+    """Whether the admin port may be asked for by that ``Host``; no browser leaves it out."""
+    name = re.sub(r":[0-9]*$", "", (host or b"").decode()).rstrip(".").lower()
+    told = (options.admin_host, *options.admin_allowed_hosts)
+    if not name or name == "localhost" or name in (each.rstrip(".").lower() for each in told):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_meant(head: RequestHead) -> bool:
+    """Whether the request comes from the status page or a program, and not from a page of another site."""
+    fields = {name.lower(): value.strip().lower() for name, value in head.fields}
+    site = fields.get(b"sec-fetch-site", b"none")
+    return fields.get(ACTION_FIELD) == b"yes" and site in (b"none", b"same-origin")
+
+
+# .. what can be looked at ..
+
+
+def _livez(hub: Hub) -> Answer:
+    return Answer(200, b"ok\n")
+
+
+def _readyz(hub: Hub) -> Answer:
+    """Neither workers nor a pause matter: requests are taken, and wait."""
+    return Answer(503, b"draining\n") if hub.draining else Answer(200, b"ok\n")
+
+
+def _stats(hub: Hub) -> Answer:
+    return Answer(200, readable_json(describe_hub(hub)).encode(), "application/json")
+
+
+def readable_json(fields: Mapping[str, object]) -> str:
+    """Returns JSON with a line for each field and for each row of a table; json's own layout costs more."""
+    lines = []
+    for name, value in fields.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
+        lines.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def describe_hub(hub: Hub) -> dict[str, object]:
+    """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
+    now, counters = hub.loop.now, hub.counters
+    workers = sorted(hub.workers, key=lambda each: each.since)
+    running = [each.exchange for each in workers if each.exchange is not None]
+    running.sort(key=lambda each: each.received_at)
+    return {
+        "version": __version__,
+        "uptime_seconds": round(now - hub.started, 3),
+        "draining": hub.draining,
+        "paused": hub.paused,
+        "queue_length": len(hub.queue),
+        "max_queue": hub.options.max_queue,
+        "queue_oldest_seconds": round(hub.queue.oldest_wait(now), 3),
+        "requests_in_flight": len(running),
+        "slots": {"idle": len(hub.idle), "busy": hub.idle.running},
+        "demand": len(hub.queue) + len(running),
+        "mean_service_seconds": round(counters.mean_service_s, 6),
+        "retry_after_seconds": hub.retry_after_s(),
+        "queued_seconds": counters.queued.summary(),
+        "worker_seconds": counters.worked.summary(),
+        "spool_memory_bytes": hub.budget.used,
+        "requeues": counters.requeues,
+        "breaches": counters.breaches,
+        "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
+        "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
+        "history": describe_history(hub.history, now),
+        "waiting": describe_waiting(hub, now),
+        "waiting_not_listed": max(0, len(hub.queue) - LIMITS.listed_rows),
+        "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
+        "running_not_listed": max(0, len(running) - LIMITS.listed_rows),
+        "machines": describe_machines(hub, workers, now),
+        "machines_not_listed": max(0, len(hub.machines.connected) - LIMITS.listed_rows),
+        "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
+        "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
+        "failures": list(reversed(counters.failures)),
+    }
+
+
+def describe_history(history: History, now: float) -> dict[str, object]:
+    """Returns a list for each level, oldest first; ``None`` stands for the time before the start."""
+    peaks = history.read(now)
+    columns = zip(*(peak or (None, None, None) for peak in peaks), strict=True)
+    names = ("queue_length", "slots_busy", "slots")
+    return {
+        "step_seconds": LIMITS.history_step_s,
+        **{name: list(column) for name, column in zip(names, columns, strict=True)},
+    }
+
+
+def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
+    """Returns the head of the queue, with the place of each and when it may hope to be started."""
+    slots, mean_s = len(hub.idle) + hub.idle.running, hub.counters.mean_service_s
+    rows = []
+    for position, exchange in enumerate(itertools.islice(hub.queue, LIMITS.listed_rows), 1):
+        row = {"position": position, **exchange.describe(now)}
+        can_tell = slots and mean_s and not hub.paused
+        row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
+        rows.append(row)
+    return rows
+
+
+def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[dict[str, object]]:
+    """Returns the machines that have slots, then those that had some, the last that went first."""
+    busy = Counter(each.machine for each in workers if each.exchange is not None)
+    known = itertools.chain(hub.machines.connected.items(), reversed(hub.machines.gone.items()))
+    return [
+        {
+            "address": machine,
+            "slots": record.slots,
+            "busy": busy[machine],
+            "served": record.served,
+            "failures": record.failures,
+            "gone_seconds": None if record.slots else round(now - record.left_at, 3),
+        }
+        for machine, record in itertools.islice(known, LIMITS.listed_rows)
+    ]
+
+
+def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
+    """Returns what ``/stats`` tells of an exchange that did not end well."""
+    return {
+        "time": timestamp(time.time()),
+        "id": exchange.request_id.decode(),
+        "consumer": exchange.consumer.stream.address,
+        "method": exchange.head.method.decode(),
+        "path": short_path(exchange.head),
+        "status": exchange.status,
+        "worker": exchange.worker_address,
+        "code": outcome.code,
+        "meaning": outcome.sentence,
+        "detail": exchange.detail,
+    }
+
+
+def short_path(head: RequestHead) -> str:
+    """Returns the path without its query, cut if it is very long."""
+    path = head.path.decode()
+    return path if len(path) <= LIMITS.listed_path_bytes else path[: LIMITS.listed_path_bytes] + "…"
+
+
+# .. what can be done ..
+
+
+def _action(path: bytes) -> Callable[[Hub], Answer] | None:
+    """Returns what a POST to that path does; ``None`` if nothing."""
+    match = re.fullmatch(rb"/requests/(.+)/cancel", path)
+    if match is None:
+        return ACTIONS.get(path)
+    request_id = urllib.parse.unquote(match[1].decode())
+    return lambda hub: _cancel(hub, request_id)
+
+
+def _cancel(hub: Hub, request_id: str) -> Answer:
+    count = hub.cancel_now(request_id)
+    return (
+        Answer(200, b"cancelled %d\n" % count)
+        if count
+        else Answer(404, b"no such request, or it has ended\n")
+    )
+
+
+def _drain(hub: Hub) -> Answer:
+    hub.drain_now()
+    return Answer(202, b"draining\n")
+
+
+def _pause(hub: Hub) -> Answer:
+    hub.set_paused(True)
+    return Answer(200, b"paused\n") if hub.paused else Answer(409, b"draining: too late for a pause\n")
+
+
+def _resume(hub: Hub) -> Answer:
+    hub.set_paused(False)
+    return Answer(200, b"resumed\n")
+
+
+PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
+    b"/stats": _stats,
+    b"/livez": _livez,
+    b"/readyz": _readyz,
+}
+ACTIONS: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
+    b"/drain": _drain,
+    b"/pause": _pause,
+    b"/resume": _resume,
+}
+
+
 # ---- The command line -------------------------------------------------------------------------------------
 
 
@@ -3201,8 +3588,12 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "main_port": (number, "PORT", "port for consumers; 0: any free one"),
     "worker_host": (str, "HOST", "address for workers"),
     "worker_port": (number, "PORT", "port for workers; 0: any free one"),
-    "admin_host": (str, "HOST", "address of /livez, /readyz and /stats"),
+    "admin_host": (str, "HOST", "address of /stats, /livez and /readyz"),
     "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
+    "admin_allowed_hosts": (
+        addresses, "NAMES", "names by which they may be asked for, with commas between them, beside IP "
+        "addresses, localhost and HOST (default: none)"
+    ),
     "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
     "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),

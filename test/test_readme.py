@@ -92,7 +92,7 @@ def test_defaults_in_the_readme_are_those_of_a_hub_in_a_program() -> None:
     arguments = [
         f"{option}={default}"
         for option, default in in_readme.items()
-        if default not in ("no", "the system's directory for them")
+        if default not in ("no", "none", "the system's directory for them")
     ]
     assert pothead.parse_args(arguments, {}) == (pothead.Options(), [])
 
@@ -113,6 +113,13 @@ def test_status_table_is_the_hubs_own() -> None:
             assert status == (str(outcome.status) if outcome.status else "the worker's")
         sentence = outcome.sentence[:1].upper() + outcome.sentence[1:]
         assert text.startswith(f"{sentence}." if sentence else "The response is with the consumer.")
+
+
+def test_admin_port_offers_what_the_readme_names() -> None:
+    requests = re.findall(r"^\| `(.*?)` \|", section("Looking at it"), re.MULTILINE)
+    pages = {f"GET {path.decode()}" for path in pothead.PAGES}
+    actions = {f"POST {path.decode()}" for path in pothead.ACTIONS}
+    assert set(requests) == {*pages, *actions, "POST /requests/ID/cancel"}
 
 
 # What gets each status of refusal that the README names.
@@ -290,6 +297,12 @@ def test_app_of_the_readme_is_served(newcomer: Newcomer) -> None:
         with wire.running(wire.WorkerProcess(command, newcomer.directory, newcomer.environment)) as worker:
             assert newcomer.run(ask) == answer
             worker.wait_for_error(lambda line: "connected slots=2" in line)
+
+
+def test_orders_of_the_readme_are_taken(newcomer: Newcomer) -> None:
+    (orders,) = blocks("sh", section("Looking at it"))
+    with newcomer.hub("python3 pothead.py"):
+        assert newcomer.run(orders) == "paused\nresumed\n"
 
 
 # ---- The library -------------------------------------------------------------------------------------
