@@ -62,7 +62,10 @@ import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 __version__ = "0.1.0"
 
@@ -3454,8 +3457,113 @@ def _resume(hub: Hub) -> Answer:
     return Answer(200, b"resumed\n")
 
 
+# .. metrics ..
+
+
+def _metrics(hub: Hub) -> Answer:
+    try:
+        import prometheus_client
+    except ImportError:
+        return Answer(501, b"metrics need a package: python3 -m pip install prometheus-client\n")
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(MetricsCollector(hub))
+    return Answer(200, prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST)
+
+
+# outcome that is the hub's "no" -> reason
+REJECTED: Final = {
+    Outcome.QUEUE_FULL: "queue_full",
+    Outcome.QUEUE_TIMEOUT: "queue_timeout",
+    Outcome.DRAINING: "draining",
+    Outcome.REFUSED: "refused",
+}
+
+
+class MetricsCollector:
+    """Makes Prometheus metrics of what the hub counts anyway."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def describe(self) -> Iterable[Metric]:
+        """Names nothing in advance: to be registered must cost nothing."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics as they are now."""
+        yield from self._gauges()
+        yield from self._histograms()
+        yield from self._counters()
+
+    def _gauges(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        hub = self._hub
+        waiting, busy = len(hub.queue), hub.idle.running
+        yield Gauge("pothead_hub_queue_length", "Requests that wait for a slot.", waiting)
+        oldest_s = hub.queue.oldest_wait(hub.loop.now)
+        yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
+        yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
+        slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
+        slots.add_metric(["idle"], len(hub.idle))
+        slots.add_metric(["busy"], busy)
+        yield slots
+        yield Gauge(
+            "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
+        )
+        yield Gauge(
+            "pothead_hub_paused", "1 while an operator holds back all requests that wait.", hub.paused
+        )
+        build = Gauge(
+            "pothead_build_info", "Version of the hub and its Python.", labels=["version", "python"]
+        )
+        build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
+        yield build
+
+    def _histograms(self) -> Iterator[Metric]:
+        from prometheus_client.core import HistogramMetricFamily as Histogram
+
+        counters = self._hub.counters
+        for name, text, durations in (
+            ("queue", "How long requests waited for a slot.", counters.queued),
+            ("worker", "How long a worker took for a request.", counters.worked),
+        ):
+            sums = itertools.accumulate(durations.counts)  # each bucket counts those below, too
+            bounds = [*(repr(float(bound)) for bound in durations.BOUNDS), "+Inf"]
+            yield Histogram(
+                f"pothead_hub_{name}_seconds", text,
+                buckets=[(bound, float(count)) for bound, count in zip(bounds, sums, strict=True)],
+                sum_value=durations.sum_s,
+            )  # fmt: skip
+
+    def _counters(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily as Counts
+
+        counters = self._hub.counters
+        requests = Counts(
+            "pothead_hub_requests", "Requests that have ended.", labels=["method", "status", "code"]
+        )
+        for (method, status, outcome), count in counters.requests.items():
+            requests.add_metric([method.decode(), str(status), outcome.code], count)
+        yield requests
+        yield Counts(
+            "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
+        )
+        rejected = Counts("pothead_hub_rejected", "Requests that the hub turned away.", labels=["reason"])
+        for outcome, reason in REJECTED.items():
+            rejected.add_metric([reason], counters.outcomes[outcome])
+        yield rejected
+        bodies = Counts(
+            "pothead_hub_bytes", "Bytes of bodies of requests that have ended.", labels=["direction"]
+        )
+        bodies.add_metric(["in"], counters.bytes_in)
+        bodies.add_metric(["out"], counters.bytes_out)
+        yield bodies
+
+
 PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
     b"/stats": _stats,
+    b"/metrics": _metrics,
     b"/livez": _livez,
     b"/readyz": _readyz,
 }
@@ -3588,7 +3696,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "main_port": (number, "PORT", "port for consumers; 0: any free one"),
     "worker_host": (str, "HOST", "address for workers"),
     "worker_port": (number, "PORT", "port for workers; 0: any free one"),
-    "admin_host": (str, "HOST", "address of /stats, /livez and /readyz"),
+    "admin_host": (str, "HOST", "address of /stats, /metrics, /livez and /readyz"),
     "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
     "admin_allowed_hosts": (
         addresses, "NAMES", "names by which they may be asked for, with commas between them, beside IP "

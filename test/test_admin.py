@@ -1,9 +1,11 @@
-"""The admin port in bytes: who may ask, what /stats tells, and what can be done there."""
+"""The admin port in bytes: who may ask, what /stats and /metrics tell, and what can be done there."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,7 +101,7 @@ def test_admin_port_may_be_called_by_address_and_as_localhost(hub: HubProcess, h
 @pytest.mark.parametrize(
     "host", [b"evil.example", b"127.0.0.1.evil.example", b"localhost.evil.example:80", b"2130706433"]
 )
-@pytest.mark.parametrize("path", [b"/", b"/stats", b"/livez", b"/nowhere"])
+@pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/nowhere"])
 def test_admin_port_refuses_a_name_that_it_was_not_told(hub: HubProcess, host: bytes, path: bytes) -> None:
     with Peer.connect(hub.admin) as admin:
         admin.send(request(path, host=host))
@@ -129,7 +131,7 @@ def test_allowed_hosts_are_names_and_nothing_else(name: str) -> None:
         pothead.Options(admin_allowed_hosts=(name,))
 
 
-@pytest.mark.parametrize("path", [b"/stats", b"/livez", b"/readyz"])
+@pytest.mark.parametrize("path", [b"/stats", b"/metrics", b"/livez", b"/readyz"])
 def test_what_can_be_looked_at_takes_get_and_head(hub: HubProcess, path: bytes) -> None:
     got, head = ask_admin(hub, path), ask_admin(hub, path, method=b"HEAD")
     assert got.status == head.status
@@ -306,6 +308,130 @@ def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
     assert machines.join("0").served == 0
     assert machines.join("1").served == 1
     assert set(machines.connected) == {"0", "1"}
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------
+
+
+NAMES = {
+    "pothead_hub_queue_length": "gauge",
+    "pothead_hub_queue_oldest_seconds": "gauge",
+    "pothead_hub_requests_in_flight": "gauge",
+    "pothead_hub_slots": "gauge",
+    "pothead_hub_demand": "gauge",
+    "pothead_hub_paused": "gauge",
+    "pothead_build_info": "gauge",
+    "pothead_hub_queue_seconds": "histogram",
+    "pothead_hub_worker_seconds": "histogram",
+    "pothead_hub_requests": "counter",
+    "pothead_hub_requeues": "counter",
+    "pothead_hub_rejected": "counter",
+    "pothead_hub_bytes": "counter",
+}
+
+
+class Metrics(dict[str, float]):
+    """The samples of a scrape, by name and labels; `types` are those of the metrics."""
+
+    def __init__(self, text: str) -> None:
+        parser = pytest.importorskip("prometheus_client.parser")
+        super().__init__()
+        self.types = {}
+        for family in parser.text_string_to_metric_families(text):
+            self.types[family.name] = family.type
+            for sample in family.samples:
+                labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+                self[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+
+
+def scrape(hub: HubProcess) -> Metrics:
+    pytest.importorskip("prometheus_client")
+    response = ask_admin(hub, b"/metrics")
+    assert response.status == 200, response
+    assert (response.value(b"Content-Type") or b"").startswith(b"text/plain; version=")
+    return Metrics(response.body.decode())
+
+
+def test_metrics_have_the_names_and_types_that_are_promised(hub: HubProcess) -> None:
+    assert scrape(hub).types == NAMES
+
+
+def test_metrics_tell_what_waits_and_what_runs(hub: HubProcess, slot: Peer) -> None:
+    with runs(hub, slot, request(b"/a")), waits(hub, request(b"/b")), Peer.connect(hub.worker) as other:
+        with other:
+            serve(other)
+        act(hub, b"/pause")
+        with waits(hub, request(b"/c")):
+            metrics = scrape(hub)
+    assert metrics["pothead_hub_queue_length"] == metrics["pothead_hub_requests_in_flight"] == 1
+    assert metrics["pothead_hub_queue_oldest_seconds"] >= 0
+    assert metrics["pothead_hub_demand"] == 2
+    assert metrics["pothead_hub_paused"] == 1
+    assert metrics["pothead_hub_slots{state=busy}"] == 1
+
+
+def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot: Peer) -> None:
+    with Peer.connect(hub.main) as consumer:
+        for method in (b"GET", b"PUT", b"BREW", b"x-any-word"):
+            consumer.send(request(b"/", method=method, body=b"1234"))
+            serve(slot, b"HTTP/1.1 418 Short\r\nContent-Length: 2\r\n\r\nok")
+            consumer.read_response()
+    with Peer.connect(hub.main) as consumer:
+        consumer.send(b"garbage\r\n\r\n")
+        consumer.read_to_end()
+    until(hub, lambda stats: stats["outcomes"]["RQ"] and stats["outcomes"]["OK"] == 4)
+    metrics = scrape(hub)
+    counts = {key: value for key, value in metrics.items() if key.startswith("pothead_hub_requests_total")}
+    assert counts == {
+        "pothead_hub_requests_total{code=OK,method=GET,status=418}": 1,
+        "pothead_hub_requests_total{code=OK,method=PUT,status=418}": 1,
+        "pothead_hub_requests_total{code=OK,method=other,status=418}": 2,
+        "pothead_hub_requests_total{code=RQ,method=other,status=400}": 1,
+    }
+    assert metrics["pothead_hub_bytes_total{direction=in}"] == 16
+    assert metrics["pothead_hub_bytes_total{direction=out}"] == 8
+    rejected = {key: value for key, value in metrics.items() if key.startswith("pothead_hub_rejected_total")}
+    assert rejected == {
+        f"pothead_hub_rejected_total{{reason={reason}}}": float(reason == "refused")
+        for reason in ("queue_full", "queue_timeout", "draining", "refused")
+    }
+
+
+def test_histograms_count_what_was_queued_and_what_was_worked(slot: Peer, hub: HubProcess) -> None:
+    with runs(hub, slot, request(b"/a")) as consumer:
+        with waits(hub, request(b"/gives-up")):
+            pass
+        until(hub, lambda stats: stats["outcomes"]["CQ"])
+        slot.send(OK)
+        consumer.read_response()
+    until(hub, lambda stats: stats["demand"] == 0)
+    metrics = scrape(hub)
+    assert (
+        metrics["pothead_hub_queue_seconds_count"]
+        == metrics["pothead_hub_queue_seconds_bucket{le=+Inf}"]
+        == 2
+    )
+    assert (
+        metrics["pothead_hub_worker_seconds_count"]
+        == metrics["pothead_hub_worker_seconds_bucket{le=1800.0}"]
+        == 1
+    )
+    assert 0 < metrics["pothead_hub_worker_seconds_sum"] < wire.DEADLINE_S
+    bounds = [key for key in metrics if key.startswith("pothead_hub_worker_seconds_bucket")]
+    assert len(bounds) == 18
+
+
+def test_promtool_finds_nothing_to_complain_of(hub: HubProcess, slot: Peer) -> None:
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool (Debian: prometheus) is not installed")
+    pytest.importorskip("prometheus_client")
+    with Peer.connect(hub.main) as consumer:
+        consumer.send(request(b"/"))
+        serve(slot)
+        consumer.read_response()
+    text = ask_admin(hub, b"/metrics").body
+    result = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
 # ---- Actions -----------------------------------------------------------------------------------------

@@ -116,10 +116,19 @@ def test_status_table_is_the_hubs_own() -> None:
 
 
 def test_admin_port_offers_what_the_readme_names() -> None:
-    requests = re.findall(r"^\| `(.*?)` \|", section("Looking at it"), re.MULTILINE)
+    section_tables = re.split(r"\n\n(?=\|)", section("Looking at it"))[1:]
+    requests, metrics = (re.findall(r"^\| `(.*?)` \|", each, re.MULTILINE) for each in section_tables)
     pages = {f"GET {path.decode()}" for path in pothead.PAGES}
     actions = {f"POST {path.decode()}" for path in pothead.ACTIONS}
     assert set(requests) == {*pages, *actions, "POST /requests/ID/cancel"}
+    core = pytest.importorskip("prometheus_client.core")
+    hub = pothead.Hub(pothead.Options(main_port=0, worker_port=0, admin_port=None))
+    try:
+        families = list(pothead.MetricsCollector(hub).collect())
+    finally:
+        hub.loop.close()
+    total = {core.CounterMetricFamily: "_total"}
+    assert metrics and sorted(metrics) == sorted(each.name + total.get(type(each), "") for each in families)
 
 
 # What gets each status of refusal that the README names.
