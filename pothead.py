@@ -32,6 +32,7 @@ if __name__ == "__main__":  # Ctrl-C is a quiet end even while the imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import base64
 import bisect
 import contextlib
 import dataclasses
@@ -39,6 +40,7 @@ import enum
 import errno
 import fcntl
 import functools
+import hashlib
 import heapq
 import http
 import http.client
@@ -3561,7 +3563,13 @@ class MetricsCollector:
         yield bodies
 
 
+def _status_page(hub: Hub) -> Answer:
+    page, policy = status_page()
+    return Answer(200, page, "text/html; charset=utf-8", [(b"Content-Security-Policy", policy)])
+
+
 PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
+    b"/": _status_page,
     b"/stats": _stats,
     b"/metrics": _metrics,
     b"/livez": _livez,
@@ -3696,7 +3704,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "main_port": (number, "PORT", "port for consumers; 0: any free one"),
     "worker_host": (str, "HOST", "address for workers"),
     "worker_port": (number, "PORT", "port for workers; 0: any free one"),
-    "admin_host": (str, "HOST", "address of /stats, /metrics, /livez and /readyz"),
+    "admin_host": (str, "HOST", "address of the status page, /stats, /metrics, /livez and /readyz"),
     "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
     "admin_allowed_hosts": (
         addresses, "NAMES", "names by which they may be asked for, with commas between them, beside IP "
@@ -3918,6 +3926,586 @@ class SignalHandler:
             self._hub.drain()
         elif number == signal.SIGCHLD and self.on_child is not None:
             self._hub.loop.call_from_thread(self.on_child)
+
+
+# ---- The status page --------------------------------------------------------------------------------------
+#
+# One page without outside resources, which asks for /stats every two seconds while somebody looks.  What a
+# consumer or a worker sent is put in by ``textContent`` alone.  Style and script are let in by their hashes,
+# so that nothing else could run even if that were forgotten once.
+
+
+@functools.cache
+def status_page() -> tuple[bytes, bytes]:
+    """Returns the page and its Content-Security-Policy."""
+    style, script = (
+        b"'sha256-%b'" % base64.b64encode(hashlib.sha256(text.encode()).digest())
+        for text in (PAGE_STYLE, PAGE_SCRIPT)
+    )
+    policy = (
+        b"default-src 'none'; style-src %b; script-src %b; connect-src 'self'; img-src data:; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ) % (style, script)
+    return PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1).encode(), policy
+
+
+PAGE: Final = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>POTHEAD</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3C
+path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%3C/svg%3E">
+<style>STYLE</style>
+</head>
+<body>
+<header>
+  <h1>POTHEAD</h1>
+  <p id="state" role="status">Connecting</p>
+  <p id="about"></p>
+  <div class="buttons">
+    <button id="pause" disabled>Pause</button>
+    <button id="drain" disabled>Drain …</button>
+  </div>
+</header>
+<p id="banner" role="alert" hidden></p>
+<p id="notice" role="status" hidden></p>
+<noscript><p class="banner">This page needs JavaScript; <a href="stats">/stats</a> does not.</p></noscript>
+<main>
+  <section class="panel level waiting" aria-labelledby="waiting-title">
+    <h2 id="waiting-title">Requests waiting</h2>
+    <p class="big"><span id="queue-length">–</span></p>
+    <p class="note" id="queue-note">&nbsp;</p>
+    <div class="plot" id="queue-plot">
+      <span class="top"></span><span class="zero">0</span>
+      <svg role="img" viewBox="0 0 120 100" preserveAspectRatio="none">
+        <path class="grid" d="M0 0H120M0 50H120M0 100H120"/><path class="area"/><path class="line"/>
+      </svg>
+      <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
+    </div>
+  </section>
+  <section class="panel level busy" aria-labelledby="busy-title">
+    <h2 id="busy-title">Slots busy</h2>
+    <p class="big"><span id="busy">–</span><small id="slots"></small></p>
+    <p class="note" id="busy-note">&nbsp;</p>
+    <div class="plot" id="busy-plot">
+      <span class="top"></span><span class="zero">0</span>
+      <svg role="img" viewBox="0 0 120 100" preserveAspectRatio="none">
+        <path class="grid" d="M0 0H120M0 50H120M0 100H120"/><path class="limit"/><path class="area"/>
+        <path class="line"/>
+      </svg>
+      <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
+    </div>
+  </section>
+  <section class="panel times" aria-labelledby="queued-title">
+    <h2 id="queued-title">Time queued</h2>
+    <dl>
+      <div><dt>median</dt><dd id="queued-median">–</dd></div>
+      <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
+    </dl>
+    <p class="note" id="queued-note">&nbsp;</p>
+  </section>
+  <section class="panel times" aria-labelledby="worked-title">
+    <h2 id="worked-title">Time worked</h2>
+    <dl>
+      <div><dt>median</dt><dd id="worked-median">–</dd></div>
+      <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
+    </dl>
+    <p class="note" id="worked-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="running-title">
+    <h2 id="running-title">Running</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
+      <table class="stack">
+        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
+          <th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="running"></tbody>
+      </table>
+    </div>
+    <p class="note" id="running-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="waiting-table-title">
+    <h2 id="waiting-table-title">Waiting</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
+      <table class="stack">
+        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
+          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="waiting"></tbody>
+      </table>
+    </div>
+    <p class="note" id="waiting-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="machines-title">
+    <h2 id="machines-title">Workers</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+      <table>
+        <thead><tr><th>Address</th><th>Slots</th><th class="n">Served</th><th class="n">Failures</th>
+        </tr></thead>
+        <tbody id="machines"></tbody>
+      </table>
+    </div>
+    <p class="note" id="machines-note">&nbsp;</p>
+    <details>
+      <summary>Every slot</summary>
+      <div class="scroll" tabindex="0" role="region" aria-label="Every slot">
+        <table>
+          <thead><tr><th>Address</th><th>State</th><th class="n">Served</th><th class="n">Age</th>
+          </tr></thead>
+          <tbody id="workers"></tbody>
+        </table>
+      </div>
+      <p class="note" id="workers-note">&nbsp;</p>
+    </details>
+  </section>
+  <section class="panel" aria-labelledby="failures-title">
+    <h2 id="failures-title">Last failures</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
+      <table>
+        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
+        <tbody id="failures"></tbody>
+      </table>
+    </div>
+    <p class="note" id="failures-note">&nbsp;</p>
+  </section>
+</main>
+<dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
+  <h2 id="question"></h2>
+  <p id="consequence"></p>
+  <div class="buttons"><button id="no"></button><button id="yes" class="strong"></button></div>
+</dialog>
+<script>SCRIPT</script>
+</body>
+</html>
+"""
+
+PAGE_STYLE: Final = r"""
+:root {
+  --ground: #f5f4f0; --panel: #fff; --ink: #1d1e21; --soft: #5d616a; --line: #e3e1da;
+  --queue: #b45309; --busy: #1f63b0; --bad: #b3261e; --good: #1f7a45; --on: #fff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #111316; --panel: #1a1d22; --ink: #eceef1; --soft: #a1a8b3; --line: #2d3239;
+    --queue: #f2a541; --busy: #74b4f7; --bad: #ff8a7e; --good: #66cf93; --on: #111316;
+  }
+}
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body {
+  background: var(--ground); color: var(--ink); padding: clamp(.75rem, 1.6vw, 1.75rem);
+  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  font-variant-numeric: tabular-nums; max-width: 120rem; margin: 0 auto;
+}
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin-bottom: 1rem; }
+h1 { font-size: 1.1rem; letter-spacing: .14em; font-weight: 700; }
+h2 { font-size: .95rem; font-weight: 600; }
+#state { font-weight: 600; border: 1.5px solid currentColor; border-radius: 99px; padding: .05rem .75rem; }
+#state.good { color: var(--good); }
+#state.warn { color: var(--queue); }
+#state.bad { color: var(--bad); }
+#about { color: var(--soft); font-size: .9rem; flex: 1 1 12rem; }
+.buttons { display: flex; gap: .5rem; }
+button {
+  font: inherit; font-size: .9rem; color: inherit; background: var(--panel); cursor: pointer;
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .9rem; min-height: 2.2rem;
+}
+button:hover:enabled { border-color: var(--ink); box-shadow: 0 0 0 1px var(--ink); }
+button:disabled { opacity: .5; cursor: default; }
+button.strong { background: var(--bad); border-color: var(--bad); color: var(--on); font-weight: 600; }
+#pause.strong { background: var(--queue); border-color: var(--queue); }
+:focus-visible { outline: 3px solid var(--busy); outline-offset: 2px; }
+#banner, .banner, #notice {
+  border-radius: .6rem; padding: .7rem 1.1rem; margin-bottom: 1rem; font-weight: 600;
+  font-size: clamp(1.1rem, 1.8vw, 1.7rem); background: var(--queue); color: var(--on);
+}
+#banner.bad { background: var(--bad); }
+#notice { background: var(--panel); color: var(--ink); border: 1.5px solid var(--soft); font-size: 1rem; }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: clamp(.75rem, 1.1vw, 1.25rem); }
+.stale main { opacity: .45; }
+.panel { border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.25rem; }
+.panel, th { background: var(--panel); }
+.note { color: var(--soft); font-size: .9rem; }
+.waiting { --tone: var(--queue); }
+.busy { --tone: var(--busy); }
+.big { font-size: clamp(3.5rem, 8vw, 8.5rem); line-height: 1.05; font-weight: 650; letter-spacing: -.035em; }
+.big { color: var(--tone); }
+.big small { color: var(--soft); font-size: .4em; font-weight: 400; letter-spacing: 0; margin-left: .4em; }
+.plot {
+  display: grid; grid-template: 1fr auto / auto repeat(3, 1fr); column-gap: .5rem; margin-top: .75rem;
+  color: var(--soft); font-size: .8rem; line-height: 1.3;
+}
+.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: clamp(5.5rem, 15vh, 11rem); overflow: visible; }
+.plot .top, .plot .zero { grid-area: 1 / 1; text-align: right; min-width: 1.6em; }
+.plot .top { align-self: start; margin-top: -.6em; }
+.plot .zero { align-self: end; margin-bottom: -.6em; }
+.plot .start, .plot .middle, .plot .end { grid-row: 2; margin-top: .4rem; }
+.plot .start { grid-column: 2; }
+.plot .middle { grid-column: 3; text-align: center; }
+.plot .end { grid-column: 4; text-align: right; }
+.plot path { fill: none; vector-effect: non-scaling-stroke; }
+.plot .grid { stroke: var(--line); stroke-width: 1; }
+.plot .area { fill: var(--tone); opacity: .16; }
+.plot .line { stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
+.plot .limit { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
+.times dl { display: flex; flex-wrap: wrap; gap: 0 clamp(1.5rem, 4vw, 4rem); margin: .15rem 0 .25rem; }
+.times dt { color: var(--soft); font-size: .85rem; }
+.times dd { font-size: clamp(1.5rem, 2.6vw, 2.6rem); font-weight: 600; line-height: 1.15; }
+.times dd, .big { white-space: nowrap; }
+.scroll { overflow: auto; max-height: 24rem; margin: .5rem -.5rem .35rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; padding: .32rem .5rem; white-space: nowrap; vertical-align: baseline; }
+th { color: var(--soft); font-weight: 500; font-size: .8rem; position: sticky; top: 0; }
+tbody tr { border-top: 1px solid var(--line); }
+.n { text-align: right; }
+.grow { width: 99%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.grow p { overflow: hidden; text-overflow: ellipsis; }
+.grow p + p { color: var(--soft); font: .78rem ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+.words p:first-child { white-space: normal; overflow-wrap: anywhere; }
+.words p:first-child::first-letter { text-transform: uppercase; }
+.code { font-weight: 650; }
+.mono { font: .84rem ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
+.act { text-align: right; padding-block: .1rem; }
+.act button { min-height: 1.7rem; padding: .05rem .6rem; font-size: .8rem; border-color: var(--line); }
+.trouble { color: var(--bad); font-weight: 650; }
+.gone td { color: var(--soft); }
+.meter { display: inline-block; width: 5rem; height: .55rem; margin-right: .6rem; border-radius: 2px; }
+.meter { background: var(--line); overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--busy); }
+summary { cursor: pointer; color: var(--soft); font-size: .9rem; padding-top: .35rem; }
+dialog {
+  margin: auto; max-width: 32rem; border: 1px solid var(--soft); border-radius: .8rem; padding: 1.4rem;
+  background: var(--panel); color: var(--ink);
+}
+dialog::backdrop { background: rgb(0 0 0 / .55); }
+dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
+dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
+dialog .buttons { justify-content: flex-end; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 60rem) {
+  main { grid-template-columns: minmax(0, 1fr); }
+  .panel { padding: .8rem .9rem; }
+  .scroll { max-height: 20rem; }
+  .big { font-size: clamp(3.5rem, 20vw, 7rem); }
+}
+@media (max-width: 34rem) {
+  th, td { padding-inline: .3rem; }
+  .grow p { white-space: normal; overflow-wrap: anywhere; }
+  .scroll { margin-inline: -.3rem; }
+  .meter { display: none; }
+  .stack tr { display: grid; grid-template-columns: 3.4rem 3.6rem 5rem 1fr; align-items: baseline; }
+  .stack td.grow { grid-column: 1 / -1; order: 1; width: auto; max-width: none; padding-top: 0; }
+  .stack th.grow { display: none; }
+  .stack .act { grid-column: 4; }
+  .buttons { width: 100%; }
+  .buttons button { flex: 1; }
+  .act button { min-height: 2rem; }
+}
+"""
+
+PAGE_SCRIPT: Final = r"""
+"use strict";
+const PERIOD_MS = 2000, PATIENCE_MS = 5000;
+const byId = id => document.getElementById(id);
+let timer = 0, heardAt = new Date(), isPaused = false;
+
+// ---- Words and numbers ----
+
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+function say(id, text) {
+  setText(byId(id), text || "");
+  byId(id).hidden = !text;
+}
+const count = number => number.toLocaleString("en");
+function plural(number, word) {
+  return `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+}
+const age = seconds => seconds < 9.95 ? `${seconds.toFixed(1)}\u00a0s` : span(seconds);
+const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+function span(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}\u00a0ms`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)}\u00a0s`;
+  const whole = Math.round(seconds);
+  if (whole < 100) return `${whole}\u00a0s`;
+  const place = UNITS.findIndex(([, size]) => whole >= size);
+  const [[unit, size], [part, partSize]] = UNITS.slice(place, place + 2);
+  const rest = Math.floor(whole % size / partSize);
+  return `${Math.floor(whole / size)}\u00a0${unit}` + (rest ? ` ${rest}\u00a0${part}` : "");
+}
+
+// ---- Tables ----
+
+// A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
+const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+const TABLES = {
+  running: {
+    key: row => row.consumer, empty: "Nothing runs.",
+    columns: [
+      ["n", row => age(row.worker_seconds)],
+      ["n", row => age(row.age_seconds - row.worker_seconds)],
+      ["grow mono", row => [request(row), `${row.worker} · ${row.id}`]],
+      ["act", cancelButton],
+    ],
+  },
+  waiting: {
+    key: row => row.consumer, empty: "Nothing waits.",
+    columns: [
+      ["n", row => count(row.position)],
+      ["n", row => age(row.age_seconds)],
+      ["n", row => row.starts_in_seconds === null ? "–" : "≈\u00a0" + age(row.starts_in_seconds)],
+      ["grow mono", row => [request(row), `${row.consumer} · ${row.id}`]],
+      ["act", cancelButton],
+    ],
+  },
+  machines: {
+    key: row => row.address, empty: "No worker has connected yet.",
+    columns: [
+      ["mono", row => row.address],
+      ["grow", machineState],
+      ["n", row => count(row.served)],
+      ["n", row => count(row.failures), row => row.failures ? "trouble" : ""],
+    ],
+  },
+  workers: {
+    key: row => row.address, empty: "No slot is connected.",
+    columns: [
+      ["mono", row => row.address],
+      ["grow", row => row.state],
+      ["n", row => count(row.served)],
+      ["n", row => age(row.connected_seconds)],
+    ],
+  },
+  failures: {
+    key: row => `${row.time} ${row.consumer} ${row.id}`, empty: "None.",
+    columns: [
+      ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
+      ["code mono", row => row.code],
+      ["grow words", row => [
+        row.detail ? `${row.meaning} – ${row.detail}` : row.meaning,
+        [request(row), row.worker, row.id].filter(part => part !== "-").join(" · "),
+      ]],
+    ],
+  },
+};
+
+function cancelButton(row) {
+  const button = document.createElement("button");
+  button.textContent = "Cancel";
+  button.setAttribute("aria-label", `Cancel request ${row.id}`);
+  button.onclick = () => ask(
+    "Cancel this request?", `${request(row)} (${row.id}). Its consumer is told that it was cancelled.`,
+    "Keep it", "Cancel the request", `requests/${encodeURIComponent(row.id)}/cancel`);
+  return button;
+}
+
+function machineState(row, cell) {
+  if (!row.slots) return `gone for ${age(row.gone_seconds)}`;
+  const meter = cell.querySelector(".meter") ?? document.createElement("span");
+  if (!meter.parentNode) {
+    meter.className = "meter";
+    meter.append(document.createElement("i"));
+    cell.replaceChildren(meter, "");
+  }
+  meter.firstChild.style.width = `${100 * row.busy / row.slots}%`;
+  const text = `${count(row.busy)} of ${count(row.slots)} busy`;
+  if (cell.lastChild.data !== text) cell.lastChild.data = text;
+}
+
+function fill(name, rows, hidden) {
+  const body = byId(name), table = TABLES[name];
+  const old = new Map([...body.rows].map(row => [row.dataset.key, row]));
+  const fresh = rows.map(row => {
+    const key = table.key(row), line = old.get(key) ?? newLine(key, row, table);
+    old.delete(key);
+    update(line, row, table);
+    return line;
+  });
+  for (const line of old.values()) line.remove();
+  fresh.forEach((line, place) => {
+    if (body.rows[place] !== line) body.insertBefore(line, body.rows[place] ?? null);
+  });
+  body.closest(".scroll").hidden = !rows.length;
+  const rest = hidden ? `… and ${count(hidden)} more, which are not listed.` : "";
+  say(`${name}-note`, rows.length ? rest : table.empty);
+}
+
+function newLine(key, row, table) {
+  const line = document.createElement("tr");
+  line.dataset.key = key;
+  for (const [kind, show] of table.columns) {
+    const cell = line.insertCell();
+    cell.className = kind;
+    if (kind === "act") cell.append(show(row));
+  }
+  return line;
+}
+
+function setLines(cell, texts) {
+  while (cell.childElementCount < texts.length) cell.append(document.createElement("p"));
+  texts.forEach((text, place) => {
+    setText(cell.children[place], text);
+    cell.children[place].title = text;
+  });
+}
+
+function update(line, row, table) {
+  table.columns.forEach(([kind, show, mood], place) => {
+    const cell = line.cells[place];
+    if (kind === "act") return;
+    const text = show(row, cell);
+    if (Array.isArray(text)) setLines(cell, text);
+    else if (text !== undefined) setText(cell, text);
+    if (mood) cell.className = `${kind} ${mood(row)}`;
+  });
+  line.classList.toggle("gone", row.slots === 0);
+}
+
+// ---- The plots ----
+
+function steps(values, top) {
+  let path = "";
+  values.forEach((value, x) => {
+    if (value === null) return;
+    const y = (100 - 100 * value / top).toFixed(2);
+    path += path ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
+  });
+  return path;
+}
+
+function plot(id, what, now, values, limits) {
+  const known = values.filter(value => value !== null), peak = Math.max(...known);
+  const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
+  const top = Math.max(2, [1, 2, 3, 4, 5, 6, 8, 10].map(each => each * power).find(each => each >= wanted));
+  const figure = byId(id), line = steps(values, top), start = values.length - known.length;
+  setText(figure.querySelector(".top"), count(top));
+  figure.querySelector(".line").setAttribute("d", line);
+  figure.querySelector(".area").setAttribute("d", `${line}V100H${start}Z`);
+  if (limits) figure.querySelector(".limit").setAttribute("d", steps(limits, top));
+  const words = `${what} in the last ten minutes: ${now} now, ${peak} at most`;
+  figure.querySelector("svg").setAttribute("aria-label", words);
+}
+
+// ---- All of it ----
+
+function show(stats) {
+  const {idle, busy} = stats.slots, slots = idle + busy, waiting = stats.queue_length;
+  isPaused = stats.paused;
+  setText(byId("queue-length"), count(waiting));
+  setText(byId("queue-note"), waiting
+    ? `the oldest for ${age(stats.queue_oldest_seconds)} · room for ${count(stats.max_queue)}`
+    : `room for ${count(stats.max_queue)}`);
+  setText(byId("busy"), count(busy));
+  setText(byId("slots"), `of ${count(slots)}`);
+  setText(byId("busy-note"), slots ? `${count(idle)} idle · dashed: all slots` : "no worker is connected");
+  for (const [name, times] of [["queued", stats.queued_seconds], ["worked", stats.worker_seconds]]) {
+    setText(byId(`${name}-median`), span(times.median));
+    setText(byId(`${name}-p99`), span(times.p99));
+    const basis = times.of_last ? `of the last ${plural(times.of_last, "request")}` : "no request yet";
+    setText(byId(`${name}-note`), basis);
+  }
+  plot("queue-plot", "Requests waiting", waiting, stats.history.queue_length);
+  plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
+  fill("running", stats.running, stats.running_not_listed);
+  fill("waiting", stats.waiting, stats.waiting_not_listed);
+  fill("machines", stats.machines, stats.machines_not_listed);
+  fill("workers", stats.workers, stats.workers_not_listed);
+  fill("failures", stats.failures, 0);
+  const ended = Object.entries(stats.outcomes).filter(([, number]) => number);
+  const tally = ended.map(([code, number]) => `${code}\u00a0${count(number)}`).join(" · ");
+  say("failures-note", (stats.failures.length ? "" : "None. ") + (tally && `Since the start: ${tally}`));
+  setText(byId("about"), `version ${stats.version} · up ${age(stats.uptime_seconds)}`);
+  setText(byId("pause"), isPaused ? "Resume" : "Pause");
+  byId("pause").classList.toggle("strong", isPaused);
+  byId("pause").disabled = byId("drain").disabled = stats.draining;
+  document.body.classList.remove("stale");
+  showState(stats, slots, waiting);
+}
+
+function showState(stats, slots, waiting) {
+  let state = ["good", "● Serving"], banner = "";
+  if (stats.draining) {
+    state = ["warn", "▼ Draining"];
+    banner = `Draining: no new requests are taken; ${plural(stats.demand, "request")} to finish.`;
+  } else if (stats.paused) {
+    state = ["warn", "‖ Paused"];
+    banner = "Paused: requests wait, and none is started until you resume.";
+  } else if (!slots) {
+    state = ["warn", "○ No workers"];
+    if (waiting) banner = `No worker is connected: ${plural(waiting, "request")} cannot start.`;
+  }
+  setState(...state, banner, "");
+  const mark = stats.paused ? "‖ " : "";
+  document.title = `${mark}${count(waiting)} waiting, ${count(stats.slots.busy)} busy – POTHEAD`;
+}
+
+function setState(kind, text, banner, mood) {
+  byId("state").className = kind;
+  setText(byId("state"), text);
+  byId("banner").className = mood;
+  say("banner", banner);
+}
+
+function lose() {
+  document.body.classList.add("stale");
+  byId("pause").disabled = byId("drain").disabled = true;
+  // The time of day and not the age, which would be read aloud again and again.
+  const time = heardAt.toLocaleTimeString([], {hour12: false});
+  setState("bad", "✕ No answer", `The hub has not answered since ${time}. What you see is from then.`, "bad");
+  document.title = "✕ No answer – POTHEAD";
+}
+
+async function refresh() {
+  let stats = null;
+  try {
+    const response = await fetch("stats", {signal: AbortSignal.timeout(PATIENCE_MS)});
+    if (response.ok) stats = await response.json();
+  } catch (error) {
+    console.info(error.message);
+  }
+  if (stats) {
+    heardAt = new Date();
+    show(stats);
+  } else lose();
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(refresh, PERIOD_MS);
+}
+
+// ---- Actions ----
+
+async function act(path) {
+  let complaint = "";
+  try {
+    const response = await fetch(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
+    if (!response.ok) complaint = await response.text();
+  } catch {
+    complaint = "The hub did not answer.";
+  }
+  say("notice", complaint);
+  refresh();
+}
+
+function ask(question, consequence, no, yes, path) {
+  const dialog = byId("dialog");
+  setText(byId("question"), question);
+  setText(byId("consequence"), consequence);
+  setText(byId("no"), no);
+  setText(byId("yes"), yes);
+  byId("no").onclick = () => dialog.close();
+  byId("yes").onclick = () => { dialog.close(); act(path); };
+  dialog.showModal();
+}
+
+byId("pause").onclick = () => act(isPaused ? "resume" : "pause");
+byId("drain").onclick = () => ask(
+  "Drain the hub?", "It takes no new requests, finishes those it has, and then ends. There is no way back.",
+  "Keep serving", "Drain", "drain");
+document.addEventListener("visibilitychange", () => document.hidden || refresh());
+refresh();
+"""
 
 
 if __name__ == "__main__":

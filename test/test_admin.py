@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import re
 import shutil
 import socket
 import subprocess
@@ -131,7 +134,7 @@ def test_allowed_hosts_are_names_and_nothing_else(name: str) -> None:
         pothead.Options(admin_allowed_hosts=(name,))
 
 
-@pytest.mark.parametrize("path", [b"/stats", b"/metrics", b"/livez", b"/readyz"])
+@pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/readyz"])
 def test_what_can_be_looked_at_takes_get_and_head(hub: HubProcess, path: bytes) -> None:
     got, head = ask_admin(hub, path), ask_admin(hub, path, method=b"HEAD")
     assert got.status == head.status
@@ -174,6 +177,29 @@ def test_every_answer_forbids_guessing_keeping_and_telling(hub: HubProcess, data
     assert response.value(b"Cache-Control") == b"no-store"
     assert response.value(b"Referrer-Policy") == b"no-referrer"
     assert response.value(b"Access-Control-Allow-Origin") is None
+
+
+# ---- The page ----------------------------------------------------------------------------------------
+
+
+def test_page_lets_in_its_own_style_and_script_and_nothing_else(hub: HubProcess) -> None:
+    response = ask_admin(hub, b"/")
+    assert (response.status, response.value(b"Content-Type")) == (200, b"text/html; charset=utf-8")
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in (response.value(b"Content-Security-Policy") or b"").decode().split(";")
+    )
+    page = response.body.decode()
+    for element, directive in (("style", "style-src"), ("script", "script-src")):
+        (inner,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy.pop(directive) == f"'sha256-{digest}'"
+    assert policy == {
+        "default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "frame-ancestors": "'none'",
+        "base-uri": "'none'", "form-action": "'none'",
+    }  # fmt: skip
+    assert not re.search(r"\bon\w+=|\bstyle=|innerHTML|src=|url\(|@import", page)
+    assert set(re.findall(r"https?://[^'\" ]*", page)) == {"http://www.w3.org/2000/svg"}
 
 
 # ---- What /stats tells -------------------------------------------------------------------------------
