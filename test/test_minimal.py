@@ -43,3 +43,15 @@ def test_copied_module_prints_its_help_without_any_package(directory: Path, name
     with wire.running(program):
         assert program.wait() == 0
         assert any("usage:" in line for line in program.lines)
+
+
+def test_metrics_without_their_package_tell_how_to_install_it(directory: Path) -> None:
+    ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
+    hub = wire.HubProcess([*BARE, "pothead.py", *ports], directory)
+    with wire.running(hub):
+        hub.wait_until_ready()
+        with wire.Peer.connect(hub.admin) as admin:
+            admin.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            response = admin.read_response()
+    assert response.status == 501
+    assert b"python3 -m pip install prometheus-client\n" in response.body
