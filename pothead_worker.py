@@ -22,6 +22,11 @@ a hub that closes a connection while the app computes; `WorkerPool` owns the slo
 share next to nothing: a slot's connection belongs to its thread, and `Halt` is how the others tell it to
 stop.
 
+The modes are built on that. A `Forwarder` stands in for an app, and passes requests to a local HTTP program.
+A `SideDoor` is a port of the worker's own: a `PickupPort`, where consumers come for responses that shall not
+pass the hub, or a `PagePort` with metrics or with what the worker is doing. A `ForkServer` gives each request
+a process of its own. A `GateLoop` opens a slot for one request each time the app's gate returns.
+
 Vocabulary: the *consumer* sent the request to the hub; an *exchange* is one request with its response; a
 message has a *head* and a *body*.
 """
@@ -35,28 +40,43 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import array
 import contextlib
 import email.utils
 import errno
 import functools
+import gc
+import glob
 import importlib
+import importlib.util
 import io
+import itertools
+import json
 import logging
+import math
 import os
+import pwd
+import queue
 import random
 import re
+import secrets
 import select
+import selectors
 import socket
+import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
@@ -101,6 +121,26 @@ CROSSING_S = 0.2  # how long after a response the hub's next request may be on i
 
 PEEK_INTERVAL_S = 0.05
 
+SIDE_HEAD_BYTES = 16 << 10  # of a request to a port of the worker's own
+SIDE_HEAD_TIMEOUT_S = 10.0
+SIDE_VISITORS = 256  # connections that have not said yet what they want; beyond, the oldest is closed
+SIDE_INTERVAL_S = 1.0  # how often a port looks for what is overdue
+SIDE_SEND_TIMEOUT_S = 10.0  # a reader of metrics or inspection pages who stalls for so long is given up
+SIDE_GRACE_S = 1.0  # how long a page may take when the worker ends
+ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
+
+PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
+STALL_S = 60  # a consumer that has come and reads nothing for so long is given up: it holds a slot
+
+CANCEL_GRACE_S = 0.5  # how long a request's process may clean up before it is killed
+FORK_SERVER_EXIT_S = 3.0  # how long the fork server may take to kill what it started
+
+MAX_WAITING_OFFERS = 256  # connections that wait for a request at the same time, however many a gate permits
+GATE_GRACE_S = 2.0  # how long a gate may take to notice that the worker is stopping
+
+SCRAPE_ATTEMPTS = 5  # a file of metrics that is just being made cannot be read
+PROGRESS_INTERVAL_S = 0.1
+
 
 class ProtocolError(Exception):
     """The hub sent what is not a request."""
@@ -116,6 +156,14 @@ class ConsumerGone(ConnectionError):
 
 class WSGIViolation(Exception):
     """The application broke a rule of PEP 3333."""
+
+
+class LocalError(Exception):
+    """The program that requests are forwarded to gave no response, or a broken one."""
+
+
+class LocalUnreachable(LocalError):
+    """It cannot be connected to. Has been logged, once an episode."""
 
 
 # ---- Stopping ----------------------------------------------------------------------------------------
@@ -239,12 +287,22 @@ def parse_framing(fields: dict[str, str]) -> tuple[int | None, bool]:
 # ---- Receiving ---------------------------------------------------------------------------------------
 
 
-class Intake:
-    """What the hub sends on one connection, and what of it has arrived but is not yet understood."""
+class Source(Protocol):
+    """Where bytes come from: a socket, or what behaves like one."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def recv(self, size: int, /) -> bytes: ...
+
+    def recv_into(self, target: memoryview, /) -> int: ...
+
+
+class Intake:
+    """What the other end sends on one connection, and what of it has arrived but is not yet understood."""
+
+    failure: type[Exception] = BodyError
+
+    def __init__(self, sock: Source, received: bytes = b"") -> None:
         self._sock = sock
-        self._buffer = b""
+        self._buffer = received
         self._failure = ""
 
     @property
@@ -255,6 +313,11 @@ class Intake:
         """Return the next head without its empty line, or None when the hub closes. Raises ProtocolError."""
         head = self._take_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         return None if head is None else head + b"\r\n"
+
+    def take_received(self) -> bytes:
+        """Return what has come already, for somebody else to understand."""
+        received, self._buffer = self._buffer, b""
+        return received
 
     def take_line(self, limit_bytes: int) -> bytes:
         """Return the next line without its end. Raises BodyError."""
@@ -288,7 +351,7 @@ class Intake:
 
     def _check(self) -> None:
         if self._failure:
-            raise BodyError(self._failure)
+            raise self.failure(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
         """Return what comes before `end`, and drop `end`; None when the hub closes first."""
@@ -316,8 +379,16 @@ class RequestBody(io.RawIOBase):
         return True
 
     def left_bytes(self) -> float:
-        """Return how many bytes are still to be read; infinity when nobody knows."""
+        """Return how many bytes are still to come on the connection; infinity when nobody knows."""
         raise NotImplementedError
+
+    def has_rest(self) -> bool:
+        """Return whether there is, or may be, more to read."""
+        return self.left_bytes() > 0
+
+    def is_ready(self) -> bool:
+        """Return whether more can be read without waiting for the connection."""
+        return not self._intake.is_empty
 
 
 class FixedBody(RequestBody):
@@ -580,6 +651,12 @@ class Response(BaseHandler):
         assert self.head is not None
         return self.request.method != "HEAD" and self.head.status[:3] not in ("204", "304")
 
+    @property
+    def is_all_sent(self) -> bool:
+        """Whether the consumer has all of the response, whose length is ours: from now on it may be gone."""
+        assert self.head is not None
+        return self.headers_sent and not self.is_chunked and (not self.has_body or self.head.length is None)
+
     # -- calling the app
 
     def run(self, application: WSGIApplication) -> None:
@@ -589,6 +666,7 @@ class Response(BaseHandler):
         """
         try:
             self.setup_environ()
+            self.handler.on_environ(self.environ)
             try:
                 self.result = application(self.environ, self.start_response)
                 self.finish_response()
@@ -638,14 +716,23 @@ class Response(BaseHandler):
         self.head = check_head(status, headers)
         return self.write
 
+    def send_head(self) -> None:
+        """Send the head before there is any of the body, which is in chunks if its length is not known."""
+        self._write(self._begin(1))
+
     def write(self, data: bytes) -> None:
         """Send a piece of the body at once. An empty one only notices whether the consumer has gone."""
         if not isinstance(data, bytes):
             raise WSGIViolation(f"the body has a piece of type {type(data).__name__} instead of bytes")
+        if data:
+            self._check_consumer()
+            self._send_piece(data)
+        elif self.head is None or not self.is_all_sent:
+            self._check_consumer()
+
+    def _check_consumer(self) -> None:
         if self.handler.cancelled.is_set():
             raise ConsumerGone
-        if data:
-            self._send_piece(data)
 
     # -- framing
 
@@ -676,8 +763,8 @@ class Response(BaseHandler):
         """Send what ends the response, if it is whole."""
         if self.head is None:
             raise WSGIViolation("start_response was not called")
-        if self.handler.cancelled.is_set():
-            raise ConsumerGone
+        if not self.is_all_sent:
+            self._check_consumer()
         if self.has_body and self.body_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
         if self.last_piece:
@@ -698,12 +785,19 @@ class Response(BaseHandler):
             fields = [*fields, *self._choose_framing(first_bytes)]
         if not self.head.has_date:
             fields = [*fields, ("Date", http_date(int(time.time())))]
-        self.says_close = self.says_close or self.handler.must_close()
+        is_redirected = self.handler.may_redirect and self.has_body and self.head.status.startswith("200")
+        self.says_close = self.says_close or is_redirected or self.handler.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
-        self.headers_sent = True
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        return f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
+        start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
+        if is_redirected:
+            self.handler.fetch_body()
+        self.headers_sent = True
+        self.handler.on_response_start(self.head.status)
+        if is_redirected:
+            self.handler.redirect(start)
+        return start
 
     def _choose_framing(self, first_bytes: int) -> list[tuple[str, str]]:
         if first_bytes == 0 and self.request.method == "HEAD":
@@ -726,10 +820,14 @@ class Response(BaseHandler):
 
     def _on_failure(self, exc: BaseException) -> None:
         if isinstance(exc, ConsumerGone):
-            log.info("request %s: the consumer has gone", self.request_id)
+            self.handler.on_consumer_gone(self.request_id, str(exc) or "the consumer has gone")
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", self.request_id, exc)
             self._send_error("400 Bad Request")
+        elif isinstance(exc, LocalError):
+            level = logging.DEBUG if isinstance(exc, LocalUnreachable) else logging.ERROR
+            log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
+            self._send_error("502 Bad Gateway")
         elif isinstance(exc, WSGIViolation):
             log.error("request %s: WSGI violation: %s", self.request_id, exc)
             self._send_error("500 Internal Server Error")
@@ -752,6 +850,8 @@ class Response(BaseHandler):
 
 # ---- One connection ----------------------------------------------------------------------------------
 
+GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
+
 
 class RequestHandler(BaseHTTPRequestHandler):
     """Serves the requests that come on one connection, one after the other; constructing it does the work.
@@ -759,6 +859,8 @@ class RequestHandler(BaseHTTPRequestHandler):
     Of its base class it keeps the way of life (setup, handle, finish; handle_one_request) and replaces the
     parser, which is slow and lenient.
     """
+
+    may_redirect = False
 
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self.slot = slot
@@ -771,6 +873,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.is_hung_up = False
         self.wants_close = False
         self.cancelled = threading.Event()
+        self.status = GONE_STATUS
         super().__init__(sock, sock.getpeername(), slot)  # type: ignore[arg-type]  # the base only keeps it
 
     def setup(self) -> None:
@@ -793,7 +896,35 @@ class RequestHandler(BaseHTTPRequestHandler):
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
         unread = self.body.left_bytes() if self.body else 0
-        return self.wants_close or self.slot.halt.is_set() or unread > DISCARD_LIMIT_BYTES
+        return self.wants_close or self.is_last() or unread > DISCARD_LIMIT_BYTES
+
+    def is_last(self) -> bool:
+        """Return whether this request is the last one that the worker takes on this connection."""
+        return self.slot.serves_one_request or self.slot.halt.is_set()
+
+    # -- what modes make of a request and its response
+
+    def make_cancelled(self) -> threading.Event:
+        return threading.Event()
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        """The app is about to be called with this."""
+        self.slot.on_request(environ)
+
+    def on_response_start(self, status: str) -> None:
+        """The response's head is about to be sent."""
+        self.status = status[:3]
+
+    def on_consumer_gone(self, request_id: str, reason: str) -> None:
+        log.info("request %s: %s", request_id, reason)
+
+    def fetch_body(self) -> None:
+        """Have the app read the rest of the request's body from somewhere else. Raises BodyError."""
+
+    def redirect(self, head: bytes) -> None:
+        """Have the consumer come for this response; `connection` is its own then. Raises ConsumerGone."""
+
+    # -- serving
 
     def _wait_for_request(self) -> bool:
         if not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt):
@@ -817,22 +948,41 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.free_since = time.monotonic()
 
     def _serve(self) -> None:
-        self.cancelled = threading.Event()
+        self.cancelled = self.make_cancelled()
         data = self.intake.take_head()
         if data is None:
             self.close_connection = True
             return
         head = parse_head(data)
         self.is_busy = self.has_served = True
-        self.wants_close = "close" in re.split(r"[ \t]*,[ \t]*", head.fields.get("CONNECTION", "").lower())
-        self.body = self._open_body(head)
-        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        log.debug("request %s: %s %s", response.request_id, head.method, head.target.partition("?")[0])
+        self.wants_close = "close" in connection_options(head.fields)
+        request_id = head.fields.get("X_REQUEST_ID", "-")
+        log.debug("request %s: %s %s", request_id, head.method, head.target.partition("?")[0])
         if self.is_hung_up:  # perhaps before `cancelled` was there to be set
             self.cancelled.set()
-            log.info("request %s: the consumer had gone before it began", response.request_id)
+            self.close_connection = True
+            log.info("request %s: the consumer had gone before it began", request_id)
         else:
-            response.run(self.slot.application)
+            self._answer_and_count(data, head)
+
+    def _answer_and_count(self, data: bytes, head: RequestHead) -> None:
+        self.status = GONE_STATUS
+        began_at = time.monotonic()
+        self.slot.on_exchange_begin()
+        try:
+            self.answer(data, head)
+        finally:
+            self.slot.on_exchange_end(self.status, time.monotonic() - began_at)
+
+    def answer(self, data: bytes, head: RequestHead) -> None:
+        """Answer the request whose head was `data`; sets close_connection when it was the last."""
+        self.body = self._open_body(head)
+        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
+        application = self.slot.application
+        assert application is not None
+        if isinstance(application, Forwarder):
+            application = LocalExchange(application, response)
+        response.run(application)
         self._settle(response)
 
     def _open_body(self, head: RequestHead) -> RequestBody | None:
@@ -880,6 +1030,341 @@ class RequestHandler(BaseHTTPRequestHandler):
         close_gently(self.connection)
 
 
+# ---- Forwarding to a local program -------------------------------------------------------------------
+
+LOCAL_HEAD = re.compile(
+    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+    rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+)
+FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
+NOT_FORWARDED = (
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+)
+REPEATABLE_METHODS = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")
+
+
+def parse_forward(text: str) -> Address:
+    """Understand `http://host:port`. Raises ValueError."""
+    match = FORWARD_URL.fullmatch(text)
+    port = int(match[2] or 80) if match else 0
+    if match is None or not 0 < port < 65536:
+        raise ValueError(f"{text!r} is not http://HOST:PORT, like http://localhost:3000")
+    return Address(match[1].strip("[]"), port)
+
+
+def connection_options(fields: Mapping[str, str]) -> list[str]:
+    """Return what the Connection field says, in lower case; `fields` is by CGI name."""
+    return re.split(r"[ \t]*,[ \t]*", fields.get("CONNECTION", "").lower())
+
+
+def is_forwarded(name: str, options: Sequence[str]) -> bool:
+    """Return whether a field is for the other end, too, and not for one connection."""
+    return not (name.lower() in NOT_FORWARDED or name.lower() in options or is_hop_by_hop(name))
+
+
+class LocalHead(NamedTuple):
+    """What a local program answers, with the fields that are for the consumer."""
+
+    status: str
+    fields: list[tuple[str, str]]
+    length: int | None
+    is_chunked: bool
+    may_reuse: bool
+
+
+def parse_local_head(data: bytes) -> LocalHead:
+    """Understand a response's head without the empty line that ends it. Raises LocalError."""
+    match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
+    if match is None:
+        raise LocalError("malformed head")
+    minor_version, code, reason, lines = match.groups()
+    pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
+    fields = [(name, value.strip(" \t")) for name, _, value in pairs]
+    known: dict[str, str] = {}
+    for name, value in fields:
+        key = name.upper().replace("-", "_")
+        if key == "CONTENT_LENGTH" and known.get(key) == value:
+            continue  # said twice
+        known[key] = f"{known[key]}, {value}" if key in known else value
+    try:
+        length, is_chunked = parse_framing(known)
+    except ProtocolError as exc:
+        raise LocalError(str(exc)) from None
+    options = connection_options(known)
+    kept = [(name, value) for name, value in fields if is_forwarded(name, options)]
+    if length is not None:
+        kept = [field for field in kept if field[0].lower() != "content-length"]
+        kept.append(("Content-Length", str(length)))
+    may_reuse = minor_version == "1" and "close" not in options
+    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked, may_reuse)
+
+
+class Forwarder:
+    """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
+
+    Keeps connections to it that can take another request.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError if `url` is not like `http://localhost:3000`."""
+        self.address = parse_forward(url)
+        self._lock = threading.Lock()
+        self._kept: list[socket.socket] = []
+        self._is_closed = False
+        self._is_unreachable = False
+
+    def open(self) -> socket.socket:
+        """Return a new connection. Raises LocalUnreachable."""
+        try:
+            sock = socket.create_connection(self.address, CONNECT_TIMEOUT_S)
+            if sock.getsockname() == sock.getpeername():  # nobody listens, and TCP met itself
+                sock.close()
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        except OSError as exc:
+            self._report(is_unreachable=True, reason=exc)
+            raise LocalUnreachable(str(exc)) from None
+        self._report(is_unreachable=False)
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
+        with self._lock:
+            was_unreachable, self._is_unreachable = self._is_unreachable, is_unreachable
+        if reason and not was_unreachable:
+            log.warning("http://%s unreachable, answering 502: %s", self.address, reason.strerror or reason)
+        elif was_unreachable and not is_unreachable:
+            log.info("http://%s reached again", self.address)
+
+    def take_kept(self) -> socket.socket | None:
+        """Return a connection that was kept, unless the program has closed them all."""
+        while True:
+            with self._lock:
+                sock = self._kept.pop() if self._kept else None
+            if sock is None or not is_readable(sock):
+                return sock
+            sock.close()
+
+    def keep(self, sock: socket.socket) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._kept.append(sock)
+                return
+        sock.close()
+
+    def close(self) -> None:
+        """Close what is kept, now and from now on."""
+        with self._lock:
+            self._is_closed = True
+            kept, self._kept = self._kept, []
+        for sock in kept:
+            sock.close()
+
+
+def is_readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class LocalIntake(Intake):
+    """What the local program sends."""
+
+    failure = LocalError
+
+    def take_rest(self) -> bytes:
+        """Return what has come, or b"" at the end of the connection."""
+        data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
+        return data
+
+
+class LocalConnection:
+    """A connection to the local program, as a source of bytes.
+
+    While it waits for them, it sends the request, and it looks out for the hub's closing. So both bodies
+    flow at the same time without a second thread, and neither end has to take one before it gets the other.
+    """
+
+    HANG_UP = getattr(select, "POLLRDHUP", 0)
+
+    def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
+        self.sock = sock
+        self.has_received = False
+        self.is_sent = handler.body is None  # all of the request has been taken from the hub
+        self._handler = handler
+        self._is_chunked = is_chunked
+        self._unsent = memoryview(head)
+        self._is_refused = False  # the local program takes no more of the request
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the local program has got all of the request."""
+        return self.is_sent and not self._unsent and not self._is_refused
+
+    def recv(self, size: int, /) -> bytes:
+        data = bytearray(size)
+        return bytes(memoryview(data)[: self.recv_into(memoryview(data))])
+
+    def recv_into(self, target: memoryview, /) -> int:
+        self._wait()
+        try:
+            count = self.sock.recv_into(target)
+        except OSError as exc:
+            raise LocalError(exc.strerror or str(exc)) from None
+        self.has_received = self.has_received or count > 0
+        return count
+
+    def _wait(self) -> None:
+        """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
+        hub, local = self._handler.connection.fileno(), self.sock.fileno()
+        while True:
+            if not self._unsent and not self.is_sent and self._body().is_ready():
+                self._take_body()
+            poller = select.poll()
+            poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            poller.register(hub, self.HANG_UP | (0 if self._unsent or self.is_sent else select.POLLIN))
+            events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
+            if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
+                raise ConsumerGone
+            if hub in events:
+                self._take_body()
+            if self._unsent and events.get(local, 0) & select.POLLOUT:
+                self._send()
+            if events.get(local, 0) & ~select.POLLOUT:
+                return
+
+    def _body(self) -> RequestBody:
+        assert self._handler.body is not None
+        return self._handler.body
+
+    def _take_body(self) -> None:
+        data = self._body().read(RECEIVE_BYTES) or b""
+        self.is_sent = not self._body().has_rest()
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"0\r\n\r\n" if self.is_sent else b""
+        self._unsent = memoryview(data)
+
+    def _send(self) -> None:
+        try:
+            self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has closed; perhaps its response is there all the same
+            self._is_refused = self.is_sent = True
+            self._unsent = memoryview(b"")
+
+
+class LocalExchange:
+    """One request as the local program serves it: called like an app, it returns the response's body."""
+
+    def __init__(self, forwarder: Forwarder, response: Response) -> None:
+        self._forwarder = forwarder
+        self._response = response
+        self._connection: LocalConnection | None = None
+        self._may_reuse = False
+        self._is_whole = False
+
+    def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            self._head = self._ask()
+            start_response(self._head.status, self._head.fields)
+            if self._response.has_body and self._intake.is_empty:
+                self._response.send_head()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._response.has_body:
+            yield from self._pieces()
+        self._is_whole = True
+
+    def _pieces(self) -> Iterator[bytes]:
+        head = self._head
+        if head.is_chunked or head.length is not None:
+            body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
+            while data := body.read(RECEIVE_BYTES):
+                yield data
+        else:
+            self._may_reuse = False
+            while data := self._intake.take_rest():
+                yield data
+
+    def close(self) -> None:
+        """Give the connection back if it can take another request, else close it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        is_clean = self._is_whole and connection.is_settled and self._intake.is_empty
+        if is_clean and self._may_reuse:
+            self._forwarder.keep(connection.sock)
+        else:
+            connection.sock.close()
+
+    # -- asking
+
+    def _ask(self) -> LocalHead:
+        """Send the request and return the response's head.
+
+        A kept connection may be closed by the other end at any moment. So it is used only for a request that
+        may be sent again, on a new one, when that happens.
+        """
+        request = self._response.request
+        has_no_body = self._response.handler.body is None
+        if has_no_body and request.method in REPEATABLE_METHODS and (kept := self._forwarder.take_kept()):
+            try:
+                return self._ask_on(kept)
+            except LocalError:
+                if self._connection and self._connection.has_received:
+                    raise
+                self.close()
+        return self._ask_on(self._forwarder.open())
+
+    def _ask_on(self, sock: socket.socket) -> LocalHead:
+        request = self._response.request
+        self._connection = connection = LocalConnection(
+            sock, self._response.handler, self._request_head(), request.is_chunked
+        )
+        self._intake = LocalIntake(connection)
+        head = self._take_head()
+        while head.status.startswith("1"):
+            if head.status.startswith("101"):
+                raise LocalError("it switched protocols")
+            head = self._take_head()
+        self._may_reuse = head.may_reuse
+        return head
+
+    def _take_head(self) -> LocalHead:
+        try:
+            data = self._intake.take_head()
+        except ProtocolError:
+            raise LocalError("head too long") from None
+        if data is None:
+            raise LocalError("it closed the connection before its response")
+        return parse_local_head(data)
+
+    def _request_head(self) -> bytes:
+        request = self._response.request
+        options = connection_options(request.fields)
+        fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
+        lines = [
+            f"{name}: {value}\r\n"
+            for name, value in fields
+            if is_forwarded(name, options) and name != "Expect"
+        ]
+        if request.is_chunked:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+
 # ---- Noticing that the consumer has gone -------------------------------------------------------------
 
 
@@ -908,8 +1393,8 @@ class HangUpWatcher:
     def discard(self, handler: RequestHandler) -> None:
         fd = handler.connection.fileno()
         with self._lock:
-            del self._handlers[fd]
-            self._epoll.unregister(fd)
+            if self._handlers.pop(fd, None):
+                self._epoll.unregister(fd)
 
     def close(self) -> None:
         self._over.set()
@@ -967,6 +1452,1572 @@ def is_at_end(sock: socket.socket) -> bool:
 
 def make_watcher() -> HangUpWatcher | PeekingWatcher:
     return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
+
+
+# ---- Side doors: ports of the worker's own -----------------------------------------------------------
+
+NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
+
+Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
+
+
+def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
+    """Return a whole response that ends its connection."""
+    body = (text or f"{status}\n").encode("latin-1")
+    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}"]
+    head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+    return head if is_head else head + body
+
+
+def plain_address(host: object) -> str:
+    """Return an IPv4 address that a socket of both kinds shows as one of IPv6 in its usual form."""
+    return str(host).removeprefix("::ffff:")
+
+
+class Visitor:
+    """A connection to a side door whose request has not come yet, or that is being closed gently."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self.sock = sock
+        self.address = address
+        self.received = b""
+        self.deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+        self.is_answered = False
+
+
+class SideDoor:
+    """A port at which others than the hub come with one request each: a thread that understands these.
+
+    What is answered is for its subclasses to say. Nothing that takes long may happen in the thread.
+    """
+
+    def __init__(
+        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
+    ) -> None:
+        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
+        self._name = name
+        self._listener = socket.create_server((host, port)) if host else listen_everywhere(port)
+        self._listener.setblocking(False)
+        self._host = host or "*"
+        self.port = int(self._listener.getsockname()[1])
+        self._interval_s = interval_s
+        self._visitors: dict[int, Visitor] = {}
+        self._over = Halt()
+        self._selector = selectors.DefaultSelector()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        log.info("listening %s=%s:%d", self._name, self._host, self.port)
+        self._thread = threading.Thread(target=self._run, name=f"pothead-{self._name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, and close whatever nobody has taken over. May be called again."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self._listener.close()
+        self._selector.close()
+        self._over.close()
+
+    # -- for subclasses
+
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        """Return the answer to a GET or HEAD, if it is short, or what takes the connection over."""
+        raise NotImplementedError
+
+    def on_interval(self) -> None:
+        """See to what is overdue."""
+
+    # -- the thread
+
+    def _run(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._over, selectors.EVENT_READ)
+        looks_at = 0.0
+        while not self._over.is_set():
+            for key, _ in self._selector.select(self._interval_s):
+                try:
+                    self._on_event(key.data)
+                except Exception:
+                    log.exception("a fault of the worker itself")
+            now = time.monotonic()
+            for visitor in [visitor for visitor in self._visitors.values() if visitor.deadline <= now]:
+                self._on_deadline(visitor)
+            if now >= looks_at:
+                self.on_interval()
+                looks_at = now + self._interval_s
+        for visitor in list(self._visitors.values()):
+            self._drop(visitor)
+
+    def _on_event(self, source: object) -> None:
+        if source is self._listener:
+            self._accept()
+        elif isinstance(source, Visitor):
+            self._receive(source)
+
+    def _on_deadline(self, visitor: Visitor) -> None:
+        if visitor.is_answered or not visitor.received:
+            self._drop(visitor)
+        else:
+            self._answer(visitor, plain_answer("408 Request Timeout"))
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self._listener.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning("%s: cannot accept a connection: %s", self._name, exc.strerror)
+                self._over.wait(ACCEPT_PAUSE_S)
+            return
+        if len(self._visitors) >= SIDE_VISITORS:
+            self._drop(next(iter(self._visitors.values())))
+        sock.setblocking(False)
+        visitor = Visitor(sock, plain_address(address[0]))
+        self._visitors[sock.fileno()] = visitor
+        self._selector.register(sock, selectors.EVENT_READ, visitor)
+
+    def _receive(self, visitor: Visitor) -> None:
+        if self._visitors.get(visitor.sock.fileno()) is not visitor:
+            return  # dropped a moment ago, in this very turn
+        try:
+            data = visitor.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(visitor)
+        elif not visitor.is_answered:
+            self._on_data(visitor, data)
+
+    def _on_data(self, visitor: Visitor, data: bytes) -> None:
+        searched = len(visitor.received)
+        visitor.received += data
+        end = visitor.received.find(b"\r\n\r\n", max(0, searched - 3))
+        if (end if end >= 0 else len(visitor.received)) > SIDE_HEAD_BYTES:
+            self._answer(visitor, plain_answer("431 Request Header Fields Too Large"))
+        elif end >= 0:
+            self._on_head(visitor, visitor.received[: end + 2])
+        elif NEVER_IN_A_HEAD.search(visitor.received, searched):
+            self._refuse(visitor, "malformed head")  # TLS, say: its sender waits, and no empty line will come
+
+    def _on_head(self, visitor: Visitor, data: bytes) -> None:
+        try:
+            head = parse_head(data)
+        except ProtocolError as exc:
+            self._refuse(visitor, str(exc))
+            return
+        if head.method not in ("GET", "HEAD"):
+            self._answer(visitor, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
+            return
+        answer = self.on_request(head, visitor.address)
+        if isinstance(answer, bytes):
+            self._answer(visitor, answer)
+        else:
+            self._forget(visitor)
+            visitor.sock.setblocking(True)
+            answer(visitor.sock)
+
+    def _refuse(self, visitor: Visitor, reason: str) -> None:
+        log.warning("%s: not a request from %s: %s", self._name, visitor.address, reason)
+        self._answer(visitor, plain_answer("400 Bad Request"))
+
+    def _answer(self, visitor: Visitor, answer: bytes) -> None:
+        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
+        visitor.is_answered = True
+        visitor.deadline = time.monotonic() + LINGER_S
+        try:
+            visitor.sock.send(answer)
+            visitor.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(visitor)
+
+    def _drop(self, visitor: Visitor) -> None:
+        self._forget(visitor)
+        visitor.sock.close()
+
+    def _forget(self, visitor: Visitor) -> None:
+        self._selector.unregister(visitor.sock)
+        del self._visitors[visitor.sock.fileno()]
+
+
+class Page(NamedTuple):
+    body: bytes | Iterable[bytes]  # several pieces are sent as they come
+    status: str = "200 OK"
+    content_type: str = "text/plain; charset=utf-8"
+
+
+PageMaker = Callable[[socket.socket], Page]
+
+
+class PagePort(SideDoor):
+    """Shows pages about the worker, each to each visitor in a thread of its own."""
+
+    def __init__(self, name: str, port: int, host: str | None = None) -> None:
+        """Set `pages`, by path, before `start`. Raises OSError."""
+        super().__init__(name, port, host)
+        self.pages: Mapping[str, PageMaker] = {}
+        self._visits: list[threading.Thread] = []
+
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        make_page = self.pages.get(head.target.partition("?")[0])
+        if make_page is None:
+            text = f"There is only {', '.join(self.pages)} here.\n"
+            return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
+        return functools.partial(self._begin_visit, make_page, head.method == "HEAD")
+
+    def _begin_visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+        name = f"pothead-{self._name}-page"
+        visit = threading.Thread(target=self._visit, args=(make_page, is_head, sock), name=name, daemon=True)
+        self._visits = [*filter(threading.Thread.is_alive, self._visits), visit]
+        visit.start()
+
+    def _visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+        with sock:
+            try:
+                sock.settimeout(SIDE_SEND_TIMEOUT_S)
+                send_page(sock, make_page(sock), is_head)
+                close_gently(sock)
+            except OSError as exc:
+                log.debug("%s: visitor lost: %s", self._name, exc)
+            except Exception:
+                log.exception("a fault of the worker itself")
+
+    def close(self) -> None:
+        """End, after a moment for the pages that are under way."""
+        super().close()
+        ends_at = time.monotonic() + SIDE_GRACE_S
+        for visit in self._visits:
+            visit.join(max(0.0, ends_at - time.monotonic()))
+
+
+def send_page(sock: socket.socket, page: Page, is_head: bool) -> None:
+    framing = "Transfer-Encoding: chunked"
+    if isinstance(page.body, bytes):
+        framing = f"Content-Length: {len(page.body)}"
+    lines = [f"HTTP/1.1 {page.status}", f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
+    start = "\r\n".join([*lines, framing, "Connection: close", "", ""]).encode("latin-1")
+    if is_head:
+        sock.sendall(start)
+    elif isinstance(page.body, bytes):
+        send_pieces(sock, [start, page.body])
+    else:
+        sock.sendall(start)
+        for piece in page.body:
+            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+        sock.sendall(b"0\r\n\r\n")
+
+
+def listen_everywhere(port: int) -> socket.socket:
+    """Listen at every address of the machine, of both kinds where there are both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # perhaps it is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+# ---- Responses that do not pass the hub --------------------------------------------------------------
+
+
+class PickupExpired(ConsumerGone):
+    """The consumer did not come for its response in time."""
+
+
+class Pickup(NamedTuple):
+    """A response that has begun and waits for its consumer."""
+
+    head: bytes
+    expires_at: float
+    on_claim: Callable[[socket.socket], None]  # is given the consumer's connection and must not wait
+    on_expiry: Callable[[], None]
+
+
+class PickupPort(SideDoor):
+    """Where consumers come for redirected responses.
+
+    A key is good for one GET. Whoever comes with it is handed, as a connection, to the slot that makes the
+    response.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        host: str | None = None,
+        expiry_s: float = PICKUP_EXPIRY_S,
+        interval_s: float = SIDE_INTERVAL_S,
+    ) -> None:
+        """Listen at all addresses; `host` is what consumers are told instead of ours. Raises OSError."""
+        super().__init__("redirects", port, interval_s=interval_s)
+        self.expiry_s = expiry_s
+        self._public_host = host
+        self._lock = threading.Lock()
+        self._waiting: dict[str, Pickup] = {}
+
+    # -- for the slots
+
+    def offer(
+        self, head: bytes, on_claim: Callable[[socket.socket], None], on_expiry: Callable[[], None]
+    ) -> str:
+        """Keep a response for its consumer; return the key. The port's thread calls one of the two."""
+        key = secrets.token_urlsafe(32)
+        with self._lock:
+            self._waiting[key] = Pickup(head, time.monotonic() + self.expiry_s, on_claim, on_expiry)
+        return key
+
+    def withdraw(self, key: str) -> None:
+        """Forget a key; neither of its functions is called once this has returned."""
+        with self._lock:
+            self._waiting.pop(key, None)
+
+    def location(self, key: str, hub_sock: socket.socket) -> str:
+        """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
+        host = self._public_host or plain_address(hub_sock.getsockname()[0])
+        return f"http://{Address(host, self.port)}/{key}"
+
+    # -- the port's thread
+
+    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+        key = head.target[1:]
+        with self._lock:
+            pickup = self._waiting.get(key)
+        if pickup is None or pickup.expires_at <= time.monotonic():
+            log.warning("redirects: unknown, used or expired key from %s", visitor_address)
+            return plain_answer("410 Gone", "Cache-Control: no-store", is_head=head.method == "HEAD")
+        return pickup.head if head.method == "HEAD" else functools.partial(self._hand_over, key)
+
+    def _hand_over(self, key: str, sock: socket.socket) -> None:
+        with self._lock:
+            pickup = self._waiting.pop(key, None)
+            if pickup:
+                pickup.on_claim(sock)
+            else:  # withdrawn just now: there is no response any more
+                sock.close()
+
+    def on_interval(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = [key for key, pickup in self._waiting.items() if pickup.expires_at <= now]
+            for key in overdue:
+                self._waiting.pop(key).on_expiry()
+
+
+class SeparableBody(RequestBody):
+    """A body whose rest can be fetched into a file, so that the app reads on without the connection.
+
+    A thread of the app may read at the same time, hence the lock.
+    """
+
+    def __init__(self, intake: Intake, body: RequestBody) -> None:
+        super().__init__(intake)
+        self._body = body
+        self._fetched: io.BufferedRandom | None = None
+        self._lock = threading.Lock()
+
+    def left_bytes(self) -> float:
+        return self._body.left_bytes()
+
+    def has_rest(self) -> bool:
+        return bool(self._fetched.peek(1)) if self._fetched else super().has_rest()
+
+    def is_ready(self) -> bool:
+        return self._fetched is not None or super().is_ready()
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        with self._lock:
+            return self._fetched.readinto(buffer) if self._fetched else self._body.readinto(buffer) or 0
+
+    def fetch(self) -> None:
+        """Take all that is still to come. Raises BodyError."""
+        with self._lock:
+            if self._fetched or not self._body.left_bytes():
+                return
+            fetched = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the body
+            self._fetched = fetched
+            while data := self._body.read(RECEIVE_BYTES):
+                fetched.write(data)
+            fetched.seek(0)
+
+    def close(self) -> None:
+        if self._fetched:
+            self._fetched.close()
+        super().close()
+
+
+class RedirectingHandler(RequestHandler):
+    """Sends the consumer of a `200` response to the pickup port, and the response to whoever comes there.
+
+    The connection to the hub ends with the 303, since an open one would offer a slot that is still taken.
+    """
+
+    may_redirect = True
+
+    def __init__(self, sock: socket.socket, slot: Slot) -> None:
+        self._arrivals: queue.SimpleQueue[ConsumerGone | None] = queue.SimpleQueue()
+        self._key = ""
+        self.is_whole = False
+        super().__init__(sock, slot)
+
+    def _open_body(self, head: RequestHead) -> RequestBody | None:
+        body = super()._open_body(head)
+        return SeparableBody(self.intake, body) if body and self.may_redirect else body
+
+    def fetch_body(self) -> None:
+        if isinstance(self.body, SeparableBody):
+            self.body.fetch()
+
+    def redirect(self, head: bytes) -> None:
+        self.offer(head)
+        gone = self._arrivals.get()
+        if gone is not None:
+            raise gone
+
+    def offer(self, head: bytes) -> None:
+        """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
+        pickups, hub_sock = self.slot.pickups, self.connection
+        assert pickups is not None
+        self.slot.unwatch(self)
+        if self.is_hung_up:
+            raise ConsumerGone
+        self._key = pickups.offer(head, self.on_claim, self.on_expiry)
+        lines = [
+            "HTTP/1.1 303 See Other",
+            f"Location: {pickups.location(self._key, hub_sock)}",
+            "Cache-Control: no-store",
+            "Content-Length: 0",
+            f"Date: {http_date(int(time.time()))}",
+            "Connection: close",
+        ]
+        try:
+            hub_sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub_sock.shutdown(socket.SHUT_WR)  # there is nothing unread, so nothing can destroy the 303
+        except OSError as exc:
+            raise ConsumerGone from exc
+
+    def on_claim(self, sock: socket.socket) -> None:
+        """The consumer has come. Called by the port's thread."""
+        with contextlib.suppress(OSError):
+            set_options(sock)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
+        self.connection = sock
+        self.slot.watch(self)
+        self.deliver(sock)
+
+    def deliver(self, sock: socket.socket) -> None:
+        """Have the response sent to where the consumer is now."""
+        self._arrivals.put(None)
+
+    def on_expiry(self) -> None:
+        """Nobody has come. Called by the port's thread."""
+        assert self.slot.pickups is not None
+        self.cancelled.set()
+        self.give_up(PickupExpired(f"nobody came for the response within {self.slot.pickups.expiry_s:g} s"))
+
+    def give_up(self, reason: ConsumerGone) -> None:
+        self._arrivals.put(reason)
+
+    def on_hang_up(self) -> None:
+        super().on_hang_up()
+        self._arrivals.put(ConsumerGone())
+        if self.connection is not self.request:
+            # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _settle(self, response: Response) -> None:
+        body = self.body
+        super()._settle(response)
+        self.is_whole = response.is_complete
+        if body:
+            body.close()
+
+    def finish(self) -> None:
+        if self._key:
+            assert self.slot.pickups is not None
+            self.slot.pickups.withdraw(self._key)
+        super().finish()
+        if self.connection is not self.request:
+            with self.connection:
+                if self.is_whole:
+                    close_gently(self.connection)
+
+
+# ---- A process for each request: the worker's side ---------------------------------------------------
+
+FORK_SERVER = "fork-server"  # as the first argument of this module: be one
+
+DRAINING = b"D"  # what a request's process is told on its channel after the request
+PICKED_UP = b"P"  # comes together with the consumer's connection
+
+
+class Order(TypedDict):
+    """What a request's process is told before the request."""
+
+    environ: dict[str, object]  # what else the app shall find there
+    callbacks: list[str]  # names of functions that it shall find there, too
+    is_last: bool  # on this connection
+    may_redirect: bool
+
+
+class ForkServerLost(ConnectionError):
+    """There is no fork server that could make a process for this request."""
+
+
+class Channel:
+    """What a process tells the worker: each message is a line of JSON, and any thread may send one.
+
+    Writing stops with the worker's interest: who is about to be killed need not be told.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+
+    def tell(self, **message: object) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock, contextlib.suppress(OSError):
+            self.sock.sendall(line)
+
+
+class ForkServer:
+    """Starts the process that has imported the app and forks one for each request; starts another if it dies.
+
+    It is started as a program, since a fork of a process with threads may inherit a lock that nobody will
+    ever release, and the worker has threads by the time that it must be started again.
+    """
+
+    def __init__(self, app: str | None, on_process_end: Callable[[int], object] = lambda pid: None) -> None:
+        """`app` is MODULE:APP, or None for the demo. `on_process_end` is called with each ended one's pid."""
+        self.on_process_end = on_process_end
+        self._app = app
+        self._changed = threading.Condition()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._orders: socket.socket | None = None  # None while there is no fork server that is ready
+        self._processes: set[RequestProcess] = set()
+        self._failed_starts = 0
+        self._is_closing = False
+        self._keeper: threading.Thread | None = None
+
+    @staticmethod
+    def is_supported() -> bool:
+        return hasattr(socket, "send_fds") and hasattr(select, "POLLRDHUP") and hasattr(os, "waitid")
+
+    def start(self) -> None:
+        """Return when the app is imported. Raises LoadError."""
+        self._launch()
+        self._keeper = threading.Thread(target=self._keep, name="pothead-fork-server", daemon=True)
+        self._keeper.start()
+
+    def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
+        """Have a process made that owns `sock` and the other end of the control channel.
+
+        Waits while another fork server is started. Raises ForkServerLost.
+        """
+        with self._changed:
+            failed_starts = self._failed_starts
+            while self._orders is None:
+                if self._is_closing or self._failed_starts != failed_starts or process.is_unwanted():
+                    raise ForkServerLost("there is no fork server")
+                self._changed.wait(PEEK_INTERVAL_S)
+            try:
+                socket.send_fds(self._orders, [b"F"], [sock.fileno(), control.fileno()])
+            except OSError as exc:
+                raise ForkServerLost("the fork server has just died") from exc
+            self._processes.add(process)
+
+    def on_end(self, process: RequestProcess) -> None:
+        with self._changed:
+            self._processes.discard(process)
+        if process.pid is not None:
+            self.on_process_end(process.pid)
+
+    def close(self) -> None:
+        """End the fork server and every process that it made."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+            if self._orders is not None:
+                with contextlib.suppress(OSError):
+                    self._orders.shutdown(socket.SHUT_RDWR)
+            elif self._process is not None:
+                self._process.kill()
+        if self._keeper:
+            self._keeper.join()
+
+    def _launch(self) -> None:
+        """Start a fork server. Raises LoadError."""
+        orders, theirs = socket.socketpair()
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+        if getattr(sys.stdout, "write_through", False):
+            flags.append("-u")
+        fd = theirs.fileno()
+        command = [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)]
+        try:
+            with theirs:
+                process = subprocess.Popen(command, pass_fds=[fd])
+        except OSError as exc:
+            orders.close()
+            raise LoadError(f"cannot start the fork server: {exc}") from None
+        with self._changed:
+            self._process = process
+        try:
+            order = {
+                "app": self._app,
+                "path": sys.path,
+                "arguments": sys.argv,
+                "level": log.getEffectiveLevel(),
+            }
+            answer = ask_fork_server(orders, order)
+            if answer is None:
+                ending = describe_ending(process.wait())
+                raise LoadError(f"cannot load {self._app!r}: importing it ended the process: it {ending}")
+            if "failure" in answer:
+                process.wait()
+                raise LoadError(str(answer["failure"]))
+        except BaseException:
+            process.kill()
+            process.wait()
+            orders.close()
+            raise
+        if answer.get("threads"):
+            log.warning(
+                "importing the app started threads, which the requests' processes will not have: %s",
+                answer["threads"],
+            )
+        with self._changed:
+            self._orders = orders
+            if self._is_closing:
+                orders.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+
+    def _keep(self) -> None:
+        """Wait for the fork server to die, and start another, until it is closed."""
+        while True:
+            ending = self._wait_for_end()
+            if self._is_closing:
+                return
+            log.error("the fork server %s; its requests are cut off, and another one is started", ending)
+            backoff = Backoff()
+            while self._orders is None and not self._is_closing:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_closing, backoff.next_wait_s())
+                if not self._is_closing:
+                    self._try_to_launch()
+            if self._orders is None:
+                return
+
+    def _try_to_launch(self) -> None:
+        try:
+            self._launch()
+        except LoadError as exc:
+            if not self._is_closing:
+                log.error("cannot start another fork server: %s", exc)
+            with self._changed:
+                self._failed_starts += 1
+                self._changed.notify_all()
+        else:
+            log.info("another fork server is ready")
+
+    def _wait_for_end(self) -> str:
+        """Return how the fork server ended, once it has, and every request that it held was cut off."""
+        assert self._orders is not None and self._process is not None
+        with contextlib.suppress(OSError):
+            self._orders.recv(1)  # it never says anything
+        try:
+            status = self._process.wait(FORK_SERVER_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        with self._changed:
+            self._orders.close()
+            self._orders = None
+            processes = list(self._processes)
+        for process in processes:
+            process.on_fork_server_lost()
+        return describe_ending(status)
+
+
+def ask_fork_server(orders: socket.socket, order: Mapping[str, object]) -> dict[str, object] | None:
+    """Return its answer, or None if it ended without one."""
+    try:
+        orders.sendall(json.dumps(order).encode() + b"\n")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            data = orders.recv(RECEIVE_BYTES)
+            if not data:
+                return None
+            answer += data
+    except ConnectionError:
+        return None
+    message: dict[str, object] = json.loads(answer)
+    return message
+
+
+def describe_ending(status: int | None) -> str:
+    """Return words for an exit status, or for a signal, which is a negative one."""
+    if status is None:
+        return "ended"
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"was killed by signal {-status}"
+
+
+class RequestProcess:
+    """A request's process, as the worker sees it.
+
+    Everything is said over one socket pair. The process tells what it does, and the fork server has the last
+    word when it has ended. The worker tells both of them at once that it is to end, by closing its sending
+    direction: the app is told so by `pothead.cancelled`, and what is left a moment later is killed.
+    """
+
+    def __init__(self, handler: ProcessHandler, timeout_s: float) -> None:
+        self.pid: int | None = None
+        self.has_responded = False  # is set before the first byte of the response is sent
+        self.report: dict[str, object] | None = None  # how the response ended, as the process tells it
+        self.reason = ""  # why it was told to end, if it was
+        self.is_overdue = False
+        self.failure = ""  # how it ended, if not as it should
+        self._handler = handler
+        self._control, self._other_end = socket.socketpair()
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._has_ended = False
+        self._is_fork_server_lost = False
+
+    def is_unwanted(self) -> bool:
+        """Return whether it was told to end, for instance just now."""
+        self._check_deadline()
+        return bool(self.reason)
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() >= self._deadline:
+            self._deadline = math.inf
+            self.is_overdue = True
+            self.cancel(f"stopped after the request timeout of {self._timeout_s:g} s")
+
+    def run(self, fork_server: ForkServer, sock: socket.socket, order: Order, data: bytes) -> None:
+        """Have the request that begins with `data` served on `sock`; return when its process has ended."""
+        with self._control:
+            with self._other_end:
+                fork_server.fork(self, self._other_end, sock)
+            try:
+                with contextlib.suppress(OSError):
+                    text = json.dumps(order).encode()
+                    self._control.sendall(b"%08x%08x" % (len(text), len(data)) + text + data)
+                self._follow()
+            finally:
+                fork_server.on_end(self)
+
+    # -- called by any thread
+
+    def cancel(self, reason: str) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self.reason = self.reason or reason
+            self._control.shutdown(socket.SHUT_WR)
+
+    def deliver(self, sock: socket.socket) -> None:
+        """Give the process the consumer's own connection."""
+        with self._lock, contextlib.suppress(OSError):
+            socket.send_fds(self._control, [PICKED_UP], [sock.fileno()])
+
+    def on_fork_server_lost(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._is_fork_server_lost = True
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    # -- following what it does
+
+    def _follow(self) -> None:
+        halt = self._handler.slot.halt
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(halt, select.POLLIN)
+        received = b""
+        while not self._has_ended:
+            for fd, _ in poller.poll(self._left_ms()):
+                if fd == halt.fileno():
+                    poller.unregister(halt)
+                    self._tell_draining()
+                else:
+                    data = self._receive()
+                    *lines, received = (received + data).split(b"\n")
+                    for line in lines:
+                        self._on_line(line)
+                    if not data:
+                        self._on_silence()
+            self._check_deadline()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(RECEIVE_BYTES)
+        except ConnectionResetError:  # it ended before it had read everything
+            return b""
+
+    def _left_ms(self) -> float | None:
+        if self._deadline == math.inf:
+            return None
+        return max(0.0, (self._deadline - time.monotonic()) * 1000 + 1)
+
+    def _tell_draining(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._control.sendall(DRAINING)
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:  # it died in the middle of a word
+            return
+        if "pid" in message:
+            self.pid = message["pid"]
+        elif "status" in message:
+            self.has_responded = True
+            self._handler.on_response_start(message["status"])
+        elif "log" in message:
+            forward_record(message["log"])
+        elif "call" in message:
+            self._handler.call_back(message["call"], message["arguments"])
+        elif "offer" in message:
+            self._handler.on_offer(message["offer"].encode("latin-1"))
+        elif "report" in message:
+            self.report = message["report"]
+        elif "ending" in message:
+            self._has_ended = True
+            self.failure = "" if message["ending"] == "ended with status 0" else message["ending"]
+
+    def _on_silence(self) -> None:
+        """The channel is closed, and the fork server has not said how the process ended."""
+        self._has_ended = True
+        self.failure = "was cut off with the fork server"
+        if self._is_fork_server_lost and self.pid is not None:
+            # Its parent is dead, so it is dying, too; the group still holds its descendants.
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+def forward_record(record: dict[str, object]) -> None:
+    """Log what a process has logged."""
+    fields = {"name": log.name, "args": (), **record}
+    log.handle(logging.makeLogRecord(fields))
+
+
+class ProcessHandler(RedirectingHandler):
+    """Has each request served by a process of its own, to which it gives the connection itself."""
+
+    def __init__(self, sock: socket.socket, slot: Slot) -> None:
+        self._process: RequestProcess | None = None
+        self._callbacks: dict[str, Callable[..., object]] = {}
+        super().__init__(sock, slot)
+
+    def answer(self, data: bytes, head: RequestHead) -> None:
+        fork_server = self.slot.fork_server
+        assert fork_server is not None
+        request_id = head.fields.get("X_REQUEST_ID", "-")
+        self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        if self.is_hung_up:  # perhaps before there was a process to be told
+            process.cancel("the consumer has gone")
+        received = data + b"\r\n" + self.intake.take_received()
+        order: Order = {
+            "environ": self._ask_gate(head),
+            "callbacks": list(self._callbacks),
+            "is_last": self.slot.serves_one_request,
+            "may_redirect": self.slot.pickups is not None,
+        }
+        try:
+            process.run(fork_server, self.connection, order, received)
+        except ForkServerLost as exc:
+            process.failure = f"could not be started: {exc}"
+        self._close_response(process, request_id)
+
+    def _ask_gate(self, head: RequestHead) -> dict[str, object]:
+        """Return what the gate puts into the environ, as far as it can be told to another process.
+
+        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
+        """
+        environ = build_environ(head, self.hub_host)
+        known = set(environ)
+        self.slot.on_request(environ)
+        added = {name: value for name, value in environ.items() if name not in known}
+        self._callbacks = {name: value for name, value in added.items() if callable(value)}
+        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
+
+    def _close_response(self, process: RequestProcess, request_id: str) -> None:
+        """See to the connection once the process has ended."""
+        report = process.report or {}
+        self.is_whole = bool(report.get("is_whole"))
+        self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
+        if not self.is_whole or process.failure:
+            self._log_ending(process, request_id)
+        if process.failure and not process.has_responded and not process.reason:
+            self.status = "502"  # from the hub
+        if process.is_overdue and not process.has_responded:
+            self.status = "504"
+            with contextlib.suppress(OSError):
+                self.connection.sendall(plain_answer("504 Gateway Timeout"))
+            close_gently(self.connection)
+        if self.close_connection:
+            # A descendant may have escaped with its own descriptor, so closing ours would not be enough.
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+
+    def _log_ending(self, process: RequestProcess, request_id: str) -> None:
+        if process.reason:
+            log.info("request %s: %s", request_id, process.reason)
+        elif process.failure:
+            log.error("request %s: its process %s", request_id, process.failure)
+        elif process.report and process.report.get("reason"):
+            log.info("request %s: %s", request_id, process.report["reason"])
+
+    def call_back(self, name: str, arguments: Sequence[object]) -> None:
+        """The app has called something that the worker had put into its environ."""
+        try:
+            self._callbacks[name](*arguments)
+        except Exception:
+            log.exception("%s failed", name)
+
+    def on_offer(self, head: bytes) -> None:
+        assert self._process is not None
+        try:
+            self.offer(head)
+        except ConsumerGone:
+            self._process.cancel("the consumer has gone")
+
+    def deliver(self, sock: socket.socket) -> None:
+        if self._process:
+            self._process.deliver(sock)
+
+    def give_up(self, reason: ConsumerGone) -> None:
+        if self._process:
+            self._process.cancel(str(reason))
+
+    def on_hang_up(self) -> None:
+        super().on_hang_up()
+        if self._process:
+            self._process.cancel("the consumer has gone")
+
+
+# ---- A process for each request: the fork server -----------------------------------------------------
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def load_prctl() -> Callable[[int, int], object]:
+    """Return Linux's prctl, or a function that does nothing where it is missing."""
+    try:
+        import ctypes  # here, because a Python may have been built without it
+
+        return ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return lambda option, value: None
+
+
+def run_fork_server(fd: int) -> int:
+    """Be the fork server at the other end of `fd`. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
+        signal.signal(number, ignore_signal)
+    with socket.socket(fileno=fd) as orders:
+        orders.set_inheritable(False)
+        with orders.makefile("rb") as file:
+            order = json.loads(file.readline())
+        sys.path[:], sys.argv[:] = order["path"], order["arguments"]
+        try:
+            app = load_app(order["app"]) if order["app"] else demo_app
+        except LoadError as exc:
+            Channel(orders).tell(failure=str(exc))
+            return 3
+        flush_output()  # or each process would write it once more
+        gc.collect()
+        gc.freeze()  # or each process's first collection would copy the app's pages
+        threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        forker = Forker(orders, app, order["level"])
+        Channel(orders).tell(threads=", ".join(threads))
+        forker.run()
+    threading.Thread(target=insist_on_exit, args=(0,), daemon=True).start()
+    return 0
+
+
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
+            stream.flush()
+
+
+def ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, this is not inherited by the programs that an app starts."""
+
+
+class Forked(NamedTuple):
+    """A process that serves a request, as the fork server sees it."""
+
+    pid: int
+    control: socket.socket
+
+
+class Forker:
+    """Forks, kills and reaps. One thread; the worker's orders come one at a time.
+
+    It is a "subreaper", and so is each process that it makes: whatever a request leaves behind, even in
+    another process group, is handed up to here in the end, and is killed.
+    """
+
+    def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
+        self._orders = orders
+        self._app = app
+        self._level = level
+        self._prctl = load_prctl()
+        self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._helpers = children_of_this_process()  # of the app, which began when it was imported
+        self._forked: dict[int, Forked] = {}  # by the descriptor of `control`
+        self._kill_at: dict[int, float] = {}  # by the same
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._handlers: dict[signal.Signals, object] = {}
+        self._set_signals()
+        self._poller = select.poll()
+        self._poller.register(orders, select.POLLIN)
+        self._poller.register(self._reader, select.POLLIN)
+
+    def _set_signals(self) -> None:
+        """Take the signals, and remember what the app wants to be done at them: that is for its processes."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            wanted = signal.signal(number, ignore_signal)
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            # None is a handler that was not installed by Python, and cannot be installed by it.
+            self._handlers[number] = default if wanted in (ignore_signal, None) else wanted
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Serve the worker until it closes its end or is gone; then kill whatever still runs."""
+        is_over = False
+        while not is_over:
+            for fd, _ in self._poller.poll(self._wait_ms()):
+                if fd == self._orders.fileno():
+                    is_over = not self._obey()
+                elif fd == self._reader.fileno():
+                    self._reap()
+                elif fd in self._forked and is_hung_up(fd):  # and not one that had this number before
+                    self._poller.unregister(fd)
+                    self._kill_at[fd] = time.monotonic() + CANCEL_GRACE_S
+            self._kill_overdue()
+        self._kill_all()
+
+    def _wait_ms(self) -> float | None:
+        if not self._kill_at:
+            return None
+        return max(0.0, (min(self._kill_at.values()) - time.monotonic()) * 1000 + 1)
+
+    # -- forking
+
+    def _obey(self) -> bool:
+        """Fork for the next request; False when the worker has gone."""
+        order, fds = receive_with_fds(self._orders)
+        if not order:
+            return False
+        if len(fds) == 2:
+            self._fork(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+        else:  # no descriptors left: the worker sees its channel close
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, connection: socket.socket, control: socket.socket) -> None:
+        with connection:
+            parent = os.getpid()
+            try:
+                with warnings.catch_warnings():
+                    # Python warns of threads that the app has started. The worker has told so already.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    pid = os.fork()
+            except OSError as exc:
+                Channel(control).tell(ending=f"could not be forked: {exc.strerror}")
+                control.close()
+                return
+            if pid == 0:
+                self._become_process(parent, connection, control)
+        self._forked[control.fileno()] = Forked(pid, control)
+        self._poller.register(control, select.POLLRDHUP)
+
+    def _become_process(self, parent: int, connection: socket.socket, control: socket.socket) -> NoReturn:
+        """Serve the request and end. Nothing of the fork server may run in this process."""
+        status = 1
+        try:
+            os.setsid()
+            self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+            if os.getppid() != parent:
+                os._exit(1)  # it died before it could take us with it
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+            for sock in (self._orders, self._reader, self._writer):
+                sock.close()
+            for other in self._forked.values():
+                other.control.close()
+            serve_one_request(self._app, connection, control, self._level)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            flush_output()
+            # Without the interpreter's own ending, for which threads and exit functions could wait.
+            os._exit(status)
+
+    # -- killing and reaping
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for fd in [fd for fd, kill_at in self._kill_at.items() if kill_at <= now]:
+            del self._kill_at[fd]
+            kill_group(self._forked[fd].pid)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        ended = []
+        for fd, forked in list(self._forked.items()):
+            if os.waitid(os.P_PID, forked.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                kill_group(forked.pid)  # before it is reaped, since until then its number is its own
+                status = os.waitstatus_to_exitcode(os.waitpid(forked.pid, 0)[1])
+                ended.append((fd, status))
+        self._kill_strays()
+        for fd, status in ended:
+            control = self._forked.pop(fd).control
+            if self._kill_at.pop(fd, None) is None:
+                with contextlib.suppress(KeyError):
+                    self._poller.unregister(fd)
+            with control:
+                control.setblocking(False)
+                Channel(control).tell(ending=describe_ending(status))
+
+    def _kill_strays(self) -> bool:
+        """Kill what the ended processes have left behind; return whether there was anything.
+
+        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes.
+        """
+        known = self._helpers | {forked.pid for forked in self._forked.values()}
+        strays = children_of_this_process() - known
+        for pid in strays:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        return bool(strays)
+
+    def _kill_all(self) -> None:
+        ends_at = time.monotonic() + FORK_SERVER_EXIT_S / 3
+        for forked in self._forked.values():
+            kill_group(forked.pid)
+        while (self._forked or self._kill_strays()) and time.monotonic() < ends_at:
+            poller = select.poll()
+            poller.register(self._reader, select.POLLIN)
+            poller.poll(PEEK_INTERVAL_S * 1000)
+            self._reap()
+        for sock in (self._reader, self._writer):
+            sock.close()
+
+
+def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """Receive one byte and the descriptors that came with it.
+
+    `socket.recv_fds` does the same, but has a flaw in Python 3.10: it drops the flags.
+    """
+    data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(2 * 4), flags | socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for _, _, content in ancillary:
+        fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a process and its group, if it has come to have one."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def children_of_this_process() -> set[int]:
+    """Return the ids of all child processes, ended ones included; none where the system does not tell."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", encoding="ascii") as file:
+                found.update(int(pid) for pid in file.read().split())
+    return found
+
+
+# ---- A process for each request: the process ---------------------------------------------------------
+
+
+class CancelledEvent(threading.Event):
+    """Is set when the worker closes its end of the channel.
+
+    It asks the kernel, since a thread that waits for that would make the process one that must not fork.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def is_set(self) -> bool:
+        return super().is_set() or self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not super().is_set():
+            poller = select.poll()
+            poller.register(self._sock, select.POLLRDHUP)
+            if poller.poll(None if timeout is None else timeout * 1000):
+                self.set()
+        return super().is_set()
+
+
+class ForwardingLogHandler(logging.Handler):
+    """Gives log records to the worker, which logs them as its own."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._channel.tell(
+            log={
+                "msg": record.getMessage(),
+                "levelno": record.levelno,
+                "levelname": record.levelname,
+                "created": record.created,
+                "exc_text": trace,
+            }
+        )
+
+
+class Orders:
+    """What the worker tells a process: the request first, then a byte now and then."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._is_draining = False
+        self._consumer: socket.socket | None = None
+
+    def take_request(self) -> tuple[Order, bytes]:
+        """Return what is to be done, and all that has come of the request. Raises EOFError."""
+        lengths = self._take_exactly(16)
+        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
+        return order, self._take_exactly(int(lengths[8:], 16))
+
+    def _take_exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self._control.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def is_draining(self) -> bool:
+        while not self._is_draining and self._take(is_patient=False):
+            pass
+        return self._is_draining
+
+    def wait_for_consumer(self) -> socket.socket | None:
+        """Return the connection of the consumer that has come, or None when the worker gives up."""
+        while self._consumer is None and self._take(is_patient=True):
+            pass
+        return self._consumer
+
+    def _take(self, is_patient: bool) -> bool:
+        """Take one byte of orders; False if there is none, for now or for ever."""
+        try:
+            order, fds = receive_with_fds(self._control, 0 if is_patient else socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        if order == PICKED_UP and fds:
+            self._consumer = socket.socket(fileno=fds[0])
+        self._is_draining = self._is_draining or order == DRAINING
+        return bool(order)
+
+
+class OnlySlot(NamedTuple):
+    """What a handler needs of a slot, in a process that has only one request."""
+
+    application: WSGIApplication
+
+    def on_open(self, handler: RequestHandler) -> None:
+        """The worker watches the connection,"""
+
+    def on_close(self, handler: RequestHandler) -> None:
+        """closes it,"""
+
+    def on_exchange_begin(self) -> None:
+        """and counts"""
+
+    def on_exchange_end(self, status: str, seconds: float) -> None:
+        """what is served."""
+
+
+class LoneHandler(RedirectingHandler):
+    """Serves one request, in its own process, and reports to the worker."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        slot: OnlySlot,
+        channel: Channel,
+        orders: Orders,
+    ) -> None:
+        order, self._received = orders.take_request()
+        self.may_redirect = bool(order["may_redirect"])
+        self._order = order
+        self._channel = channel
+        self._orders = orders
+        self._report: dict[str, object] = {}
+        super().__init__(sock, slot)  # type: ignore[arg-type]  # it has all that is needed here
+
+    def setup(self) -> None:
+        super().setup()
+        self.intake = Intake(self.connection, self._received)
+
+    def handle(self) -> None:
+        self.close_connection = False
+        self.handle_one_request()
+        self._report["is_reusable"] = not self.close_connection and self.intake.is_empty
+        self._channel.tell(report=self._report)
+
+    def finish(self) -> None:
+        self.slot.on_close(self)
+        if self.connection is not self.request:
+            self.connection.close()  # only here: the worker's own descriptor ends it
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        environ.update(self._order["environ"])
+        environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
+
+    def _call(self, name: str, *arguments: object) -> None:
+        """Have the worker call what it has put into the environ. Does not wait for it."""
+        self._channel.tell(call=name, arguments=arguments)
+
+    def make_cancelled(self) -> threading.Event:
+        return CancelledEvent(self._channel.sock)
+
+    def is_last(self) -> bool:
+        return self._order["is_last"] or self._orders.is_draining()
+
+    def on_response_start(self, status: str) -> None:
+        self._channel.tell(status=status)
+
+    def on_consumer_gone(self, request_id: str, reason: str) -> None:
+        self._report["reason"] = reason  # the worker may have noticed, too, and logs it once
+
+    def redirect(self, head: bytes) -> None:
+        self._channel.tell(offer=head.decode("latin-1"))
+        consumer = self._orders.wait_for_consumer()
+        if consumer is None:
+            raise ConsumerGone
+        self.connection = consumer
+
+    def _settle(self, response: Response) -> None:
+        super()._settle(response)
+        self._report["is_whole"] = response.is_complete
+
+
+def serve_one_request(
+    app: WSGIApplication, connection: socket.socket, control: socket.socket, level: int
+) -> None:
+    """Serve the request that the worker sends; what goes wrong with it is reported, not raised."""
+    channel, orders = Channel(control), Orders(control)
+    channel.tell(pid=os.getpid())
+    log.handlers = [ForwardingLogHandler(channel)]
+    log.setLevel(level)
+    log.propagate = False
+    Response.wsgi_multithread = False
+    Response.wsgi_run_once = True
+    with contextlib.suppress(EOFError, OSError):
+        LoneHandler(connection, OnlySlot(app), channel, orders)
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Is told what happens; this one forgets it at once."""
+
+    def on_slot(self, change: int) -> None:
+        """A slot's connection was opened (1) or closed (-1)."""
+
+    def on_request(self) -> None:
+        """A request is handed to the app."""
+
+    def on_response(self, status: str, seconds: float) -> None:
+        """It was answered with this status after this time."""
+
+    def on_gate(self, seconds: float) -> None:
+        """The gate has let a job through after this time."""
+
+    def merge_ended(self, pid: int) -> None:
+        """Keep what a process of the app has counted, which has just ended."""
+
+
+SECONDS_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
+
+
+class PrometheusMetrics(Metrics):
+    """The metrics of the worker and of all processes of its app, which keep them in files.
+
+    The files of processes that have ended are added up in files of their own, under the process id 0, which
+    no process has: else there would be more and more of them, and each scrape would read them all.
+    """
+
+    MERGED_PID = 0
+
+    def __init__(self, directory: str) -> None:
+        """Empties the directory, so make it before anything makes a metric."""
+        for path in glob.glob(os.path.join(glob.escape(directory), "*.db")):
+            os.unlink(path)
+        # Not before the directory is empty; by name, since a type checker may not have it.
+        self._client = client = importlib.import_module("prometheus_client")
+        self._collector = importlib.import_module("prometheus_client.multiprocess").MultiProcessCollector
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._merged: dict[str, MergedFile] = {}
+        self._slots = client.Gauge(
+            "pothead_worker_slots",
+            "Slots that are connected to the hub.",
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._busy = client.Gauge(
+            "pothead_worker_slots_busy",
+            "Slots that serve a request.",
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._requests = client.Counter(
+            "pothead_worker_requests_total",
+            "Requests served, by status; 499: the consumer left before the response.",
+            ["status"],
+            registry=None,
+        )
+        self._request_seconds = client.Histogram(
+            "pothead_worker_request_seconds",
+            "Time from a request's arrival to the end of its response.",
+            registry=None,
+            buckets=SECONDS_BUCKETS,
+        )
+        self._gate_seconds = client.Histogram(
+            "pothead_worker_gate_seconds",
+            "Time until the gate let a job through.",
+            registry=None,
+            buckets=SECONDS_BUCKETS,
+        )
+
+    def on_slot(self, change: int) -> None:
+        self._slots.inc(change)
+
+    def on_request(self) -> None:
+        self._busy.inc()
+
+    def on_response(self, status: str, seconds: float) -> None:
+        self._busy.dec()
+        self._requests.labels(status).inc()
+        self._request_seconds.observe(seconds)
+
+    def on_gate(self, seconds: float) -> None:
+        self._gate_seconds.observe(seconds)
+
+    # -- the processes of the app
+
+    def merge_ended(self, pid: int) -> None:
+        with self._lock:
+            for path in glob.glob(os.path.join(glob.escape(self._directory), f"*_{pid}.db")):
+                kind = os.path.basename(path).rpartition("_")[0]
+                if kind in MergedFile.RULES:
+                    self._merge(kind, path)
+                os.unlink(path)
+
+    def _merge_others(self) -> None:
+        """Merge the files of processes that ended without our notice, like those that the app started."""
+        names = [name.removesuffix(".db") for name in os.listdir(self._directory) if name.endswith(".db")]
+        pids = {name.rpartition("_")[2] for name in names} - {str(self.MERGED_PID)}
+        for pid in pids:
+            if pid.isdecimal() and not does_process_exist(int(pid)):
+                self.merge_ended(int(pid))
+
+    def _merge(self, kind: str, path: str) -> None:
+        if kind not in self._merged:
+            target = os.path.join(self._directory, f"{kind}_{self.MERGED_PID}.db")
+            self._merged[kind] = MergedFile(kind, target)
+        try:
+            self._merged[kind].add(path)
+        except (struct.error, RuntimeError, OSError, ValueError) as exc:  # the process was killed writing it
+            log.warning("metrics of an ended process are lost: %s: %s", path, exc)
+
+    # -- the page
+
+    def page(self, _visitor: socket.socket) -> Page:
+        """Return what a scrape gets."""
+        self._merge_others()
+        for _ in range(SCRAPE_ATTEMPTS - 1):
+            with contextlib.suppress(struct.error, RuntimeError, FileNotFoundError):
+                return self._collect()
+        return self._collect()
+
+    def _collect(self) -> Page:
+        registry = self._client.CollectorRegistry()
+        self._collector(registry, self._directory)
+        with self._lock:
+            text: bytes = self._client.generate_latest(registry)
+        return Page(text, content_type=str(self._client.CONTENT_TYPE_LATEST))
+
+    def close(self) -> None:
+        for merged in self._merged.values():
+            merged.close()
+
+
+def does_process_exist(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+class MergedFile:
+    """What ended processes have counted, for metrics of one kind.
+
+    The kinds that have no rule here say something of a process that lives; they end with it.
+    """
+
+    RULES: Mapping[str, Callable[[tuple[float, float], tuple[float, float]], tuple[float, float]]] = {
+        "counter": lambda old, new: (old[0] + new[0], 0.0),
+        "histogram": lambda old, new: (old[0] + new[0], 0.0),
+        "summary": lambda old, new: (old[0] + new[0], 0.0),
+        "gauge_sum": lambda old, new: (old[0] + new[0], 0.0),
+        "gauge_max": max,
+        "gauge_min": min,
+        "gauge_mostrecent": lambda old, new: new if new[1] > old[1] else old,
+    }
+
+    def __init__(self, kind: str, path: str) -> None:
+        self._combine = self.RULES[kind]
+        self._file = importlib.import_module("prometheus_client.mmap_dict").MmapedDict(path)
+        self._values: dict[str, tuple[float, float]] = {}  # value and time stamp
+
+    def add(self, path: str) -> None:
+        values = self._file.read_all_values_from_file(path)
+        for key, value, timestamp, _ in list(values):
+            old = self._values.get(key)
+            new = (value, timestamp)
+            self._values[key] = combined = self._combine(old, new) if old else new
+            self._file.write_value(key, *combined)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 # ---- Reaching the hub --------------------------------------------------------------------------------
@@ -1101,21 +3152,29 @@ class Backoff:
 class Reachability:
     """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try."""
 
-    def __init__(self, address: Address, slots: int) -> None:
+    def __init__(self, address: Address, slots: int, description: str) -> None:
         self._address = address
         self._slots = slots
+        self._description = description
         self._lock = threading.Lock()
         self._connected: set[Slot] = set()
         self._is_reported_complete = False
         self._is_unreachable = False
+        self._has_connected = False
+
+    @property
+    def is_reached(self) -> bool:
+        return self._has_connected and not self._is_unreachable
 
     def on_connected(self, slot: Slot) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
-            self._connected.add(slot)
+            self._has_connected = True
+            if not self._is_reported_complete:
+                self._connected.add(slot)
             if not self._is_reported_complete and len(self._connected) == self._slots:
                 self._is_reported_complete = True
-                log.info("connected slots=%d hub=%s", self._slots, self._address)
+                log.info("connected %s hub=%s", self._description, self._address)
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
 
@@ -1132,11 +3191,17 @@ class Reachability:
 class Slot:
     """A thread with one connection to the hub at a time. Whatever the app does, it lives until the halt."""
 
+    serves_one_request = False
+
     def __init__(
         self, pool: WorkerPool, halt: Halt, connector: Connector, reachability: Reachability
     ) -> None:
         self.halt = halt
         self.application = pool.application
+        self.fork_server = pool.fork_server
+        self.pickups = pool.pickups
+        self.request_timeout_s = pool.request_timeout_s
+        self._metrics = pool.metrics
         self._pool = pool
         self._connector = connector
         self._reachability = reachability
@@ -1151,7 +3216,7 @@ class Slot:
                 else:
                     self.halt.wait(self._backoff.next_wait_s())
         finally:
-            self._pool.on_slot_end()
+            self._pool.on_slot_end(self)
 
     def _serve_connection(self) -> bool:
         """Serve one connection to its end; False if it was good for nothing."""
@@ -1169,21 +3234,50 @@ class Slot:
         return bool(handler and handler.has_served) or time.monotonic() - opened_at > BACKOFF_LAST_S
 
     def _handle(self, sock: socket.socket) -> RequestHandler | None:
+        handler_class: type[RequestHandler] = RequestHandler
+        if self.fork_server:
+            handler_class = ProcessHandler
+        elif self.pickups:
+            handler_class = RedirectingHandler
         try:
-            return RequestHandler(sock, self)
+            return handler_class(sock, self)
         except OSError as exc:
             log.debug("connection to the hub lost: %s", exc)
         except Exception:
             log.exception("a fault of the worker itself")
         return None
 
+    @property
+    def handler(self) -> RequestHandler | None:
+        """What serves the open connection."""
+        return self._handler
+
     def on_open(self, handler: RequestHandler) -> None:
         self._handler = handler
-        self._pool.watcher.add(handler)
+        self.watch(handler)
+        self._metrics.on_slot(1)
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        """A request has come, and the app is about to be called with `environ`."""
+
+    def on_exchange_begin(self) -> None:
+        self._metrics.on_request()
+
+    def on_exchange_end(self, status: str, seconds: float) -> None:
+        self._metrics.on_response(status, seconds)
 
     def on_close(self, handler: RequestHandler) -> None:
-        self._pool.watcher.discard(handler)
+        self._metrics.on_slot(-1)
+        self.unwatch(handler)
         self._handler = None
+
+    def watch(self, handler: RequestHandler) -> None:
+        """From now on, tell the handler when its connection's other end closes."""
+        self._pool.watcher.add(handler)
+
+    def unwatch(self, handler: RequestHandler) -> None:
+        """From now on, what happens to the connection does not matter to the handler."""
+        self._pool.watcher.discard(handler)
 
     def abort(self) -> bool:
         """Cut the connection off, from another thread; return whether a request was being served."""
@@ -1195,6 +3289,141 @@ class Slot:
         with contextlib.suppress(OSError):
             handler.connection.shutdown(socket.SHUT_RDWR)
         return was_busy
+
+
+# ---- Gates: a connection only when there is room for a job -------------------------------------------
+
+Gate = Callable[[Callable[[], bool]], object]
+
+
+class Offer:
+    """What a gate let through: one connection for one request. Tells the gate's object how it goes."""
+
+    def __init__(self, reservation: object) -> None:
+        self._request_received = getattr(reservation, "request_received", None)
+        self._done = getattr(reservation, "done", None)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the gate gets to know when the job is over."""
+        return self._done is not None
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        self._tell(self._request_received, environ)
+
+    def end(self) -> None:
+        """The job is over, or never came. Its one caller is who holds the offer last."""
+        done, self._done = self._done, None
+        self._tell(done)
+
+    @staticmethod
+    def _tell(method: Callable[..., object] | None, *arguments: object) -> None:
+        if method is None:
+            return
+        try:
+            method(*arguments)
+        except BaseException:
+            log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
+
+
+class GatedSlot(Slot):
+    """A slot for one request on one connection."""
+
+    serves_one_request = True
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        halt: Halt,
+        connector: Connector,
+        reachability: Reachability,
+        gate_loop: GateLoop,
+        offer: Offer,
+    ) -> None:
+        super().__init__(pool, halt, connector, reachability)
+        self._gate_loop = gate_loop
+        self._offer = offer
+        self._has_request = False
+
+    def run(self) -> None:
+        is_good = False
+        try:
+            is_good = self._serve_connection()
+        finally:
+            self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+            self._offer.end()
+            self._pool.on_slot_end(self)
+
+    def on_request(self, environ: WSGIEnvironment) -> None:
+        self._has_request = True
+        self._offer.on_request(environ)
+        self._gate_loop.on_request()
+
+
+class GateLoop:
+    """Asks the gate again and again, and has a slot opened each time it returns.
+
+    It does not wait until the slot has got its request: a gate that counts its jobs may let several through
+    at once. One that returns nothing to count with would let through any number of them, so it is asked
+    again only when no connection is waiting.
+    """
+
+    def __init__(self, gate: Gate, halt: Halt, open_slot: Callable[[Offer], None], metrics: Metrics) -> None:
+        self._gate = gate
+        self._halt = halt
+        self._open_slot = open_slot
+        self._metrics = metrics
+        self._backoff = Backoff()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._max_waiting = 1
+        self._has_failed = False
+
+    def run(self) -> None:
+        while not self._halt.wait(unless=lambda: self._waiting < self._max_waiting):
+            try:
+                self._let_one_through()
+            except BaseException:
+                log.exception("the gate raised an exception")
+                self._pause()
+
+    def _pause(self) -> None:
+        self._has_failed = False
+        self._halt.wait(self._backoff.next_wait_s())
+
+    def _let_one_through(self) -> None:
+        asked_at = time.monotonic()
+        offer = Offer(self._gate(self._halt.is_set))
+        self._metrics.on_gate(time.monotonic() - asked_at)
+        self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
+        try:
+            if self._has_failed:  # here and not before: the gate may have been waiting all the time
+                self._pause()
+            if self._halt.is_set():
+                offer.end()
+                return
+            with self._lock:
+                self._waiting += 1
+            self._open_slot(offer)
+        except BaseException:  # no thread to be had
+            offer.end()
+            self._on_taken()
+            raise
+
+    def on_request(self) -> None:
+        """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
+        self._backoff.reset()
+        self._on_taken()
+
+    def on_slot_end(self, had_request: bool, is_good: bool) -> None:
+        if not had_request:
+            self._has_failed = self._has_failed or not is_good
+            self._on_taken()
+
+    def _on_taken(self) -> None:
+        with self._lock:
+            self._waiting -= 1
+        self._halt.notify()
 
 
 # ---- The pool ----------------------------------------------------------------------------------------
@@ -1209,15 +3438,36 @@ class WorkerPool:
 
     def __init__(
         self,
-        application: WSGIApplication,
+        application: WSGIApplication | Forwarder | None,
         connect: str | tuple[str, int] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
+        *,
+        poll_jobs: bool = False,
+        fork_server: ForkServer | None = None,
+        request_timeout_s: float = math.inf,
+        pickups: PickupPort | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        """Raises ValueError for an address that is not `host:port`, and for less than one worker."""
+        """`application` is an app, or a Forwarder to a program that serves in its place.
+
+        With `poll_jobs`, `application.wait_for_slot` says when there is room for a job, and `workers` has no
+        meaning. With a fork server, its own app is what serves, and a request may have a time limit;
+        `application` is needed for its gate only. The pool ends the fork server and the pickup port.
+
+        Raises ValueError for an address that is not `host:port`, for less than one worker, and if there is
+        no app or no gate.
+        """
         if workers < 1:
             raise ValueError("workers must be at least 1")
+        if application is None and fork_server is None:
+            raise ValueError("there is no application")
+        self.gate = find_gate(application) if poll_jobs else None
+        self.metrics = metrics or Metrics()
         self.application = application
+        self.fork_server = fork_server
+        self.request_timeout_s = request_timeout_s
+        self.pickups = pickups
         self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
         self.workers = workers
         self.graceful_timeout_s = graceful_timeout_s
@@ -1228,6 +3478,9 @@ class WorkerPool:
         self._is_stopping = False
         self._was_cut_off = False
         self._timer: threading.Timer | None = None
+        self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
+        self._gate_timer.daemon = True
+        self._has_gate_ended = False
         self._ended = threading.Event()
 
     def run(self) -> bool:
@@ -1242,18 +3495,47 @@ class WorkerPool:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
             self.watcher = make_watcher()
+            if self.pickups:
+                self.pickups.start()
             connector = Connector(self.address, halt)
-            reachability = Reachability(self.address, self.workers)
-            self._slots = [Slot(self, halt, connector, reachability) for _ in range(self.workers)]
-            self._running = self.workers
             if self._is_stopping:
                 halt.set()
+            if self.gate:
+                self._start_gate(self.gate, halt, connector)
+                return
+            self.reachability = Reachability(self.address, self.workers, f"slots={self.workers}")
+            self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
+            self._running = self.workers
             for number, slot in enumerate(self._slots, 1):
                 threading.Thread(target=slot.run, name=f"pothead-slot-{number}", daemon=True).start()
+
+    def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
+        self.reachability = reachability = Reachability(self.address, 1, "gated")
+        numbers = itertools.count(1)
+
+        def open_slot(offer: Offer) -> None:
+            slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
+            thread = threading.Thread(target=slot.run, name=f"pothead-slot-{next(numbers)}", daemon=True)
+            with self._lock:
+                thread.start()
+                self._slots.append(slot)
+                self._running += 1
+
+        def run() -> None:
+            gate_loop.run()
+            self._on_gate_end()
+
+        gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
+        self._running = 1
+        threading.Thread(target=run, name="pothead-gate", daemon=True).start()
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
         self._ended.wait()
+        if self.pickups:
+            self.pickups.close()
+        if self.fork_server:
+            self.fork_server.close()
         return not self._was_cut_off
 
     def stop(self) -> None:
@@ -1265,6 +3547,8 @@ class WorkerPool:
             if self._halt and not self._ended.is_set():
                 self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
+                if self.gate:
+                    self._gate_timer.start()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -1286,18 +3570,121 @@ class WorkerPool:
         self._timer.daemon = True
         self._timer.start()
 
-    def on_slot_end(self) -> None:
-        """Called by each slot's thread as its last act. The last one puts out the light."""
+    def _on_gate_end(self) -> None:
+        """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
         with self._lock:
-            self._running -= 1
-            if self._running:
-                return
+            if not self._has_gate_ended:
+                self._has_gate_ended = True
+                self._gate_timer.cancel()
+                self._on_thread_end()
+
+    def _leave_gate(self) -> None:
+        with self._lock:
+            if not self._has_gate_ended:
+                log.warning("leaving without the gate, which does not listen to halt()")
+                self._on_gate_end()
+
+    # -- what it does right now
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the hub could be reached the last time."""
+        return self._halt is not None and self.reachability.is_reached
+
+    def count(self) -> tuple[int, int]:
+        """Return how many slots wait for a request and how many serve one."""
+        with self._lock:
+            handlers = [slot.handler for slot in self._slots]
+        busy = sum(handler is not None and handler.is_busy for handler in handlers)
+        return sum(handler is not None for handler in handlers) - busy, busy
+
+    def wait_for_drain(self, sock: socket.socket) -> bool:
+        """Return whether the pool began to stop before the other end of `sock` left or sent something."""
+        try:
             assert self._halt is not None
-            if self._timer:
-                self._timer.cancel()
-            self.watcher.close()
-            self._halt.close()
-            self._ended.set()
+            return self._is_stopping or not wait_ready(sock, select.POLLIN, self._halt)
+        except ValueError:  # it has ended meanwhile, and with it the halt
+            return True
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        return self._ended.wait(timeout_s)
+
+    @property
+    def was_cut_off(self) -> bool:
+        return self._was_cut_off
+
+    # -- its end
+
+    def on_slot_end(self, slot: Slot) -> None:
+        """Called by each slot's thread as its last act."""
+        with self._lock:
+            self._slots.remove(slot)
+            self._on_thread_end()
+
+    def _on_thread_end(self) -> None:
+        """The last one puts out the light."""
+        self._running -= 1
+        if self._running:
+            return
+        assert self._halt is not None
+        if self._timer:
+            self._timer.cancel()
+        self.watcher.close()
+        self._halt.close()
+        self._ended.set()
+
+
+# ---- Inspection --------------------------------------------------------------------------------------
+
+
+class Inspection:
+    """The pages of --inspection-port."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self.pages: Mapping[str, PageMaker] = {
+            "/inspect": self._inspect,
+            "/apocalypse": self._apocalypse,
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+        }
+
+    def _inspect(self, _visitor: socket.socket) -> Page:
+        waiting, busy = self._pool.count()
+        numbers = {"requests_pending": busy, "slots_waiting": waiting}
+        return Page(json.dumps(numbers).encode() + b"\n", content_type="application/json")
+
+    def _livez(self, _visitor: socket.socket) -> Page:
+        return Page(b"ok\n")
+
+    def _readyz(self, _visitor: socket.socket) -> Page:
+        if self._pool.is_stopping:
+            return Page(b"draining\n", "503 Service Unavailable")
+        if not self._pool.is_connected:
+            return Page(b"not connected to the hub\n", "503 Service Unavailable")
+        return Page(b"ok\n")
+
+    def _apocalypse(self, visitor: socket.socket) -> Page:
+        return Page(self._tell_of_drain(visitor))
+
+    def _tell_of_drain(self, visitor: socket.socket) -> Iterator[bytes]:
+        """Tell how a drain goes on, from before its beginning to its end."""
+        if not self._pool.is_stopping:
+            yield b"waiting for a drain to begin\n"
+        if not self._pool.wait_for_drain(visitor):
+            return
+        told, has_ended = -1, False
+        while not has_ended:
+            _, busy = self._pool.count()
+            if busy != told:
+                yield b"draining: %d running\n" % busy
+                told = busy
+            has_ended = self._pool.wait_for_end(PROGRESS_INTERVAL_S)
+        yield b"cut off\n" if self._pool.was_cut_off else b"drained\n"
 
 
 # ---- The demo application ----------------------------------------------------------------------------
@@ -1353,6 +3740,40 @@ def compressed(environ: WSGIEnvironment) -> Iterator[bytes]:
         yield compressor.flush()
 
 
+class CountingGate:
+    """Lets so many jobs run at the same time."""
+
+    def __init__(self, jobs: int) -> None:
+        self._free = threading.Semaphore(jobs)
+
+    def __call__(self, halt: Callable[[], bool]) -> object:
+        while not halt():
+            if self._free.acquire(timeout=0.1):
+                return self
+        return None
+
+    def done(self) -> None:
+        self._free.release()
+
+
+@functools.cache
+def make_demo_gate() -> Gate:
+    """Return a gate on idle CPUs; if gating.py is not at hand, one that lets a job run for each CPU."""
+    try:
+        gate: Gate = importlib.import_module("gating").wait_for_idle_cpus(1)
+    except ImportError:
+        gate = CountingGate(os.cpu_count() or 1)
+    return gate
+
+
+def demo_gate(halt: Callable[[], bool]) -> object:
+    """Say when there is room for another job, under --poll-jobs."""
+    return make_demo_gate()(halt)
+
+
+demo_app.wait_for_slot = demo_gate  # type: ignore[attr-defined]  # as any app may do it
+
+
 # ---- Loading an application --------------------------------------------------------------------------
 
 APP_NAME = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
@@ -1392,6 +3813,15 @@ def load_app(name: str) -> WSGIApplication:
     return found
 
 
+def find_gate(app: object) -> Gate:
+    """Return the app's gate. Raises ValueError."""
+    gate: Gate | None = getattr(app, "wait_for_slot", None)
+    if not callable(gate):
+        hint = "add one, like app.wait_for_slot = gating.wait_for_idle_cpus(1)"
+        raise ValueError(f"the app has no wait_for_slot(halt); {hint}")
+    return gate
+
+
 def import_module(module_name: str, name: str) -> object:
     try:
         return importlib.import_module(module_name)
@@ -1424,6 +3854,18 @@ class Options:
     graceful_timeout_s: float
     log_level: str
     app: str | None
+    poll_jobs: bool = False
+    use_request_subprocess: bool = False
+    request_timeout_s: float = math.inf
+    redirect_response: int | None = None
+    redirect_host: str | None = None
+    pickup_expiry_s: float = PICKUP_EXPIRY_S
+    pickup_interval_s: float = SIDE_INTERVAL_S
+    forward: str | None = None
+    inspection_port: int | None = None
+    inspection_host: str | None = "127.0.0.1"
+    metrics_directory: str | None = None
+    metrics_port: int = 9090
 
 
 class UsageError(Exception):
@@ -1449,10 +3891,69 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * DURATION_UNITS_S[match[2]]
 
 
+def parse_limit(text: str) -> float:
+    """Return seconds, or infinity for `off`. Raises ValueError."""
+    limit_s = math.inf if text == "off" else parse_duration(text)
+    if limit_s <= 0:
+        raise ValueError(f"{text!r} is no time at all")
+    return limit_s
+
+
+def parse_host(text: str) -> str | None:
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if host and not re.fullmatch(r"[0-9A-Za-z._-]+|[0-9A-Fa-f:.]+", host):
+        raise ValueError(f"{text!r} is not a host name or an address")
+    return host or None
+
+
 def parse_workers(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a number from 1 to 9999")
     return int(text)
+
+
+def parse_switch(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither yes nor no")
+
+
+def parse_port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_port_or_off(text: str) -> int | None:
+    return None if text.lower() == "off" else parse_port(text)
+
+
+def parse_url(text: str) -> str | None:
+    if text:
+        parse_forward(text)
+    return text or None
+
+
+def parse_metrics_directory(text: str) -> str | None:
+    """Check that the directory is one that may be emptied. Raises ValueError."""
+    if not text:
+        return None
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ValueError("prometheus_client is not installed: pip install pothead[metrics]")
+    if not os.path.isdir(text):
+        raise ValueError(f"{text!r} is not a directory")
+    path = os.path.realpath(text)
+    homes = [os.path.expanduser("~"), *[user.pw_dir for user in pwd.getpwall()]]
+    if path == "/" or path in [os.path.realpath(home) for home in homes]:
+        raise ValueError(f"{text!r} will not be emptied: it is / or somebody's home directory")
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+        os.listdir(path)
+    except OSError as exc:
+        raise ValueError(f"{text!r} is not writable: {exc.strerror}") from None
+    return text
 
 
 def parse_log_level(text: str) -> str:
@@ -1488,9 +3989,51 @@ def build_parser() -> OptionParser:
         help="number of slots: requests that are served at the same time, each in a thread (default: 1)",
     )
     parser.add_argument(
+        "--poll-jobs",
+        action="store_const",
+        const="yes",
+        help="take a request only when the app's wait_for_slot says that there is room for it",
+    )
+    parser.add_argument(
+        "--forward",
+        metavar="URL",
+        help="pass the requests to the HTTP program at http://HOST:PORT instead of an app",
+    )
+    parser.add_argument(
+        "--inspection-port",
+        metavar="PORT",
+        help="serve /inspect, /apocalypse, /livez and /readyz on this port (default: off)",
+    )
+    parser.add_argument(
+        "--inspection-host",
+        metavar="HOST",
+        help="the worker's own address that --inspection-port is of (default: 127.0.0.1)",
+    )
+    parser.add_argument(
         "--graceful-timeout",
         metavar="DURATION",
         help="how long running requests may take to finish after SIGTERM, in ms, s, m or h (default: 30s)",
+    )
+    parser.add_argument(
+        "--use-request-subprocess",
+        action="store_const",
+        const="yes",
+        help="serve each request in a process of its own, which is killed when nobody waits for it any more",
+    )
+    parser.add_argument(
+        "--request-timeout",
+        metavar="DURATION",
+        help="kill a request's process after this time; needs --use-request-subprocess (default: off)",
+    )
+    parser.add_argument(
+        "--redirect-response",
+        metavar="PORT",
+        help="have consumers come to this port of the worker for their responses (default: off)",
+    )
+    parser.add_argument(
+        "--redirect-host",
+        metavar="HOST",
+        help="the worker's address as consumers know it (default: the one it connects to the hub from)",
     )
     levels = ", ".join(LOG_LEVELS)
     parser.add_argument("--log-level", metavar="LEVEL", help=f"one of {levels} (default: info)")
@@ -1525,17 +4068,59 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         except ValueError as exc:
             raise UsageError(f"{source}: {exc}") from None
 
+    def is_given(name: str, *older_variables: str) -> bool:
+        variables = (f"POTHEAD_WORKER_{name.upper()}", *older_variables)
+        return getattr(given, name) is not None or any(environment.get(variable) for variable in variables)
+
+    def read_variable(variable: str, parse: Callable[[str], T], default: str) -> T:
+        try:
+            return parse(environment.get(variable) or default)
+        except ValueError as exc:
+            raise UsageError(f"{variable}: {exc}") from None
+
     try:
         app = None if given.app is None else parse_app_name(given.app)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
-    return Options(
+    options = Options(
         connect=choose("connect", parse_address, "localhost:4040", "POTHEAD_CONNECT"),
         workers=choose("workers", parse_workers, "1", "POTHEAD_WORKERS"),
         graceful_timeout_s=choose("graceful_timeout", parse_duration, "30s"),
         log_level=choose("log_level", parse_log_level, "info"),
         app=app,
+        poll_jobs=choose("poll_jobs", parse_switch, "no"),
+        use_request_subprocess=choose("use_request_subprocess", parse_switch, "no"),
+        request_timeout_s=choose("request_timeout", parse_limit, "off"),
+        redirect_response=choose("redirect_response", parse_port_or_off, "off"),
+        redirect_host=choose("redirect_host", parse_host, ""),
+        pickup_expiry_s=read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
+        pickup_interval_s=read_variable("OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)),
+        forward=choose("forward", parse_url, ""),
+        inspection_port=choose("inspection_port", parse_port_or_off, "off"),
+        inspection_host=choose("inspection_host", parse_host, "127.0.0.1"),
+        metrics_directory=read_variable("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory, ""),
+        metrics_port=read_variable("PROMETHEUS_PORT", parse_port, "9090"),
     )
+    if options.poll_jobs and is_given("workers", "POTHEAD_WORKERS"):
+        raise UsageError("--poll-jobs and --workers exclude each other")
+    check_options(options)
+    return options
+
+
+def check_options(options: Options) -> None:
+    """Raises UsageError for options that make no sense together, or on this platform."""
+    if options.forward and options.app:
+        raise UsageError(f"--forward takes the place of an app, but there is {options.app!r}, too")
+    if options.forward and options.poll_jobs:
+        raise UsageError("--poll-jobs needs an app that says when there is room; --forward has none")
+    if options.forward and options.use_request_subprocess:
+        raise UsageError("--use-request-subprocess needs an app; --forward has none")
+    if options.request_timeout_s < math.inf and not options.use_request_subprocess:
+        raise UsageError("--request-timeout: only a process can be stopped; add --use-request-subprocess")
+    if options.redirect_host and options.redirect_response is None:
+        raise UsageError("--redirect-host: there is no --redirect-response")
+    if options.use_request_subprocess and not ForkServer.is_supported():
+        raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
 
 
 class LogHandler(logging.Handler):
@@ -1634,7 +4219,96 @@ class Signals:
         self._writer.close()
 
 
-def serve(pool: WorkerPool, signals: Signals) -> bool:
+Door = TypeVar("Door", bound=SideDoor)
+
+
+def bind(
+    stack: contextlib.ExitStack, option: str, port: int | None, listen: Callable[[int], Door]
+) -> Door | None:
+    """Return what listens on the port, until the stack is closed; None without a port. Raises UsageError."""
+    if port is None:
+        return None
+    try:
+        door = listen(port)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or 0)
+        raise UsageError(f"{option}: cannot listen on port {port}: {reason}") from None
+    stack.callback(door.close)
+    return door
+
+
+def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarder | None, ForkServer | None]:
+    """Return what serves; and with a fork server the app for its gate only. Raises LoadError."""
+    if options.forward:
+        return Forwarder(options.forward), None
+    app = None
+    if options.poll_jobs or not options.use_request_subprocess:
+        app = load_app(options.app) if options.app else demo_app
+    if options.poll_jobs:
+        try:
+            find_gate(app)
+        except ValueError as exc:
+            raise LoadError(f"cannot poll jobs for {options.app!r}: {exc}") from None
+    if not options.use_request_subprocess:
+        return app, None
+    fork_server = ForkServer(options.app, metrics.merge_ended)
+    fork_server.start()
+    return app, fork_server
+
+
+def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics, PagePort | None]:
+    """Return what counts and where that is shown, if it is. Raises UsageError."""
+    directory = options.metrics_directory
+    port = options.metrics_port if directory else None
+    scrapes = bind(stack, "PROMETHEUS_PORT", port, lambda port: PagePort("metrics", port))
+    if scrapes is None or directory is None:
+        return Metrics(), None
+    try:
+        metrics = PrometheusMetrics(directory)
+    except OSError as exc:
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: cannot be emptied: {exc}") from None
+    scrapes.pages = {"/metrics": metrics.page, "/": metrics.page}
+    stack.callback(metrics.close)
+    stack.callback(scrapes.close)  # before what its pages show
+    return metrics, scrapes
+
+
+def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
+    """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
+    host, expiry_s, interval_s = options.redirect_host, options.pickup_expiry_s, options.pickup_interval_s
+    pickups = bind(
+        stack,
+        "--redirect-response",
+        options.redirect_response,
+        lambda port: PickupPort(port, host, expiry_s, interval_s),
+    )
+    inspection = bind(
+        stack,
+        "--inspection-port",
+        options.inspection_port,
+        lambda port: PagePort("inspection", port, options.inspection_host),
+    )
+    metrics, scrapes = open_metrics(options, stack)
+    app, fork_server = load(options, metrics)
+    if isinstance(app, Forwarder):
+        stack.callback(app.close)
+    pool = WorkerPool(
+        app,
+        options.connect,
+        options.workers,
+        options.graceful_timeout_s,
+        poll_jobs=options.poll_jobs,
+        fork_server=fork_server,
+        request_timeout_s=options.request_timeout_s,
+        pickups=pickups,
+        metrics=metrics,
+    )
+    if inspection:
+        inspection.pages = Inspection(pool).pages
+    return pool, [port for port in (inspection, scrapes) if port]
+
+
+def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool:
     """Run the pool and obey the signals until it has ended. Return True if no request was cut off."""
 
     def wait_for_end() -> None:
@@ -1642,6 +4316,8 @@ def serve(pool: WorkerPool, signals: Signals) -> bool:
         signals.end()
 
     pool.start()
+    for port in ports:
+        port.start()
     threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
     is_draining = False
     while (number := signals.wait()) != Signals.END:
@@ -1656,24 +4332,20 @@ def serve(pool: WorkerPool, signals: Signals) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
-    try:
-        options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-    except UsageError as exc:
-        print(f"pothead-worker: {exc}", file=sys.stderr)
-        return 2
-    with contextlib.closing(Signals()) as signals:
+    with contextlib.ExitStack() as stack:
         try:
+            options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+            signals = stack.enter_context(contextlib.closing(Signals()))
             configure_logging(options.log_level)
-            app = load_app(options.app) if options.app else demo_app
-            pool = WorkerPool(app, options.connect, options.workers, options.graceful_timeout_s)
+            pool, ports = prepare(options, stack)
             signals.listen()
-        except LoadError as exc:
+        except (UsageError, LoadError) as exc:
             print(f"pothead-worker: {exc}", file=sys.stderr)
-            return 3
+            return 2 if isinstance(exc, UsageError) else 3
         except KeyboardInterrupt:
             signals.listen()  # an impatient second one must not show a traceback
             return 0
-        status = 0 if serve(pool, signals) else 1
+        status = 0 if serve(pool, ports, signals) else 1
     threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
     return status
 
@@ -1692,4 +4364,4 @@ def insist_on_exit(status: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_fork_server(int(sys.argv[2])) if sys.argv[1:2] == [FORK_SERVER] else main())

@@ -28,7 +28,7 @@ setup(
     long_description=read_text("README.md"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    py_modules=["pothead", "pothead_worker"],
+    py_modules=["gating", "pothead", "pothead_worker"],
     python_requires=">=3.10",
     extras_require={
         "metrics": ["prometheus-client"],

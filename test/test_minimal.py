@@ -17,8 +17,8 @@ BARE = [sys.executable, "-I", "-S", "-u", "-W", "error"]
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """An empty directory with copies of the two modules."""
-    for name in ("pothead.py", "pothead_worker.py"):
+    """An empty directory with copies of the modules."""
+    for name in ("gating.py", "pothead.py", "pothead_worker.py"):
         shutil.copy(wire.ROOT / name, tmp_path)
     return tmp_path
 
@@ -55,3 +55,14 @@ def test_metrics_without_their_package_tell_how_to_install_it(directory: Path) -
             response = admin.read_response()
     assert response.status == 501
     assert b"python3 -m pip install prometheus-client\n" in response.body
+
+
+def test_copied_gates_open_without_any_package(directory: Path) -> None:
+    code = "import sys; sys.path.insert(0, '.'); import gating\n"
+    code += "gate = gating.all_of(gating.wait_for_idle_cpus(1), gating.wait_for_free_memory(1))\n"
+    code += "gate(lambda: False).done(); print('opened')"
+    program = wire.Program([*BARE, "-c", code], directory)
+    program.may_have_ended = True
+    with wire.running(program):
+        program.wait_for_line("opened".__eq__)
+        assert program.wait() == 0

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import pothead
+import pothead_worker
 import wire
 
 README = (wire.ROOT / "README.md").read_text(encoding="utf-8")
@@ -312,6 +313,103 @@ def test_orders_of_the_readme_are_taken(newcomer: Newcomer) -> None:
     (orders,) = blocks("sh", section("Looking at it"))
     with newcomer.hub("python3 pothead.py"):
         assert newcomer.run(orders) == "paused\nresumed\n"
+
+
+# ---- The worker's modes ------------------------------------------------------------------------------
+
+
+def serve_once(listener: wire.Listener, worker: wire.WorkerProcess, body: bytes = b"") -> bytes:
+    """Have a worker serve one request; return what it answers."""
+    with listener.accept() as peer:
+        peer.send(b"POST / HTTP/1.1\r\nHost: a\r\nX-Request-Id: r1\r\nContent-Length: %d\r\n\r\n" % len(body))
+        peer.send(body)
+        response = peer.read_response()
+    assert response.status == 200, worker.stderr
+    return response.body
+
+
+def options_of(command: str) -> list[str]:
+    """Return what the command of the README gives to the worker."""
+    return command.split("pothead_worker.py", 1)[1].split()
+
+
+def test_gated_app_of_the_readme_is_served(tmp_path: Path, listener: wire.Listener) -> None:
+    source, _ = blocks("python", section("Only as many jobs as fit"))
+    (command,) = blocks("sh", section("Only as many jobs as fit"))
+    (tmp_path / "slowhash.py").write_text(blocks("python", section("Your own app"))[0])
+    (tmp_path / "gatedhash.py").write_text(source)
+    shutil.copy(wire.ROOT / "gating.py", tmp_path)
+    with wire.worker_process(listener, *options_of(command), cwd=tmp_path) as worker:
+        for _ in range(2):
+            assert len(serve_once(listener, worker)) == 65
+
+
+def test_gate_of_the_readme_counts(tmp_path: Path, listener: wire.Listener) -> None:
+    _, source = blocks("python", section("Only as many jobs as fit"))
+    app = (
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [])\n"
+        "    return [environ['myapp.licence'].encode()]\n"
+        "app.wait_for_slot = wait_for_slot\n"
+    )
+    (tmp_path / "licensed.py").write_text(source + app)
+    with wire.worker_process(listener, "--poll-jobs", "licensed:app", cwd=tmp_path) as worker:
+        for _ in range(5):
+            assert serve_once(listener, worker) == b"one of three"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_service_of_the_readme_in_javascript_gets_requests(tmp_path: Path, listener: wire.Listener) -> None:
+    (source,) = blocks("javascript", section("A service in another language"))
+    (commands,) = blocks("sh", section("A service in another language"))
+    port = str(free_ports()["MAIN"])
+    (tmp_path / "render.js").write_text(source.replace("8000", port) + "console.log('ready');\n")
+    service = wire.Program(["node", "render.js"], tmp_path)
+    with wire.running(service):
+        service.wait_for_line("ready".__eq__)
+        options = options_of(commands.replace("8000", port))
+        with wire.worker_process(listener, *options) as worker:
+            assert serve_once(listener, worker) == b"rendered for request r1\n"
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]])
+def test_counter_of_the_readme_is_on_the_page(
+    tmp_path: Path, listener: wire.Listener, mode: list[str]
+) -> None:
+    pytest.importorskip("prometheus_client")
+    (source,) = blocks("python", section("Metrics"))
+    (tmp_path / "counted.py").write_text(source)
+    (tmp_path / "metrics").mkdir()
+    command = [*wire.python("-W", "ignore::ResourceWarning"), str(wire.ROOT / "pothead_worker.py"), *mode]
+    command += ["--connect", f"127.0.0.1:{listener.worker[1]}", "counted:app"]
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"), "PROMETHEUS_PORT": "0"}
+    with wire.running(wire.WorkerProcess(command, tmp_path, environment)) as worker:
+        line = worker.wait_for_error(lambda text: "listening metrics" in text)
+        for _ in range(3):
+            assert serve_once(listener, worker) == b"counted\n"
+        with wire.Peer.connect(("127.0.0.1", int(line.rpartition(":")[2]))) as visitor:
+            visitor.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            page = visitor.read_response().body.decode()
+    assert 'myapp_requests_total{method="POST"} 3.0\n' in page
+    for name, _ in table("Metrics"):
+        assert f"\n# TYPE {name.strip('`').partition('{')[0]} " in page
+
+
+def test_pages_of_the_inspection_port_are_those_that_the_readme_names() -> None:
+    pages = pothead_worker.Inspection(pothead_worker.WorkerPool(pothead_worker.demo_app)).pages
+    assert {name.strip("`") for name, _ in table("What a worker is doing")} == set(pages)
+
+
+def test_variables_of_the_worker_are_in_the_readme_with_their_defaults() -> None:
+    options = pothead_worker.parse_args([], {})
+    defaults = {name.strip("`"): default.strip("`") for name, default, _ in table("The worker's variables")}
+    assert defaults == {
+        "PROMETHEUS_MULTIPROC_DIR": "none",
+        "PROMETHEUS_PORT": str(options.metrics_port),
+        "POTHEAD_CPU_PROMISED": "0",
+        "OOB_ITEM_EXPIRY_SECONDS": f"{options.pickup_expiry_s:g}",
+        "OOB_CLEANUP_INTERVAL_SECONDS": f"{options.pickup_interval_s:g}",
+    }
 
 
 # ---- The library -------------------------------------------------------------------------------------

@@ -1029,6 +1029,34 @@ def test_response_that_is_complete_too_late_is_dropped(serving: Any, lines: Line
     lines.wait_for("the consumer has gone")
 
 
+@pytest.mark.parametrize("last", [[], [b""]])
+def test_consumer_that_has_got_everything_may_go(serving: Any, lines: Lines, last: list[bytes]) -> None:
+    """The hub knows a response's end by its length, and may close before the app's iterable has ended."""
+    has_ended = threading.Event()
+
+    class Body(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"hello"
+            assert environs[0]["pothead.cancelled"].wait(wire.DEADLINE_S)
+            yield from last
+
+        def close(self) -> None:
+            has_ended.set()
+
+    environs: list[Environ] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        environs.append(environ)
+        start_response("200 OK", [])
+        return Body([b"one item"])  # so that its length is known
+
+    served = serving(app)
+    assert ask(served.peer).body == b"hello"
+    served.accept_again()
+    assert has_ended.is_set()
+    assert not lines.having("the consumer has gone")
+
+
 def test_failing_send_means_that_the_consumer_has_gone(serving: Any, lines: Lines) -> None:
     def endless() -> Iterator[bytes]:
         while True:
@@ -1287,7 +1315,14 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
 def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
     halt = pothead_worker.Halt()
     slot = types.SimpleNamespace(
-        halt=halt, application=hello, on_open=lambda handler: halt.set(), on_close=lambda handler: None
+        halt=halt,
+        application=hello,
+        serves_one_request=False,
+        on_open=lambda handler: halt.set(),
+        on_request=lambda environ: None,
+        on_exchange_begin=lambda: None,
+        on_exchange_end=lambda status, seconds: None,
+        on_close=lambda handler: None,
     )
     with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
         peer.send(request())
