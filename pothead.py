@@ -33,12 +33,15 @@ if __name__ == "__main__":  # Ctrl-C is a quiet end even while the imports below
 
 import argparse
 import array
+import base64
+import bisect
 import contextlib
 import dataclasses
 import enum
 import errno
 import fcntl
 import functools
+import hashlib
 import heapq
 import http
 import http.client
@@ -59,10 +62,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType
-from typing import BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 __version__ = "0.1.0"
 
@@ -107,6 +114,13 @@ class Limits:
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
+    listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
+    listed_path_bytes: int = 200  # of a path in these tables
+    listed_failures: int = 20  # the last ones
+    timed_exchanges: int = 1000  # the last ones, from which median and 99th percentile are taken
+    history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
+    history_steps: int = 120  # ten minutes
+    remembered_machines: int = 100  # that worked once and may come back
 
 
 LIMITS: Final = Limits()
@@ -126,6 +140,7 @@ class Options:
     worker_port: int = 4040
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 4041  # None: no admin port
+    admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
     response_timeout: float = math.inf
@@ -167,11 +182,14 @@ class Options:
             _check(address == "*" or _is_network(address), "forwarded_allow_ips", f"is no address: {address}")
         lacks_it = self.reuse_port and not hasattr(socket, "SO_REUSEPORT")
         _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
+        for name in self.admin_allowed_hosts:
+            _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
         _check(self.log_format in ("text", "json"), "log_format", "is text or json")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def _check(holds: bool, name: str, complaint: str) -> None:
@@ -1780,6 +1798,7 @@ class Outcome(enum.Enum):
     QUEUE_FULL = ("QF", 503, "the queue is full")
     QUEUE_TIMEOUT = ("QT", 503, "no worker became free in time")
     DRAINING = ("DR", 503, "the service is shutting down")
+    CANCELLED = ("AC", 503, "an operator cancelled the request")
     WORKER_LOST = ("WL", 502, "the worker was lost before it answered")
     WORKER_GARBAGE = ("WG", 502, "the worker's answer was not understood")
     WORKER_CUT = ("WC", 0, "the response was cut off midway")
@@ -2032,6 +2051,7 @@ class Exchange:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
         worker = self._let_worker_go(reusable=reusable and self._body_sent)
         worker.served += 1
+        worker.record.served += 1
         self._hub.counters.on_served(self.worker_s)
         if self.consumer.stream.outbuf is None:
             self.finish(Outcome.COMPLETED)
@@ -2081,7 +2101,7 @@ class Exchange:
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
         assert self.worker is not None
-        self.worker.failures += 1
+        self.worker.record.failures += 1
         if self.state is State.RESPONDING:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again():
@@ -2110,7 +2130,7 @@ class Exchange:
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
         assert self.worker is not None
-        self.worker.failures += 1
+        self.worker.record.failures += 1
         cut = self.state is State.RESPONDING
         self.finish(Outcome.WORKER_CUT if cut else Outcome.WORKER_GARBAGE, error.detail)
 
@@ -2120,7 +2140,7 @@ class Exchange:
         if self.state is State.RESPONDING:
             self._absorb()
         else:
-            self.worker.failures += 1
+            self.worker.record.failures += 1
             self.finish(Outcome.WORKER_TIMEOUT)
 
     def on_consumer_gone(self, detail: str = "") -> None:
@@ -2166,7 +2186,7 @@ class Exchange:
         if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE):
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
-        if status == 503:
+        if status == 503 and self.outcome is not Outcome.CANCELLED:
             fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
@@ -2184,7 +2204,7 @@ class Exchange:
             "id": self.request_id.decode(),
             "consumer": self.consumer.stream.address,
             "method": self.head.method.decode(),
-            "path": self.head.path.decode(),
+            "path": short_path(self.head),
             "age_seconds": round(now - self.received_at, 3),
             "attempts": self.attempts,
         }
@@ -2461,9 +2481,9 @@ class Worker:
         "_keep_alive",
         "_reader",
         "exchange",
-        "failures",
         "machine",
         "parked_at",
+        "record",
         "served",
         "since",
         "stream",
@@ -2477,7 +2497,7 @@ class Worker:
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
-        self.failures = 0
+        self.record = hub.machines.join(self.machine)
         self._keep_alive = True  # the connection, after the response under way
         self._reader: BodyReader | None = None
         stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
@@ -2502,7 +2522,6 @@ class Worker:
             "address": self.stream.address,
             "state": "idle" if self.exchange is None else "busy",
             "served": self.served,
-            "failures": self.failures,
             "connected_seconds": round(now - self.since, 3),
         }
 
@@ -2623,19 +2642,18 @@ class Admin:
             while self._stream.role is self and (head := take_request_head(self._stream.inbuf)):
                 self._answer(head)
         except ProtocolError as error:
-            page = own_response(error.status, error.detail.encode() + b"\n", keep_alive=False)
-            self._end(page)
+            detail = error.detail.encode() + b"\n"
+            self._end(own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False))
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
         if request_body(head) is not None:
             raise ProtocolError(413, "no body is wanted here")
-        status, content_type, body = self._hub.admin_page(head.method, head.target.partition(b"?")[0])
-        fields = [(b"Allow", b"GET, HEAD")] if status == 405 else []
-        fields.append((b"Cache-Control", b"no-store"))
+        answer = answer_admin(self._hub, head)
         page = own_response(
-            status, body, content_type, fields, keep_alive=head.keep_alive, with_body=head.method != b"HEAD"
-        )
+            answer.status, answer.body, answer.content_type, (*answer.fields, *ADMIN_FIELDS),
+            keep_alive=head.keep_alive, with_body=head.method != b"HEAD",
+        )  # fmt: skip
         if head.keep_alive and head.minor_version == 1:
             self._stream.write(page)
         else:
@@ -2786,10 +2804,13 @@ class Hub:
         self.idle: IdleSlots[Worker] = IdleSlots()
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
+        self.machines = Machines()
         self.budget = MemoryBudget(options.memory_budget)
         self.draining = False
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
+        self.paused = False  # nothing is handed to a slot
         self.counters = Counters()
+        self.history = History(self.loop.now)
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
         self._trusted = [
@@ -2804,7 +2825,7 @@ class Hub:
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
         self._handover_timer = Timer(self._finish_listening)
-        self._started = self.loop.now
+        self.started = self.loop.now
         self.at_end: list[
             Callable[[], None]
         ] = []  # called when the work is over, before the ports are closed
@@ -2812,7 +2833,7 @@ class Hub:
         self._has_successor = options.reuse_port or "consumers" in self._passed
         self._listeners: dict[str, Listener] = {}
         self._listen()
-        self.loop.before_sleep += [self.dispatch, self._let_spare_slots_go, self._end_drain]
+        self.loop.before_sleep += [self.dispatch, self._note, self._let_spare_slots_go, self._end_drain]
 
     # .. listening ..
 
@@ -2882,7 +2903,7 @@ class Hub:
 
     def dispatch(self) -> None:
         """Hands the oldest requests to waiting slots; the only place where the two meet."""
-        while self.queue.length and self.idle.waiting:
+        while self.queue.length and self.idle.waiting and not self.paused:
             worker = self.idle.take()
             assert worker is not None
             if worker.stream.has_news():  # it has left, or spoken: it will be told which
@@ -2916,13 +2937,17 @@ class Hub:
         reusable = reusable and not worker.stream.closed
         self.idle.release(worker, park=reusable)
         if not reusable:
-            self.workers.discard(worker)
-            worker.stream.close()
+            self._forget(worker)
 
     def on_worker_left(self, worker: Worker) -> None:
         """A waiting slot has hung up: its offer is withdrawn."""
         self.idle.remove(worker)
-        self.workers.discard(worker)
+        self._forget(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self.machines.leave(worker.machine, self.loop.now)
         worker.stream.close()
 
     def on_breach(self, worker: Worker) -> None:
@@ -2976,6 +3001,10 @@ class Hub:
             log.warning("cannot spool to a file: %s; refusing bodies that need one", error)
             self._disk_full_at = self.loop.now
 
+    def _note(self) -> None:
+        """Keeps the plot of the status page; a step of the loop, so that an idle hub need not wake for it."""
+        self.history.note(self.loop.now, (self.queue.length, self.idle.running, len(self.workers)))
+
     def on_finished(self, exchange: Exchange) -> None:
         """Counts and logs."""
         self.exchanges.discard(exchange)
@@ -3022,17 +3051,51 @@ class Hub:
 
     def drain(self) -> None:
         """Takes no more requests, finishes those it has, then ends ``run``; safe from any thread."""
-        self.loop.call_from_thread(self._drain)
+        self.loop.call_from_thread(self.drain_now)
 
     def stop(self) -> None:
         """Ends ``run`` at once; safe from any thread."""
         self.loop.call_from_thread(self.loop.stop)
 
-    def _drain(self) -> None:
+    def pause(self) -> None:
+        """Hands no more requests to slots, which queue then; those that run go on.  Safe from any thread."""
+        self.loop.call_from_thread(lambda: self.set_paused(True))
+
+    def resume(self) -> None:
+        """Ends a pause; safe from any thread."""
+        self.loop.call_from_thread(lambda: self.set_paused(False))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends all requests with that id, waiting or running; safe from any thread."""
+        self.loop.call_from_thread(functools.partial(self._cancel, request_id))
+
+    def _cancel(self, request_id: str) -> None:
+        self.cancel_now(request_id)
+
+    # The same for the loop's own thread, done at once.
+
+    def set_paused(self, paused: bool) -> None:
+        """Pauses, unless it drains, or resumes."""
+        if paused != self.paused and not (paused and self.draining):
+            self.paused = paused
+            log.warning("paused: requests wait until it is resumed" if paused else "resumed")
+
+    def cancel_now(self, request_id: str) -> int:
+        """Cancels; returns how many requests had that id."""
+        wanted = request_id.encode()
+        found = [each for each in self.exchanges if each.request_id == wanted]
+        for exchange in found:
+            log.warning("%s: cancelled by an operator", request_id)
+            self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.CANCELLED)
+        return len(found)
+
+    def drain_now(self) -> None:
+        """Begins to drain; does nothing if it does already."""
         if self.draining:
             return
         log.info("draining: %d requests to finish", len(self.exchanges))
         self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
+        self.set_paused(False)  # what waits is to be finished, too
         self.draining = True
         if self._has_successor:
             self._hand_over()
@@ -3088,57 +3151,29 @@ class Hub:
     def _has_unsent_bytes(self) -> bool:
         return any(isinstance(each, Stream) and each.outbuf is not None for each in self.loop.watched)
 
-    # .. the admin port ..
-
-    def admin_page(self, method: bytes, path: bytes) -> tuple[int, str, bytes]:
-        """Returns status, content type and body."""
-        text = "text/plain; charset=utf-8"
-        if path not in (b"/livez", b"/readyz", b"/stats"):
-            return 404, text, b"here are: /livez /readyz /stats\n"
-        if method not in (b"GET", b"HEAD"):
-            return 405, text, b"GET or HEAD\n"
-        if path == b"/stats":
-            return 200, "application/json", json.dumps(self.stats(), indent=1).encode() + b"\n"
-        if path == b"/readyz" and self.draining:
-            return 503, text, b"draining\n"
-        return 200, text, b"ok\n"
-
     def stats(self) -> dict[str, object]:
         """Returns what goes on, ready for JSON; durations in seconds."""
-        now = self.loop.now
-        running = [each for each in self.exchanges if each.worker is not None]
-        return {
-            "version": __version__,
-            "uptime_seconds": round(now - self._started, 3),
-            "draining": self.draining,
-            "queue_length": len(self.queue),
-            "queue_oldest_seconds": round(self.queue.oldest_wait(now), 3),
-            "requests_in_flight": len(running),
-            "slots": {"idle": len(self.idle), "busy": self.idle.running},
-            "demand": len(self.queue) + len(running),
-            "mean_service_seconds": round(self.counters.mean_service_s, 6),
-            "retry_after_seconds": self.retry_after_s(),
-            "spool_memory_bytes": self.budget.used,
-            "requeues": self.counters.requeues,
-            "breaches": self.counters.breaches,
-            "bytes": {"in": self.counters.bytes_in, "out": self.counters.bytes_out},
-            "outcomes": {outcome.code: count for outcome, count in self.counters.outcomes.items()},
-            "waiting": [each.describe(now) for each in self.queue],
-            "running": [each.describe(now) for each in sorted(running, key=lambda each: each.received_at)],
-            "workers": [each.describe(now) for each in sorted(self.workers, key=lambda each: each.since)],
-        }
+        return describe_hub(self)
 
 
 class Counters:
-    """What has happened since the start."""
+    """What has happened since the start.
+
+    The metrics are made of these when somebody asks; what an exchange pays is one call of
+    ``on_finished``.
+    """
 
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(Outcome, 0)
+        self.requests: dict[tuple[bytes, int, Outcome], int] = {}  # (method, status, outcome) -> how many
         self.requeues = 0
         self.breaches = 0
         self.bytes_in = 0
         self.bytes_out = 0
         self.mean_service_s = 0.0  # moving, over about the last 50
+        self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
+        self.worked = Durations()  # of the last attempt, whether it ended well or not
+        self.failures: deque[dict[str, object]] = deque(maxlen=LIMITS.listed_failures)
         self._served = 0
 
     def on_served(self, worker_s: float) -> None:
@@ -3146,10 +3181,130 @@ class Counters:
         self.mean_service_s += (worker_s - self.mean_service_s) / min(self._served, 50)
 
     def on_finished(self, exchange: Exchange) -> None:
-        assert exchange.outcome is not None
-        self.outcomes[exchange.outcome] += 1
+        outcome, method = exchange.outcome, exchange.head.method
+        assert outcome is not None
+        self.outcomes[outcome] += 1
+        label = (method if method in COUNTED_METHODS else b"other", exchange.status, outcome)
+        self.requests[label] = self.requests.get(label, 0) + 1
         self.bytes_in += exchange.bytes_in
         self.bytes_out += exchange.bytes_out
+        if exchange.attempts or exchange.queued_s:
+            self.queued.add(exchange.queued_s)
+        if exchange.attempts:
+            self.worked.add(exchange.worker_s)
+        if outcome is not Outcome.COMPLETED:
+            self.failures.append(describe_failure(exchange, outcome))
+
+
+# Any other is a word that a consumer chose, and no label.
+COUNTED_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+
+
+class Durations:
+    """How long something took: all since the start in buckets, and the last ones as they were."""
+
+    # Upper bounds of the buckets, in seconds; what took longer than the last is in one more bucket.
+    BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum_s = 0.0
+        self._last: deque[float] = deque(maxlen=LIMITS.timed_exchanges)
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum_s += seconds
+        self._last.append(seconds)
+
+    def summary(self) -> dict[str, object]:
+        """Returns median and 99th percentile of the last ones (``None`` without any), and their number."""
+        ordered = sorted(self._last)
+        last = len(ordered) - 1
+        median, p99 = (round(ordered[round(last * q)], 6) if ordered else None for q in (0.5, 0.99))
+        return {"median": median, "p99": p99, "of_last": len(ordered)}
+
+
+class MachineRecord:
+    """What is known of a machine that has, or had, workers."""
+
+    __slots__ = ("failures", "left_at", "served", "slots")
+
+    def __init__(self) -> None:
+        self.slots = 0  # connected now
+        self.served = 0
+        self.failures = 0
+        self.left_at = 0.0  # when the last slot went
+
+
+class Machines:
+    """The machines by their addresses; of those without a slot, the ones seen last.
+
+    A slot that fails is closed, and its record with it: only its machine can tell that there were failures.
+    """
+
+    def __init__(self) -> None:
+        self.connected: dict[str, MachineRecord] = {}
+        self.gone: dict[str, MachineRecord] = {}  # in the order in which they went
+
+    def join(self, machine: str) -> MachineRecord:
+        """Counts a new slot of the machine."""
+        record = self.connected.get(machine)
+        if record is None:
+            record = self.gone.pop(machine) if machine in self.gone else MachineRecord()
+            self.connected[machine] = record
+        record.slots += 1
+        return record
+
+    def leave(self, machine: str, now: float) -> None:
+        """One slot less."""
+        record = self.connected[machine]
+        record.slots -= 1
+        if not record.slots:
+            record.left_at = now
+            self.gone[machine] = self.connected.pop(machine)
+            if len(self.gone) > LIMITS.remembered_machines:
+                del self.gone[next(iter(self.gone))]
+
+
+Levels = tuple[int, int, int]  # requests that wait, slots that are busy, slots
+
+
+class History:
+    """The levels of the last ten minutes, in steps of some seconds: the peak of each step.
+
+    It is told of changes and does not look by itself, so that an idle hub sleeps on.  A step without a row
+    is as the row before it ended.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._level: Levels = (0, 0, 0)
+        self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps + 1)
+        self._rows.append((int(now / LIMITS.history_step_s), self._level, self._level))  # step, peak, end
+
+    def note(self, now: float, level: Levels) -> None:
+        """The levels are these now."""
+        if level == self._level:
+            return
+        step, peak, before = self._rows[-1]
+        if step == (this := int(now / LIMITS.history_step_s)):
+            del self._rows[-1]
+        else:
+            peak = before
+        waiting, busy, slots = level
+        self._rows.append((this, (max(peak[0], waiting), max(peak[1], busy), max(peak[2], slots)), level))
+        self._level = level
+
+    def read(self, now: float) -> list[Levels | None]:
+        """Returns the peaks, oldest first, the step that is under way last; ``None`` before the start."""
+        end = int(now / LIMITS.history_step_s) + 1
+        start = end - LIMITS.history_steps
+        rows = list(self._rows)
+        peaks: list[Levels | None] = [None] * max(0, rows[0][0] - start)
+        for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
+            if step >= start:
+                peaks.append(peak)
+            peaks += [level] * ((end if after is None else after) - max(step + 1, start))
+        return peaks
 
 
 def _always() -> bool:
@@ -3307,6 +3462,354 @@ def _second(epoch_s: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
 
 
+# ---- The admin port ---------------------------------------------------------------------------------------
+#
+# It has no password, and whoever can open a page in the operator's browser can make that browser send
+# requests here.  So: what is asked for by a name that nobody has allowed is refused (DNS rebinding), what
+# changes anything needs a field that no form of another site can send, and no answer may be framed.
+
+ADMIN_FIELDS: Final[Sequence[Field]] = (
+    (b"Cache-Control", b"no-store"),
+    (b"X-Content-Type-Options", b"nosniff"),
+    (b"Referrer-Policy", b"no-referrer"),
+    (b"Cross-Origin-Resource-Policy", b"same-origin"),
+)
+ACTION_FIELD: Final = b"pothead-action"  # "yes"
+TEXT: Final = "text/plain; charset=utf-8"
+
+
+class Answer(NamedTuple):
+    """What the admin port answers."""
+
+    status: int
+    body: bytes
+    content_type: str = TEXT
+    fields: Sequence[Field] = ()
+
+
+def answer_admin(hub: Hub, head: RequestHead) -> Answer:
+    """Answers a request on the admin port, and does what it asks for."""
+    if not _may_be_called(hub.options, head.host):
+        return Answer(421, b"this name is not among --admin-allowed-hosts: %b\n" % (head.host or b""))
+    page, action = PAGES.get(head.path), _action(head.path)
+    if page is not None:
+        if head.method in (b"GET", b"HEAD"):
+            return page(hub)
+        return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+    if action is None:
+        return Answer(404, b"here are: %b\n" % b" ".join([*PAGES, *ACTIONS, b"/requests/ID/cancel"]))
+    if head.method != b"POST":
+        return Answer(405, b"POST\n", fields=[(b"Allow", b"POST")])
+    return action(hub) if _is_meant(head) else Answer(403, b"this needs the field Pothead-Action: yes\n")
+
+
+def _may_be_called(options: Options, host: bytes | None) -> bool:
+    """Whether the admin port may be asked for by that ``Host``; no browser leaves it out."""
+    name = re.sub(r":[0-9]*$", "", (host or b"").decode()).rstrip(".").lower()
+    told = (options.admin_host, *options.admin_allowed_hosts)
+    if not name or name == "localhost" or name in (each.rstrip(".").lower() for each in told):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_meant(head: RequestHead) -> bool:
+    """Whether the request comes from the status page or a program, and not from a page of another site."""
+    fields = {name.lower(): value.strip().lower() for name, value in head.fields}
+    site = fields.get(b"sec-fetch-site", b"none")
+    return fields.get(ACTION_FIELD) == b"yes" and site in (b"none", b"same-origin")
+
+
+# .. what can be looked at ..
+
+
+def _livez(hub: Hub) -> Answer:
+    return Answer(200, b"ok\n")
+
+
+def _readyz(hub: Hub) -> Answer:
+    """Neither workers nor a pause matter: requests are taken, and wait."""
+    return Answer(503, b"draining\n") if hub.draining else Answer(200, b"ok\n")
+
+
+def _stats(hub: Hub) -> Answer:
+    return Answer(200, readable_json(describe_hub(hub)).encode(), "application/json")
+
+
+def readable_json(fields: Mapping[str, object]) -> str:
+    """Returns JSON with a line for each field and for each row of a table; json's own layout costs more."""
+    lines = []
+    for name, value in fields.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
+        lines.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def describe_hub(hub: Hub) -> dict[str, object]:
+    """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
+    now, counters = hub.loop.now, hub.counters
+    workers = sorted(hub.workers, key=lambda each: each.since)
+    running = [each.exchange for each in workers if each.exchange is not None]
+    running.sort(key=lambda each: each.received_at)
+    return {
+        "version": __version__,
+        "uptime_seconds": round(now - hub.started, 3),
+        "draining": hub.draining,
+        "paused": hub.paused,
+        "queue_length": len(hub.queue),
+        "max_queue": hub.options.max_queue,
+        "queue_oldest_seconds": round(hub.queue.oldest_wait(now), 3),
+        "requests_in_flight": len(running),
+        "slots": {"idle": len(hub.idle), "busy": hub.idle.running},
+        "demand": len(hub.queue) + len(running),
+        "mean_service_seconds": round(counters.mean_service_s, 6),
+        "retry_after_seconds": hub.retry_after_s(),
+        "queued_seconds": counters.queued.summary(),
+        "worker_seconds": counters.worked.summary(),
+        "spool_memory_bytes": hub.budget.used,
+        "requeues": counters.requeues,
+        "breaches": counters.breaches,
+        "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
+        "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
+        "history": describe_history(hub.history, now),
+        "waiting": describe_waiting(hub, now),
+        "waiting_not_listed": max(0, len(hub.queue) - LIMITS.listed_rows),
+        "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
+        "running_not_listed": max(0, len(running) - LIMITS.listed_rows),
+        "machines": describe_machines(hub, workers, now),
+        "machines_not_listed": max(0, len(hub.machines.connected) - LIMITS.listed_rows),
+        "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
+        "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
+        "failures": list(reversed(counters.failures)),
+    }
+
+
+def describe_history(history: History, now: float) -> dict[str, object]:
+    """Returns a list for each level, oldest first; ``None`` stands for the time before the start."""
+    peaks = history.read(now)
+    columns = zip(*(peak or (None, None, None) for peak in peaks), strict=True)
+    names = ("queue_length", "slots_busy", "slots")
+    return {
+        "step_seconds": LIMITS.history_step_s,
+        **{name: list(column) for name, column in zip(names, columns, strict=True)},
+    }
+
+
+def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
+    """Returns the head of the queue, with the place of each and when it may hope to be started."""
+    slots, mean_s = len(hub.idle) + hub.idle.running, hub.counters.mean_service_s
+    rows = []
+    for position, exchange in enumerate(itertools.islice(hub.queue, LIMITS.listed_rows), 1):
+        row = {"position": position, **exchange.describe(now)}
+        can_tell = slots and mean_s and not hub.paused
+        row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
+        rows.append(row)
+    return rows
+
+
+def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[dict[str, object]]:
+    """Returns the machines that have slots, then those that had some, the last that went first."""
+    busy = Counter(each.machine for each in workers if each.exchange is not None)
+    known = itertools.chain(hub.machines.connected.items(), reversed(hub.machines.gone.items()))
+    return [
+        {
+            "address": machine,
+            "slots": record.slots,
+            "busy": busy[machine],
+            "served": record.served,
+            "failures": record.failures,
+            "gone_seconds": None if record.slots else round(now - record.left_at, 3),
+        }
+        for machine, record in itertools.islice(known, LIMITS.listed_rows)
+    ]
+
+
+def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
+    """Returns what ``/stats`` tells of an exchange that did not end well."""
+    return {
+        "time": timestamp(time.time()),
+        "id": exchange.request_id.decode(),
+        "consumer": exchange.consumer.stream.address,
+        "method": exchange.head.method.decode(),
+        "path": short_path(exchange.head),
+        "status": exchange.status,
+        "worker": exchange.worker_address,
+        "code": outcome.code,
+        "meaning": outcome.sentence,
+        "detail": exchange.detail,
+    }
+
+
+def short_path(head: RequestHead) -> str:
+    """Returns the path without its query, cut if it is very long."""
+    path = head.path.decode()
+    return path if len(path) <= LIMITS.listed_path_bytes else path[: LIMITS.listed_path_bytes] + "…"
+
+
+# .. what can be done ..
+
+
+def _action(path: bytes) -> Callable[[Hub], Answer] | None:
+    """Returns what a POST to that path does; ``None`` if nothing."""
+    match = re.fullmatch(rb"/requests/(.+)/cancel", path)
+    if match is None:
+        return ACTIONS.get(path)
+    request_id = urllib.parse.unquote(match[1].decode())
+    return lambda hub: _cancel(hub, request_id)
+
+
+def _cancel(hub: Hub, request_id: str) -> Answer:
+    count = hub.cancel_now(request_id)
+    return (
+        Answer(200, b"cancelled %d\n" % count)
+        if count
+        else Answer(404, b"no such request, or it has ended\n")
+    )
+
+
+def _drain(hub: Hub) -> Answer:
+    hub.drain_now()
+    return Answer(202, b"draining\n")
+
+
+def _pause(hub: Hub) -> Answer:
+    hub.set_paused(True)
+    return Answer(200, b"paused\n") if hub.paused else Answer(409, b"draining: too late for a pause\n")
+
+
+def _resume(hub: Hub) -> Answer:
+    hub.set_paused(False)
+    return Answer(200, b"resumed\n")
+
+
+# .. metrics ..
+
+
+def _metrics(hub: Hub) -> Answer:
+    try:
+        import prometheus_client
+    except ImportError:
+        return Answer(501, b"metrics need a package: python3 -m pip install prometheus-client\n")
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(MetricsCollector(hub))
+    return Answer(200, prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST)
+
+
+# outcome that is the hub's "no" -> reason
+REJECTED: Final = {
+    Outcome.QUEUE_FULL: "queue_full",
+    Outcome.QUEUE_TIMEOUT: "queue_timeout",
+    Outcome.DRAINING: "draining",
+    Outcome.REFUSED: "refused",
+}
+
+
+class MetricsCollector:
+    """Makes Prometheus metrics of what the hub counts anyway."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def describe(self) -> Iterable[Metric]:
+        """Names nothing in advance: to be registered must cost nothing."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics as they are now."""
+        yield from self._gauges()
+        yield from self._histograms()
+        yield from self._counters()
+
+    def _gauges(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        hub = self._hub
+        waiting, busy = len(hub.queue), hub.idle.running
+        yield Gauge("pothead_hub_queue_length", "Requests that wait for a slot.", waiting)
+        oldest_s = hub.queue.oldest_wait(hub.loop.now)
+        yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
+        yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
+        slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
+        slots.add_metric(["idle"], len(hub.idle))
+        slots.add_metric(["busy"], busy)
+        yield slots
+        yield Gauge(
+            "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
+        )
+        yield Gauge(
+            "pothead_hub_paused", "1 while an operator holds back all requests that wait.", hub.paused
+        )
+        build = Gauge(
+            "pothead_build_info", "Version of the hub and its Python.", labels=["version", "python"]
+        )
+        build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
+        yield build
+
+    def _histograms(self) -> Iterator[Metric]:
+        from prometheus_client.core import HistogramMetricFamily as Histogram
+
+        counters = self._hub.counters
+        for name, text, durations in (
+            ("queue", "How long requests waited for a slot.", counters.queued),
+            ("worker", "How long a worker took for a request.", counters.worked),
+        ):
+            sums = itertools.accumulate(durations.counts)  # each bucket counts those below, too
+            bounds = [*(repr(float(bound)) for bound in durations.BOUNDS), "+Inf"]
+            yield Histogram(
+                f"pothead_hub_{name}_seconds", text,
+                buckets=[(bound, float(count)) for bound, count in zip(bounds, sums, strict=True)],
+                sum_value=durations.sum_s,
+            )  # fmt: skip
+
+    def _counters(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily as Counts
+
+        counters = self._hub.counters
+        requests = Counts(
+            "pothead_hub_requests", "Requests that have ended.", labels=["method", "status", "code"]
+        )
+        for (method, status, outcome), count in counters.requests.items():
+            requests.add_metric([method.decode(), str(status), outcome.code], count)
+        yield requests
+        yield Counts(
+            "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
+        )
+        rejected = Counts("pothead_hub_rejected", "Requests that the hub turned away.", labels=["reason"])
+        for outcome, reason in REJECTED.items():
+            rejected.add_metric([reason], counters.outcomes[outcome])
+        yield rejected
+        bodies = Counts(
+            "pothead_hub_bytes", "Bytes of bodies of requests that have ended.", labels=["direction"]
+        )
+        bodies.add_metric(["in"], counters.bytes_in)
+        bodies.add_metric(["out"], counters.bytes_out)
+        yield bodies
+
+
+def _status_page(hub: Hub) -> Answer:
+    page, policy = status_page()
+    return Answer(200, page, "text/html; charset=utf-8", [(b"Content-Security-Policy", policy)])
+
+
+PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
+    b"/": _status_page,
+    b"/stats": _stats,
+    b"/metrics": _metrics,
+    b"/livez": _livez,
+    b"/readyz": _readyz,
+}
+ACTIONS: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
+    b"/drain": _drain,
+    b"/pause": _pause,
+    b"/resume": _resume,
+}
+
+
 # ---- The command line -------------------------------------------------------------------------------------
 
 
@@ -3429,8 +3932,12 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "main_port": (number, "PORT", "port for consumers; 0: any free one"),
     "worker_host": (str, "HOST", "address for workers"),
     "worker_port": (number, "PORT", "port for workers; 0: any free one"),
-    "admin_host": (str, "HOST", "address of /livez, /readyz and /stats"),
+    "admin_host": (str, "HOST", "address of the status page, /stats, /metrics, /livez and /readyz"),
     "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
+    "admin_allowed_hosts": (
+        addresses, "NAMES", "names by which they may be asked for, with commas between them, beside IP "
+        "addresses, localhost and HOST (default: none)"
+    ),
     "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
     "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
@@ -3720,6 +4227,586 @@ class SignalHandler:
             self._hub.drain()
         elif number == signal.SIGCHLD and self.on_child is not None:
             self._hub.loop.call_from_thread(self.on_child)
+
+
+# ---- The status page --------------------------------------------------------------------------------------
+#
+# One page without outside resources, which asks for /stats every two seconds while somebody looks.  What a
+# consumer or a worker sent is put in by ``textContent`` alone.  Style and script are let in by their hashes,
+# so that nothing else could run even if that were forgotten once.
+
+
+@functools.cache
+def status_page() -> tuple[bytes, bytes]:
+    """Returns the page and its Content-Security-Policy."""
+    style, script = (
+        b"'sha256-%b'" % base64.b64encode(hashlib.sha256(text.encode()).digest())
+        for text in (PAGE_STYLE, PAGE_SCRIPT)
+    )
+    policy = (
+        b"default-src 'none'; style-src %b; script-src %b; connect-src 'self'; img-src data:; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ) % (style, script)
+    return PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1).encode(), policy
+
+
+PAGE: Final = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>POTHEAD</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3C
+path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%3C/svg%3E">
+<style>STYLE</style>
+</head>
+<body>
+<header>
+  <h1>POTHEAD</h1>
+  <p id="state" role="status">Connecting</p>
+  <p id="about"></p>
+  <div class="buttons">
+    <button id="pause" disabled>Pause</button>
+    <button id="drain" disabled>Drain …</button>
+  </div>
+</header>
+<p id="banner" role="alert" hidden></p>
+<p id="notice" role="status" hidden></p>
+<noscript><p class="banner">This page needs JavaScript; <a href="stats">/stats</a> does not.</p></noscript>
+<main>
+  <section class="panel level waiting" aria-labelledby="waiting-title">
+    <h2 id="waiting-title">Requests waiting</h2>
+    <p class="big"><span id="queue-length">–</span></p>
+    <p class="note" id="queue-note">&nbsp;</p>
+    <div class="plot" id="queue-plot">
+      <span class="top"></span><span class="zero">0</span>
+      <svg role="img" viewBox="0 0 120 100" preserveAspectRatio="none">
+        <path class="grid" d="M0 0H120M0 50H120M0 100H120"/><path class="area"/><path class="line"/>
+      </svg>
+      <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
+    </div>
+  </section>
+  <section class="panel level busy" aria-labelledby="busy-title">
+    <h2 id="busy-title">Slots busy</h2>
+    <p class="big"><span id="busy">–</span><small id="slots"></small></p>
+    <p class="note" id="busy-note">&nbsp;</p>
+    <div class="plot" id="busy-plot">
+      <span class="top"></span><span class="zero">0</span>
+      <svg role="img" viewBox="0 0 120 100" preserveAspectRatio="none">
+        <path class="grid" d="M0 0H120M0 50H120M0 100H120"/><path class="limit"/><path class="area"/>
+        <path class="line"/>
+      </svg>
+      <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
+    </div>
+  </section>
+  <section class="panel times" aria-labelledby="queued-title">
+    <h2 id="queued-title">Time queued</h2>
+    <dl>
+      <div><dt>median</dt><dd id="queued-median">–</dd></div>
+      <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
+    </dl>
+    <p class="note" id="queued-note">&nbsp;</p>
+  </section>
+  <section class="panel times" aria-labelledby="worked-title">
+    <h2 id="worked-title">Time worked</h2>
+    <dl>
+      <div><dt>median</dt><dd id="worked-median">–</dd></div>
+      <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
+    </dl>
+    <p class="note" id="worked-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="running-title">
+    <h2 id="running-title">Running</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
+      <table class="stack">
+        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
+          <th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="running"></tbody>
+      </table>
+    </div>
+    <p class="note" id="running-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="waiting-table-title">
+    <h2 id="waiting-table-title">Waiting</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
+      <table class="stack">
+        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
+          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="waiting"></tbody>
+      </table>
+    </div>
+    <p class="note" id="waiting-note">&nbsp;</p>
+  </section>
+  <section class="panel" aria-labelledby="machines-title">
+    <h2 id="machines-title">Workers</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+      <table>
+        <thead><tr><th>Address</th><th>Slots</th><th class="n">Served</th><th class="n">Failures</th>
+        </tr></thead>
+        <tbody id="machines"></tbody>
+      </table>
+    </div>
+    <p class="note" id="machines-note">&nbsp;</p>
+    <details>
+      <summary>Every slot</summary>
+      <div class="scroll" tabindex="0" role="region" aria-label="Every slot">
+        <table>
+          <thead><tr><th>Address</th><th>State</th><th class="n">Served</th><th class="n">Age</th>
+          </tr></thead>
+          <tbody id="workers"></tbody>
+        </table>
+      </div>
+      <p class="note" id="workers-note">&nbsp;</p>
+    </details>
+  </section>
+  <section class="panel" aria-labelledby="failures-title">
+    <h2 id="failures-title">Last failures</h2>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
+      <table>
+        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
+        <tbody id="failures"></tbody>
+      </table>
+    </div>
+    <p class="note" id="failures-note">&nbsp;</p>
+  </section>
+</main>
+<dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
+  <h2 id="question"></h2>
+  <p id="consequence"></p>
+  <div class="buttons"><button id="no"></button><button id="yes" class="strong"></button></div>
+</dialog>
+<script>SCRIPT</script>
+</body>
+</html>
+"""
+
+PAGE_STYLE: Final = r"""
+:root {
+  --ground: #f5f4f0; --panel: #fff; --ink: #1d1e21; --soft: #5d616a; --line: #e3e1da;
+  --queue: #b45309; --busy: #1f63b0; --bad: #b3261e; --good: #1f7a45; --on: #fff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #111316; --panel: #1a1d22; --ink: #eceef1; --soft: #a1a8b3; --line: #2d3239;
+    --queue: #f2a541; --busy: #74b4f7; --bad: #ff8a7e; --good: #66cf93; --on: #111316;
+  }
+}
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body {
+  background: var(--ground); color: var(--ink); padding: clamp(.75rem, 1.6vw, 1.75rem);
+  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  font-variant-numeric: tabular-nums; max-width: 120rem; margin: 0 auto;
+}
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin-bottom: 1rem; }
+h1 { font-size: 1.1rem; letter-spacing: .14em; font-weight: 700; }
+h2 { font-size: .95rem; font-weight: 600; }
+#state { font-weight: 600; border: 1.5px solid currentColor; border-radius: 99px; padding: .05rem .75rem; }
+#state.good { color: var(--good); }
+#state.warn { color: var(--queue); }
+#state.bad { color: var(--bad); }
+#about { color: var(--soft); font-size: .9rem; flex: 1 1 12rem; }
+.buttons { display: flex; gap: .5rem; }
+button {
+  font: inherit; font-size: .9rem; color: inherit; background: var(--panel); cursor: pointer;
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .9rem; min-height: 2.2rem;
+}
+button:hover:enabled { border-color: var(--ink); box-shadow: 0 0 0 1px var(--ink); }
+button:disabled { opacity: .5; cursor: default; }
+button.strong { background: var(--bad); border-color: var(--bad); color: var(--on); font-weight: 600; }
+#pause.strong { background: var(--queue); border-color: var(--queue); }
+:focus-visible { outline: 3px solid var(--busy); outline-offset: 2px; }
+#banner, .banner, #notice {
+  border-radius: .6rem; padding: .7rem 1.1rem; margin-bottom: 1rem; font-weight: 600;
+  font-size: clamp(1.1rem, 1.8vw, 1.7rem); background: var(--queue); color: var(--on);
+}
+#banner.bad { background: var(--bad); }
+#notice { background: var(--panel); color: var(--ink); border: 1.5px solid var(--soft); font-size: 1rem; }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: clamp(.75rem, 1.1vw, 1.25rem); }
+.stale main { opacity: .45; }
+.panel { border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.25rem; }
+.panel, th { background: var(--panel); }
+.note { color: var(--soft); font-size: .9rem; }
+.waiting { --tone: var(--queue); }
+.busy { --tone: var(--busy); }
+.big { font-size: clamp(3.5rem, 8vw, 8.5rem); line-height: 1.05; font-weight: 650; letter-spacing: -.035em; }
+.big { color: var(--tone); }
+.big small { color: var(--soft); font-size: .4em; font-weight: 400; letter-spacing: 0; margin-left: .4em; }
+.plot {
+  display: grid; grid-template: 1fr auto / auto repeat(3, 1fr); column-gap: .5rem; margin-top: .75rem;
+  color: var(--soft); font-size: .8rem; line-height: 1.3;
+}
+.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: clamp(5.5rem, 15vh, 11rem); overflow: visible; }
+.plot .top, .plot .zero { grid-area: 1 / 1; text-align: right; min-width: 1.6em; }
+.plot .top { align-self: start; margin-top: -.6em; }
+.plot .zero { align-self: end; margin-bottom: -.6em; }
+.plot .start, .plot .middle, .plot .end { grid-row: 2; margin-top: .4rem; }
+.plot .start { grid-column: 2; }
+.plot .middle { grid-column: 3; text-align: center; }
+.plot .end { grid-column: 4; text-align: right; }
+.plot path { fill: none; vector-effect: non-scaling-stroke; }
+.plot .grid { stroke: var(--line); stroke-width: 1; }
+.plot .area { fill: var(--tone); opacity: .16; }
+.plot .line { stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
+.plot .limit { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
+.times dl { display: flex; flex-wrap: wrap; gap: 0 clamp(1.5rem, 4vw, 4rem); margin: .15rem 0 .25rem; }
+.times dt { color: var(--soft); font-size: .85rem; }
+.times dd { font-size: clamp(1.5rem, 2.6vw, 2.6rem); font-weight: 600; line-height: 1.15; }
+.times dd, .big { white-space: nowrap; }
+.scroll { overflow: auto; max-height: 24rem; margin: .5rem -.5rem .35rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; padding: .32rem .5rem; white-space: nowrap; vertical-align: baseline; }
+th { color: var(--soft); font-weight: 500; font-size: .8rem; position: sticky; top: 0; }
+tbody tr { border-top: 1px solid var(--line); }
+.n { text-align: right; }
+.grow { width: 99%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.grow p { overflow: hidden; text-overflow: ellipsis; }
+.grow p + p { color: var(--soft); font: .78rem ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+.words p:first-child { white-space: normal; overflow-wrap: anywhere; }
+.words p:first-child::first-letter { text-transform: uppercase; }
+.code { font-weight: 650; }
+.mono { font: .84rem ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
+.act { text-align: right; padding-block: .1rem; }
+.act button { min-height: 1.7rem; padding: .05rem .6rem; font-size: .8rem; border-color: var(--line); }
+.trouble { color: var(--bad); font-weight: 650; }
+.gone td { color: var(--soft); }
+.meter { display: inline-block; width: 5rem; height: .55rem; margin-right: .6rem; border-radius: 2px; }
+.meter { background: var(--line); overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--busy); }
+summary { cursor: pointer; color: var(--soft); font-size: .9rem; padding-top: .35rem; }
+dialog {
+  margin: auto; max-width: 32rem; border: 1px solid var(--soft); border-radius: .8rem; padding: 1.4rem;
+  background: var(--panel); color: var(--ink);
+}
+dialog::backdrop { background: rgb(0 0 0 / .55); }
+dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
+dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
+dialog .buttons { justify-content: flex-end; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 60rem) {
+  main { grid-template-columns: minmax(0, 1fr); }
+  .panel { padding: .8rem .9rem; }
+  .scroll { max-height: 20rem; }
+  .big { font-size: clamp(3.5rem, 20vw, 7rem); }
+}
+@media (max-width: 34rem) {
+  th, td { padding-inline: .3rem; }
+  .grow p { white-space: normal; overflow-wrap: anywhere; }
+  .scroll { margin-inline: -.3rem; }
+  .meter { display: none; }
+  .stack tr { display: grid; grid-template-columns: 3.4rem 3.6rem 5rem 1fr; align-items: baseline; }
+  .stack td.grow { grid-column: 1 / -1; order: 1; width: auto; max-width: none; padding-top: 0; }
+  .stack th.grow { display: none; }
+  .stack .act { grid-column: 4; }
+  .buttons { width: 100%; }
+  .buttons button { flex: 1; }
+  .act button { min-height: 2rem; }
+}
+"""
+
+PAGE_SCRIPT: Final = r"""
+"use strict";
+const PERIOD_MS = 2000, PATIENCE_MS = 5000;
+const byId = id => document.getElementById(id);
+let timer = 0, heardAt = new Date(), isPaused = false;
+
+// ---- Words and numbers ----
+
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+function say(id, text) {
+  setText(byId(id), text || "");
+  byId(id).hidden = !text;
+}
+const count = number => number.toLocaleString("en");
+function plural(number, word) {
+  return `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+}
+const age = seconds => seconds < 9.95 ? `${seconds.toFixed(1)}\u00a0s` : span(seconds);
+const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+function span(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}\u00a0ms`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)}\u00a0s`;
+  const whole = Math.round(seconds);
+  if (whole < 100) return `${whole}\u00a0s`;
+  const place = UNITS.findIndex(([, size]) => whole >= size);
+  const [[unit, size], [part, partSize]] = UNITS.slice(place, place + 2);
+  const rest = Math.floor(whole % size / partSize);
+  return `${Math.floor(whole / size)}\u00a0${unit}` + (rest ? ` ${rest}\u00a0${part}` : "");
+}
+
+// ---- Tables ----
+
+// A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
+const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+const TABLES = {
+  running: {
+    key: row => row.consumer, empty: "Nothing runs.",
+    columns: [
+      ["n", row => age(row.worker_seconds)],
+      ["n", row => age(row.age_seconds - row.worker_seconds)],
+      ["grow mono", row => [request(row), `${row.worker} · ${row.id}`]],
+      ["act", cancelButton],
+    ],
+  },
+  waiting: {
+    key: row => row.consumer, empty: "Nothing waits.",
+    columns: [
+      ["n", row => count(row.position)],
+      ["n", row => age(row.age_seconds)],
+      ["n", row => row.starts_in_seconds === null ? "–" : "≈\u00a0" + age(row.starts_in_seconds)],
+      ["grow mono", row => [request(row), `${row.consumer} · ${row.id}`]],
+      ["act", cancelButton],
+    ],
+  },
+  machines: {
+    key: row => row.address, empty: "No worker has connected yet.",
+    columns: [
+      ["mono", row => row.address],
+      ["grow", machineState],
+      ["n", row => count(row.served)],
+      ["n", row => count(row.failures), row => row.failures ? "trouble" : ""],
+    ],
+  },
+  workers: {
+    key: row => row.address, empty: "No slot is connected.",
+    columns: [
+      ["mono", row => row.address],
+      ["grow", row => row.state],
+      ["n", row => count(row.served)],
+      ["n", row => age(row.connected_seconds)],
+    ],
+  },
+  failures: {
+    key: row => `${row.time} ${row.consumer} ${row.id}`, empty: "None.",
+    columns: [
+      ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
+      ["code mono", row => row.code],
+      ["grow words", row => [
+        row.detail ? `${row.meaning} – ${row.detail}` : row.meaning,
+        [request(row), row.worker, row.id].filter(part => part !== "-").join(" · "),
+      ]],
+    ],
+  },
+};
+
+function cancelButton(row) {
+  const button = document.createElement("button");
+  button.textContent = "Cancel";
+  button.setAttribute("aria-label", `Cancel request ${row.id}`);
+  button.onclick = () => ask(
+    "Cancel this request?", `${request(row)} (${row.id}). Its consumer is told that it was cancelled.`,
+    "Keep it", "Cancel the request", `requests/${encodeURIComponent(row.id)}/cancel`);
+  return button;
+}
+
+function machineState(row, cell) {
+  if (!row.slots) return `gone for ${age(row.gone_seconds)}`;
+  const meter = cell.querySelector(".meter") ?? document.createElement("span");
+  if (!meter.parentNode) {
+    meter.className = "meter";
+    meter.append(document.createElement("i"));
+    cell.replaceChildren(meter, "");
+  }
+  meter.firstChild.style.width = `${100 * row.busy / row.slots}%`;
+  const text = `${count(row.busy)} of ${count(row.slots)} busy`;
+  if (cell.lastChild.data !== text) cell.lastChild.data = text;
+}
+
+function fill(name, rows, hidden) {
+  const body = byId(name), table = TABLES[name];
+  const old = new Map([...body.rows].map(row => [row.dataset.key, row]));
+  const fresh = rows.map(row => {
+    const key = table.key(row), line = old.get(key) ?? newLine(key, row, table);
+    old.delete(key);
+    update(line, row, table);
+    return line;
+  });
+  for (const line of old.values()) line.remove();
+  fresh.forEach((line, place) => {
+    if (body.rows[place] !== line) body.insertBefore(line, body.rows[place] ?? null);
+  });
+  body.closest(".scroll").hidden = !rows.length;
+  const rest = hidden ? `… and ${count(hidden)} more, which are not listed.` : "";
+  say(`${name}-note`, rows.length ? rest : table.empty);
+}
+
+function newLine(key, row, table) {
+  const line = document.createElement("tr");
+  line.dataset.key = key;
+  for (const [kind, show] of table.columns) {
+    const cell = line.insertCell();
+    cell.className = kind;
+    if (kind === "act") cell.append(show(row));
+  }
+  return line;
+}
+
+function setLines(cell, texts) {
+  while (cell.childElementCount < texts.length) cell.append(document.createElement("p"));
+  texts.forEach((text, place) => {
+    setText(cell.children[place], text);
+    cell.children[place].title = text;
+  });
+}
+
+function update(line, row, table) {
+  table.columns.forEach(([kind, show, mood], place) => {
+    const cell = line.cells[place];
+    if (kind === "act") return;
+    const text = show(row, cell);
+    if (Array.isArray(text)) setLines(cell, text);
+    else if (text !== undefined) setText(cell, text);
+    if (mood) cell.className = `${kind} ${mood(row)}`;
+  });
+  line.classList.toggle("gone", row.slots === 0);
+}
+
+// ---- The plots ----
+
+function steps(values, top) {
+  let path = "";
+  values.forEach((value, x) => {
+    if (value === null) return;
+    const y = (100 - 100 * value / top).toFixed(2);
+    path += path ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
+  });
+  return path;
+}
+
+function plot(id, what, now, values, limits) {
+  const known = values.filter(value => value !== null), peak = Math.max(...known);
+  const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
+  const top = Math.max(2, [1, 2, 3, 4, 5, 6, 8, 10].map(each => each * power).find(each => each >= wanted));
+  const figure = byId(id), line = steps(values, top), start = values.length - known.length;
+  setText(figure.querySelector(".top"), count(top));
+  figure.querySelector(".line").setAttribute("d", line);
+  figure.querySelector(".area").setAttribute("d", `${line}V100H${start}Z`);
+  if (limits) figure.querySelector(".limit").setAttribute("d", steps(limits, top));
+  const words = `${what} in the last ten minutes: ${now} now, ${peak} at most`;
+  figure.querySelector("svg").setAttribute("aria-label", words);
+}
+
+// ---- All of it ----
+
+function show(stats) {
+  const {idle, busy} = stats.slots, slots = idle + busy, waiting = stats.queue_length;
+  isPaused = stats.paused;
+  setText(byId("queue-length"), count(waiting));
+  setText(byId("queue-note"), waiting
+    ? `the oldest for ${age(stats.queue_oldest_seconds)} · room for ${count(stats.max_queue)}`
+    : `room for ${count(stats.max_queue)}`);
+  setText(byId("busy"), count(busy));
+  setText(byId("slots"), `of ${count(slots)}`);
+  setText(byId("busy-note"), slots ? `${count(idle)} idle · dashed: all slots` : "no worker is connected");
+  for (const [name, times] of [["queued", stats.queued_seconds], ["worked", stats.worker_seconds]]) {
+    setText(byId(`${name}-median`), span(times.median));
+    setText(byId(`${name}-p99`), span(times.p99));
+    const basis = times.of_last ? `of the last ${plural(times.of_last, "request")}` : "no request yet";
+    setText(byId(`${name}-note`), basis);
+  }
+  plot("queue-plot", "Requests waiting", waiting, stats.history.queue_length);
+  plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
+  fill("running", stats.running, stats.running_not_listed);
+  fill("waiting", stats.waiting, stats.waiting_not_listed);
+  fill("machines", stats.machines, stats.machines_not_listed);
+  fill("workers", stats.workers, stats.workers_not_listed);
+  fill("failures", stats.failures, 0);
+  const ended = Object.entries(stats.outcomes).filter(([, number]) => number);
+  const tally = ended.map(([code, number]) => `${code}\u00a0${count(number)}`).join(" · ");
+  say("failures-note", (stats.failures.length ? "" : "None. ") + (tally && `Since the start: ${tally}`));
+  setText(byId("about"), `version ${stats.version} · up ${age(stats.uptime_seconds)}`);
+  setText(byId("pause"), isPaused ? "Resume" : "Pause");
+  byId("pause").classList.toggle("strong", isPaused);
+  byId("pause").disabled = byId("drain").disabled = stats.draining;
+  document.body.classList.remove("stale");
+  showState(stats, slots, waiting);
+}
+
+function showState(stats, slots, waiting) {
+  let state = ["good", "● Serving"], banner = "";
+  if (stats.draining) {
+    state = ["warn", "▼ Draining"];
+    banner = `Draining: no new requests are taken; ${plural(stats.demand, "request")} to finish.`;
+  } else if (stats.paused) {
+    state = ["warn", "‖ Paused"];
+    banner = "Paused: requests wait, and none is started until you resume.";
+  } else if (!slots) {
+    state = ["warn", "○ No workers"];
+    if (waiting) banner = `No worker is connected: ${plural(waiting, "request")} cannot start.`;
+  }
+  setState(...state, banner, "");
+  const mark = stats.paused ? "‖ " : "";
+  document.title = `${mark}${count(waiting)} waiting, ${count(stats.slots.busy)} busy – POTHEAD`;
+}
+
+function setState(kind, text, banner, mood) {
+  byId("state").className = kind;
+  setText(byId("state"), text);
+  byId("banner").className = mood;
+  say("banner", banner);
+}
+
+function lose() {
+  document.body.classList.add("stale");
+  byId("pause").disabled = byId("drain").disabled = true;
+  // The time of day and not the age, which would be read aloud again and again.
+  const time = heardAt.toLocaleTimeString([], {hour12: false});
+  setState("bad", "✕ No answer", `The hub has not answered since ${time}. What you see is from then.`, "bad");
+  document.title = "✕ No answer – POTHEAD";
+}
+
+async function refresh() {
+  let stats = null;
+  try {
+    const response = await fetch("stats", {signal: AbortSignal.timeout(PATIENCE_MS)});
+    if (response.ok) stats = await response.json();
+  } catch (error) {
+    console.info(error.message);
+  }
+  if (stats) {
+    heardAt = new Date();
+    show(stats);
+  } else lose();
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(refresh, PERIOD_MS);
+}
+
+// ---- Actions ----
+
+async function act(path) {
+  let complaint = "";
+  try {
+    const response = await fetch(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
+    if (!response.ok) complaint = await response.text();
+  } catch {
+    complaint = "The hub did not answer.";
+  }
+  say("notice", complaint);
+  refresh();
+}
+
+function ask(question, consequence, no, yes, path) {
+  const dialog = byId("dialog");
+  setText(byId("question"), question);
+  setText(byId("consequence"), consequence);
+  setText(byId("no"), no);
+  setText(byId("yes"), yes);
+  byId("no").onclick = () => dialog.close();
+  byId("yes").onclick = () => { dialog.close(); act(path); };
+  dialog.showModal();
+}
+
+byId("pause").onclick = () => act(isPaused ? "resume" : "pause");
+byId("drain").onclick = () => ask(
+  "Drain the hub?", "It takes no new requests, finishes those it has, and then ends. There is no way back.",
+  "Keep serving", "Drain", "drain");
+document.addEventListener("visibilitychange", () => document.hidden || refresh());
+refresh();
+"""
 
 
 if __name__ == "__main__":

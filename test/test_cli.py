@@ -61,6 +61,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "worker_port": ("65535", 65535),
     "admin_host": ("127.0.0.2", "127.0.0.2"),
     "admin_port": ("1", 1),
+    "admin_allowed_hosts": ("hub.example, hub", ("hub.example", "hub")),
     "max_queue": ("1", 1),
     "queue_timeout": ("250ms", 0.25),
     "response_timeout": ("1.5m", 90.0),

@@ -48,8 +48,7 @@ def options(program: str) -> frozenset[str]:
     """Return the options that `--help` of a program knows."""
     command = wire.python(str(wire.ROOT / program), "--help")
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-    # The admin port's list of names belongs to its page, and is no option where that is missing.
-    return frozenset(re.findall(r"--[a-z-]+", text)) | {"--admin-allowed-hosts"}
+    return frozenset(re.findall(r"--[a-z-]+", text))
 
 
 def seconds(text: str) -> float:

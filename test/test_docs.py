@@ -23,22 +23,6 @@ DOCUMENTS = {
 OPERATING, DESIGN = DOCUMENTS["docs/operating.md"], DOCUMENTS["docs/design.md"]
 PROGRAMS = ("pothead.py", "pothead_worker.py")
 
-# What the documents tell already and the code has not yet. An entry that has come must be removed here.
-AHEAD = {
-    "flags": {"--admin-allowed-hosts"},
-    "codes": {"AC"},
-    "endpoints": {"/", "/metrics", "/pause", "/resume", "/requests/ID/cancel", "/drain"},
-    "stats": {
-        "paused", "max_queue", "queued_seconds", "worker_seconds", "machines", "failures", "history",
-        "waiting_not_listed", "running_not_listed", "workers_not_listed", "machines_not_listed",
-    },
-    "names": {"Hub.cancel_now"},
-    "files": set(),
-    "messages": {
-        "paused: requests wait until it is resumed", "resumed", "...: cancelled by an operator",
-    },
-}  # fmt: skip
-
 # Options of other programs that the documents mention.
 FOREIGN_FLAGS = {"--ulimit"}
 
@@ -136,7 +120,7 @@ def test_every_flag_is_in_the_documents(program: str) -> None:
 
 
 def test_no_document_tells_of_a_flag_that_is_not_there() -> None:
-    known = flags_of("pothead.py") | flags_of("pothead_worker.py") | AHEAD["flags"] | FOREIGN_FLAGS
+    known = flags_of("pothead.py") | flags_of("pothead_worker.py") | FOREIGN_FLAGS
     for name in ("README.md", "docs/operating.md", "docs/protocol.md", "docs/design.md"):
         told = set(re.findall(r"`(--[a-z][a-z-]+)", DOCUMENTS[name]))
         assert told <= known, name
@@ -144,7 +128,7 @@ def test_no_document_tells_of_a_flag_that_is_not_there() -> None:
 
 def test_log_codes_are_those_of_the_hub() -> None:
     told = {code_words(row[0])[0]: row[1] for row in rows(section(OPERATING, "Log codes"))}
-    assert set(told) == {outcome.code for outcome in pothead.Outcome} | AHEAD["codes"]
+    assert set(told) == {outcome.code for outcome in pothead.Outcome}
     for outcome in pothead.Outcome:
         if outcome.status:
             assert told[outcome.code] == str(outcome.status)
@@ -157,7 +141,7 @@ def test_outcomes_of_the_design_are_those_of_the_hub() -> None:
         for pair in zip(*map(code_words, row[:2]), strict=True)
     ]
     in_code = {(outcome.name, outcome.code) for outcome in pothead.Outcome}
-    assert in_code == {(name, code) for name, code in told if code not in AHEAD["codes"]}
+    assert in_code == set(told)
 
 
 def test_states_of_the_design_are_those_of_the_hub() -> None:
@@ -167,7 +151,7 @@ def test_states_of_the_design_are_those_of_the_hub() -> None:
 
 def test_endpoints_are_those_of_the_admin_port(hub: wire.HubProcess) -> None:
     told = first_column("Pages") | first_column("Actions")
-    assert {word.split()[1] for word in told} == endpoints_of(hub) | AHEAD["endpoints"]
+    assert {word.split()[1] for word in told} == endpoints_of(hub)
 
 
 def test_metrics_of_the_hub_are_those_it_serves(hub: wire.HubProcess) -> None:
@@ -185,7 +169,7 @@ def test_metrics_of_the_worker_are_those_in_its_code() -> None:
 
 
 def test_fields_of_stats_are_those_that_are_served(hub: wire.HubProcess) -> None:
-    assert first_column("Stats") == set(hub.stats()) | AHEAD["stats"]
+    assert first_column("Stats") == set(hub.stats())
 
 
 def test_fields_of_a_log_line_are_those_that_are_written() -> None:
@@ -202,7 +186,7 @@ def test_fields_of_a_log_line_are_those_that_are_written() -> None:
 )
 def test_messages_are_those_of_the_program(program: str, heading: str) -> None:
     told, patterns = first_column(heading), patterns_of(program)
-    for message in told - AHEAD["messages"]:
+    for message in told:
         assert any(re.fullmatch(pattern, message) for pattern in patterns.values()), f"stale: {message}"
     for level, text in messages_of(program):
         if level != "info":
@@ -213,7 +197,7 @@ def test_names_in_the_design_are_in_the_code() -> None:
     for word in re.findall(r"`([A-Z][A-Za-z]*\.\w+)", DESIGN):
         name, attribute = word.split(".")
         owners = [getattr(module, name, None) for module in (pothead, pothead_worker)]
-        assert word in AHEAD["names"] or any(hasattr(owner, attribute) for owner in owners), word
+        assert any(hasattr(owner, attribute) for owner in owners), word
 
 
 # ---- Links -------------------------------------------------------------------------------------------
@@ -240,8 +224,6 @@ def links() -> list[tuple[str, str]]:
 def test_link_leads_somewhere(name: str, target: str) -> None:
     path, _, anchor = target.partition("#")
     leads_to = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
-    if leads_to in AHEAD["files"]:
-        return
     assert (wire.ROOT / leads_to).exists(), target
     if anchor:
         assert anchor in anchors(DOCUMENTS[leads_to]), target
@@ -262,26 +244,3 @@ def test_each_alert_has_its_section_and_leads_there() -> None:
     sections = re.findall(r"^### (Pothead\w+)$", OPERATING, re.MULTILINE)
     assert sections == alerts
     assert re.findall(r"docs/operating\.md#(\S+)", rules) == alerts
-
-
-# ---- What is announced -------------------------------------------------------------------------------
-
-
-def test_nothing_that_has_come_is_still_announced(hub: wire.HubProcess) -> None:
-    """An entry of AHEAD that is in the code hides what may get stale later: remove it."""
-    patterns = [pattern for program in PROGRAMS for pattern in patterns_of(program).values()]
-    in_code = {
-        "flags": flags_of("pothead.py") | flags_of("pothead_worker.py"),
-        "codes": {outcome.code for outcome in pothead.Outcome},
-        "endpoints": endpoints_of(hub),
-        "stats": set(hub.stats()),
-        "names": {name for name in AHEAD["names"] if hasattr(pothead.Hub, name.partition(".")[2])},
-        "files": {name for name in AHEAD["files"] if (wire.ROOT / name).exists()},
-        "messages": {
-            text for text in AHEAD["messages"] if any(re.fullmatch(each, text) for each in patterns)
-        },
-    }
-    have_come = {
-        kind: sorted(words & in_code[kind]) for kind, words in AHEAD.items() if words & in_code[kind]
-    }
-    assert have_come == {}

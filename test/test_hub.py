@@ -38,9 +38,9 @@ several_loopback_addresses = pytest.mark.skipif(
 # ---- Helpers -----------------------------------------------------------------------------------------
 
 
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
+def get(path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"pothead.test") -> bytes:
     """Return a request without a body; `lines` are further field lines."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: pothead.test", *lines)
+    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
     return b"\r\n".join(head) + b"\r\n\r\n"
 
 
@@ -1496,7 +1496,7 @@ def test_draining_hub_finishes_what_it_has_and_takes_no_more() -> None:
             hub.terminate()
             idle.expect_eof()
             with Peer.connect(hub.admin) as admin:
-                admin.send(get(b"/readyz") + get(b"/livez"))
+                admin.send(get(b"/readyz", host=b"localhost") + get(b"/livez", host=b"localhost"))
                 assert admin.read_response().status == 503
                 assert admin.read_response().status == 200
             with pytest.raises(ConnectionRefusedError):
@@ -1631,11 +1631,11 @@ def test_each_request_is_logged_once(hub: HubProcess, slot: Peer) -> None:
 @pytest.mark.parametrize(
     "request_bytes, status, body",
     [
-        (get(b"/livez"), 200, b"ok\n"),
-        (get(b"/readyz?verbose"), 200, b"ok\n"),
-        (get(b"/readyz", method=b"HEAD"), 200, b""),
-        (get(b"/nowhere"), 404, None),
-        (get(b"/livez", method=b"POST"), 405, None),
+        (get(b"/livez", host=b"localhost"), 200, b"ok\n"),
+        (get(b"/readyz?verbose", host=b"localhost"), 200, b"ok\n"),
+        (get(b"/readyz", method=b"HEAD", host=b"localhost"), 200, b""),
+        (get(b"/nowhere", host=b"localhost"), 404, None),
+        (get(b"/livez", method=b"POST", host=b"localhost"), 405, None),
     ],
 )
 def test_admin_port_answers_and_keeps_the_connection(
@@ -1675,7 +1675,7 @@ def test_admin_port_refuses_nonsense_and_closes(hub: HubProcess, request_bytes: 
 def test_admin_connections_that_break_off_hurt_nobody(hub: HubProcess, slot: Peer) -> None:
     with Peer.connect(hub.admin), Peer.connect(hub.admin) as half, Peer.connect(hub.admin) as broken:
         half.send(b"GET /sta")
-        broken.send(get(b"/stats") * 200)
+        broken.send(get(b"/stats", host=b"localhost") * 200)
         broken.reset()
         forwarded(hub, slot, get(b"/"))
         half.send(b"ts HTTP/1.0\r\n\r\n")

@@ -45,6 +45,18 @@ def test_copied_module_prints_its_help_without_any_package(directory: Path, name
         assert any("usage:" in line for line in program.lines)
 
 
+def test_metrics_without_their_package_tell_how_to_install_it(directory: Path) -> None:
+    ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
+    hub = wire.HubProcess([*BARE, "pothead.py", *ports], directory)
+    with wire.running(hub):
+        hub.wait_until_ready()
+        with wire.Peer.connect(hub.admin) as admin:
+            admin.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            response = admin.read_response()
+    assert response.status == 501
+    assert b"python3 -m pip install prometheus-client\n" in response.body
+
+
 def test_copied_gates_open_without_any_package(directory: Path) -> None:
     code = "import sys; sys.path.insert(0, '.'); import gating\n"
     code += "gate = gating.all_of(gating.wait_for_idle_cpus(1), gating.wait_for_free_memory(1))\n"

@@ -93,7 +93,7 @@ def test_defaults_in_the_readme_are_those_of_a_hub_in_a_program() -> None:
     arguments = [
         f"{option}={default}"
         for option, default in in_readme.items()
-        if default not in ("no", "the system's directory for them")
+        if default not in ("no", "none", "the system's directory for them")
     ]
     assert pothead.parse_args(arguments, {}) == (pothead.Options(), [])
 
@@ -114,6 +114,22 @@ def test_status_table_is_the_hubs_own() -> None:
             assert status == (str(outcome.status) if outcome.status else "the worker's")
         sentence = outcome.sentence[:1].upper() + outcome.sentence[1:]
         assert text.startswith(f"{sentence}." if sentence else "The response is with the consumer.")
+
+
+def test_admin_port_offers_what_the_readme_names() -> None:
+    section_tables = re.split(r"\n\n(?=\|)", section("Looking at it"))[1:]
+    requests, metrics = (re.findall(r"^\| `(.*?)` \|", each, re.MULTILINE) for each in section_tables)
+    pages = {f"GET {path.decode()}" for path in pothead.PAGES}
+    actions = {f"POST {path.decode()}" for path in pothead.ACTIONS}
+    assert set(requests) == {*pages, *actions, "POST /requests/ID/cancel"}
+    core = pytest.importorskip("prometheus_client.core")
+    hub = pothead.Hub(pothead.Options(main_port=0, worker_port=0, admin_port=None))
+    try:
+        families = list(pothead.MetricsCollector(hub).collect())
+    finally:
+        hub.loop.close()
+    total = {core.CounterMetricFamily: "_total"}
+    assert metrics and sorted(metrics) == sorted(each.name + total.get(type(each), "") for each in families)
 
 
 # What gets each status of refusal that the README names.
@@ -291,6 +307,12 @@ def test_app_of_the_readme_is_served(newcomer: Newcomer) -> None:
         with wire.running(wire.WorkerProcess(command, newcomer.directory, newcomer.environment)) as worker:
             assert newcomer.run(ask) == answer
             worker.wait_for_error(lambda line: "connected slots=2" in line)
+
+
+def test_orders_of_the_readme_are_taken(newcomer: Newcomer) -> None:
+    (orders,) = blocks("sh", section("Looking at it"))
+    with newcomer.hub("python3 pothead.py"):
+        assert newcomer.run(orders) == "paused\nresumed\n"
 
 
 # ---- The worker's modes ------------------------------------------------------------------------------

@@ -410,7 +410,7 @@ class HubProcess(Program):
     def stats(self) -> dict[str, object]:
         """Return the admin port's `/stats`."""
         with Peer.connect(self.admin) as peer:
-            peer.send(b"GET /stats HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n")
+            peer.send(b"GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             response = peer.read_response()
         assert response.status == 200, response
         return json.loads(response.body)
