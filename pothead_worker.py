@@ -4322,8 +4322,8 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
         if number == signal.SIGINT or (number == signal.SIGTERM and is_draining):
             pool.stop_now()
         elif number == signal.SIGTERM:
-            log.info("draining")
             pool.stop()
+            log.info("draining")  # after it, so that whoever reads this can rely on it
             is_draining = True
     return pool.join()
 
