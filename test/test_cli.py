@@ -824,7 +824,9 @@ def test_log_line_that_cannot_be_encoded_is_written_all_the_same() -> None:
 
 
 def test_network_may_be_given_by_any_of_its_addresses() -> None:
-    hub = pothead.Hub(pothead.Options(main_port=0, worker_port=0, forwarded_allow_ips=("10.1.2.3/8",)))
+    hub = pothead.Hub(
+        pothead.Options(main_port=0, worker_port=0, admin_port=None, forwarded_allow_ips=("10.1.2.3/8",))
+    )
     assert (hub.trusts("10.9.9.9:1"), hub.trusts("11.0.0.1:1")) == (True, False)
     hub.loop.close()
 
