@@ -2920,9 +2920,9 @@ class PrometheusMetrics(Metrics):
         self._busy.inc()
 
     def on_response(self, status: str, seconds: float) -> None:
-        self._busy.dec()
         self._requests.labels(status).inc()
         self._request_seconds.observe(seconds)
+        self._busy.dec()  # at last: a page without busy slots has all that was served
 
     def on_gate(self, seconds: float) -> None:
         self._gate_seconds.observe(seconds)
