@@ -4543,9 +4543,11 @@ function span(seconds) {
 
 // A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
 const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+// A kept connection brings another request, and its row must not keep the button of the one before.
+const exchange = row => `${row.consumer} ${row.id}`;
 const TABLES = {
   running: {
-    key: row => row.consumer, empty: "Nothing runs.",
+    key: exchange, empty: "Nothing runs.",
     columns: [
       ["n", row => age(row.worker_seconds)],
       ["n", row => age(row.age_seconds - row.worker_seconds)],
@@ -4554,7 +4556,7 @@ const TABLES = {
     ],
   },
   waiting: {
-    key: row => row.consumer, empty: "Nothing waits.",
+    key: exchange, empty: "Nothing waits.",
     columns: [
       ["n", row => count(row.position)],
       ["n", row => age(row.age_seconds)],
@@ -4582,7 +4584,7 @@ const TABLES = {
     ],
   },
   failures: {
-    key: row => `${row.time} ${row.consumer} ${row.id}`, empty: "None.",
+    key: row => `${row.time} ${exchange(row)}`, empty: "None.",
     columns: [
       ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
       ["code mono", row => row.code],

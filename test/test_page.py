@@ -186,6 +186,27 @@ def test_cancel_button_asks_first(page: Browser, hub: HubProcess) -> None:
     assert page.messages == []
 
 
+def test_cancel_button_is_that_of_the_request_which_is_shown(
+    page: Browser, hub: HubProcess, slot: Peer
+) -> None:
+    look(page, hub)
+    with Peer.connect(hub.main) as consumer:
+        consumer.send(get(b"/first"))
+        slot.read_request()
+        page.wait_for(says("#running .grow p", "/first"))
+        page.evaluate("kept = show; show = () => {}")  # the next request comes before the page looks again
+        slot.send(OK)
+        assert consumer.read_response().status == 200
+        consumer.send(get(b"/second"))
+        slot.read_request()
+        page.evaluate("fetch('stats').then(answer => answer.json()).then(kept)")
+        assert page.text("#running .grow p") == "GET /second"
+        page.click("#running button")
+        assert "GET /second" in page.text("#consequence")
+        page.click("#yes")
+        assert consumer.read_response().status == 503
+
+
 def test_drain_button_asks_first_and_the_page_tells_when_the_hub_is_gone(
     page: Browser, hub: HubProcess, slot: Peer
 ) -> None:
