@@ -4683,7 +4683,8 @@ function steps(values, top) {
 function plot(id, what, now, values, limits) {
   const known = values.filter(value => value !== null), peak = Math.max(...known);
   const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
-  const top = Math.max(2, [1, 2, 3, 4, 5, 6, 8, 10].map(each => each * power).find(each => each >= wanted));
+  const tops = [1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10].map(each => each * power);
+  const top = Math.max(2, tops.find(each => each >= wanted));
   const figure = byId(id), line = steps(values, top), start = values.length - known.length;
   setText(figure.querySelector(".top"), count(top));
   figure.querySelector(".line").setAttribute("d", line);
@@ -4731,15 +4732,18 @@ function show(stats) {
 
 function showState(stats, slots, waiting) {
   let state = ["good", "● Serving"], banner = "";
+  const lonely = !slots && waiting > 0;
+  const helpless = lonely ? `No worker is connected: ${plural(waiting, "request")} cannot start.` : "";
   if (stats.draining) {
     state = ["warn", "▼ Draining"];
     banner = `Draining: no new requests are taken; ${plural(stats.demand, "request")} to finish.`;
+    if (helpless) banner += ` ${helpless}`;
   } else if (stats.paused) {
     state = ["warn", "‖ Paused"];
     banner = "Paused: requests wait, and none is started until you resume.";
   } else if (!slots) {
     state = ["warn", "○ No workers"];
-    if (waiting) banner = `No worker is connected: ${plural(waiting, "request")} cannot start.`;
+    banner = helpless;
   }
   setState(...state, banner, "");
   const mark = stats.paused ? "‖ " : "";

@@ -219,12 +219,22 @@ def test_drain_button_asks_first_and_the_page_tells_when_the_hub_is_gone(
         page.click("#drain")
         page.click("#yes")
         page.wait_for(says("#state", "Draining"))
+        banner = "Draining: no new requests are taken; 1 request to finish."
+        assert page.text("#banner") == banner
         assert page.evaluate("document.querySelector('#pause').disabled") is True
         slot.send(OK)
         assert consumer.read_response().status == 200
     assert hub.wait() == 0
     page.wait_for(says("#state", "No answer"))
     assert page.text("#banner").startswith("The hub has not answered since ")
+
+
+def test_drain_without_workers_says_so(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    with asked(hub, get(b"/")):
+        page.click("#drain")
+        page.click("#yes")
+        page.wait_for(says("#banner", "1 request to finish. No worker is connected: 1 request cannot start."))
 
 
 def test_page_recovers_by_itself_when_the_hub_is_back(page: Browser) -> None:
