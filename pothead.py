@@ -3577,7 +3577,6 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
         "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
-        "history": describe_history(hub.history, now),
         "waiting": describe_waiting(hub, now),
         "waiting_not_listed": max(0, len(hub.queue) - LIMITS.listed_rows),
         "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
@@ -3587,6 +3586,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": list(reversed(counters.failures)),
+        "history": describe_history(hub.history, now),
     }
 
 
