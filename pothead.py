@@ -3127,12 +3127,12 @@ class Hub:
     def _finish_listening(self) -> None:
         """Closes the port for consumers; workers are still needed.
 
-        An admin may watch, unless that port too is another hub's by now.
+        An admin may watch to the end.  On a shared port that is the next hub's admin; but there may be no
+        next hub on this very port, as with pods that have an address each.
         """
-        for name in ("consumers", "admin") if self._has_successor else ("consumers",):
-            listener = self._listeners.get(name)
-            if listener is not None and not listener.is_shared:
-                listener.finish()
+        listener = self._listeners["consumers"]
+        if not listener.is_shared:
+            listener.finish()
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
