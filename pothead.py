@@ -4493,7 +4493,7 @@ dialog .buttons { justify-content: flex-end; }
 }
 @media (max-width: 34rem) {
   th, td { padding-inline: .3rem; }
-  .grow p { white-space: normal; overflow-wrap: anywhere; }
+  th.grow, .grow p { white-space: normal; overflow-wrap: anywhere; }
   .scroll { margin-inline: -.3rem; }
   .meter { display: none; }
   .stack tr { display: grid; grid-template-columns: 3.4rem 3.6rem 5rem 1fr; align-items: baseline; }
