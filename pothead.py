@@ -3247,6 +3247,9 @@ class Machines:
         self.connected: dict[str, MachineRecord] = {}
         self.gone: dict[str, MachineRecord] = {}  # in the order in which they went
 
+    def __len__(self) -> int:
+        return len(self.connected) + len(self.gone)
+
     def join(self, machine: str) -> MachineRecord:
         """Counts a new slot of the machine."""
         record = self.connected.get(machine)
@@ -3582,7 +3585,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
         "running_not_listed": max(0, len(running) - LIMITS.listed_rows),
         "machines": describe_machines(hub, workers, now),
-        "machines_not_listed": max(0, len(hub.machines.connected) - LIMITS.listed_rows),
+        "machines_not_listed": max(0, len(hub.machines) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": list(reversed(counters.failures)),
