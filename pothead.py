@@ -4496,6 +4496,7 @@ dialog .buttons { justify-content: flex-end; }
 }
 @media (max-width: 34rem) {
   th, td { padding-inline: .3rem; }
+  .big { font-size: 16vw; }
   th.grow, .grow p { white-space: normal; overflow-wrap: anywhere; }
   .scroll { margin-inline: -.3rem; }
   .meter { display: none; }
