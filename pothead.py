@@ -223,7 +223,8 @@ _DIGITS: Final = re.compile(rb"[0-9]+")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,128}")
+# "." and ".." would be lost in the path that cancels a request: browsers and curl resolve them.
+_REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 # The fields that the hub itself looks at; the values of the others it only passes on.
 _KNOWN_FIELDS: Final = frozenset(
     (
@@ -3126,12 +3127,12 @@ class Hub:
     def _finish_listening(self) -> None:
         """Closes the port for consumers; workers are still needed.
 
-        An admin may watch, unless that port too is another hub's by now.
+        An admin may watch to the end.  On a shared port that is the next hub's admin; but there may be no
+        next hub on this very port, as with pods that have an address each.
         """
-        for name in ("consumers", "admin") if self._has_successor else ("consumers",):
-            listener = self._listeners.get(name)
-            if listener is not None and not listener.is_shared:
-                listener.finish()
+        listener = self._listeners["consumers"]
+        if not listener.is_shared:
+            listener.finish()
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
@@ -3245,6 +3246,9 @@ class Machines:
     def __init__(self) -> None:
         self.connected: dict[str, MachineRecord] = {}
         self.gone: dict[str, MachineRecord] = {}  # in the order in which they went
+
+    def __len__(self) -> int:
+        return len(self.connected) + len(self.gone)
 
     def join(self, machine: str) -> MachineRecord:
         """Counts a new slot of the machine."""
@@ -3576,16 +3580,16 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
         "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
-        "history": describe_history(hub.history, now),
         "waiting": describe_waiting(hub, now),
         "waiting_not_listed": max(0, len(hub.queue) - LIMITS.listed_rows),
         "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
         "running_not_listed": max(0, len(running) - LIMITS.listed_rows),
         "machines": describe_machines(hub, workers, now),
-        "machines_not_listed": max(0, len(hub.machines.connected) - LIMITS.listed_rows),
+        "machines_not_listed": max(0, len(hub.machines) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": list(reversed(counters.failures)),
+        "history": describe_history(hub.history, now),
     }
 
 
@@ -4492,7 +4496,8 @@ dialog .buttons { justify-content: flex-end; }
 }
 @media (max-width: 34rem) {
   th, td { padding-inline: .3rem; }
-  .grow p { white-space: normal; overflow-wrap: anywhere; }
+  .big { font-size: 16vw; }
+  th.grow, .grow p { white-space: normal; overflow-wrap: anywhere; }
   .scroll { margin-inline: -.3rem; }
   .meter { display: none; }
   .stack tr { display: grid; grid-template-columns: 3.4rem 3.6rem 5rem 1fr; align-items: baseline; }
@@ -4542,9 +4547,11 @@ function span(seconds) {
 
 // A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
 const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+// A kept connection brings another request, and its row must not keep the button of the one before.
+const exchange = row => `${row.consumer} ${row.id}`;
 const TABLES = {
   running: {
-    key: row => row.consumer, empty: "Nothing runs.",
+    key: exchange, empty: "Nothing runs.",
     columns: [
       ["n", row => age(row.worker_seconds)],
       ["n", row => age(row.age_seconds - row.worker_seconds)],
@@ -4553,7 +4560,7 @@ const TABLES = {
     ],
   },
   waiting: {
-    key: row => row.consumer, empty: "Nothing waits.",
+    key: exchange, empty: "Nothing waits.",
     columns: [
       ["n", row => count(row.position)],
       ["n", row => age(row.age_seconds)],
@@ -4581,7 +4588,7 @@ const TABLES = {
     ],
   },
   failures: {
-    key: row => `${row.time} ${row.consumer} ${row.id}`, empty: "None.",
+    key: row => `${row.time} ${exchange(row)}`, empty: "None.",
     columns: [
       ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
       ["code mono", row => row.code],
@@ -4680,7 +4687,8 @@ function steps(values, top) {
 function plot(id, what, now, values, limits) {
   const known = values.filter(value => value !== null), peak = Math.max(...known);
   const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
-  const top = Math.max(2, [1, 2, 3, 4, 5, 6, 8, 10].map(each => each * power).find(each => each >= wanted));
+  const tops = [1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10].map(each => each * power);
+  const top = Math.max(2, tops.find(each => each >= wanted));
   const figure = byId(id), line = steps(values, top), start = values.length - known.length;
   setText(figure.querySelector(".top"), count(top));
   figure.querySelector(".line").setAttribute("d", line);
@@ -4728,15 +4736,18 @@ function show(stats) {
 
 function showState(stats, slots, waiting) {
   let state = ["good", "● Serving"], banner = "";
+  const lonely = !slots && waiting > 0;
+  const helpless = lonely ? `No worker is connected: ${plural(waiting, "request")} cannot start.` : "";
   if (stats.draining) {
     state = ["warn", "▼ Draining"];
     banner = `Draining: no new requests are taken; ${plural(stats.demand, "request")} to finish.`;
+    if (helpless) banner += ` ${helpless}`;
   } else if (stats.paused) {
     state = ["warn", "‖ Paused"];
     banner = "Paused: requests wait, and none is started until you resume.";
   } else if (!slots) {
     state = ["warn", "○ No workers"];
-    if (waiting) banner = `No worker is connected: ${plural(waiting, "request")} cannot start.`;
+    banner = helpless;
   }
   setState(...state, banner, "");
   const mark = stats.paused ? "‖ " : "";

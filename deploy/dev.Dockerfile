@@ -4,10 +4,11 @@
 #   docker run --rm -it -v "$PWD:/src" pothead-dev pytest -q  # the tests alone
 
 FROM python:3.13-bookworm
-# What the README's commands and the tests call.
+# What the README's commands and the tests call; a test whose program is missing is skipped.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --no-install-recommends --yes curl xz-utils \
+    && apt-get install --no-install-recommends --yes \
+        chromium curl ffmpeg iproute2 nginx-light nodejs prometheus xz-utils \
     && rm -rf /var/lib/apt/lists/*
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir tox pytest prometheus-client psutil pyyaml

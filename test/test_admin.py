@@ -334,6 +334,7 @@ def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
     assert machines.join("0").served == 0
     assert machines.join("1").served == 1
     assert set(machines.connected) == {"0", "1"}
+    assert len(machines) == count + 1, "those that are connected and those that have gone"
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------

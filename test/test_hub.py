@@ -411,12 +411,12 @@ def test_body_that_comes_byte_by_byte_is_the_same_body(hub: HubProcess, slot: Pe
         assert consumer.read_response().body == b"ok"
 
 
-@pytest.mark.parametrize("given", [b"a", b"Root=1-5e8+x/y~z:@.=_-", b"x" * 128])
+@pytest.mark.parametrize("given", [b"a", b"...", b".a", b"Root=1-5e8+x/y~z:@.=_-", b"x" * 128])
 def test_well_formed_request_id_is_kept(hub: HubProcess, slot: Peer, given: bytes) -> None:
     assert forwarded(hub, slot, get(b"/id", b"X-Request-Id: " + given)).value(b"X-Request-Id") == given
 
 
-@pytest.mark.parametrize("given", [b"", b"two words", b"x" * 129, b'quo"ted', b"\xe4"])
+@pytest.mark.parametrize("given", [b"", b"two words", b"x" * 129, b'quo"ted', b"\xe4", b".", b".."])
 def test_malformed_request_id_is_replaced(hub: HubProcess, slot: Peer, given: bytes) -> None:
     made = forwarded(hub, slot, get(b"/id", b"X-Request-Id: " + given)).value(b"X-Request-Id")
     assert made and re.fullmatch(rb"[0-9a-f]{12}-[0-9a-f]+", made)

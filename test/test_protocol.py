@@ -16,7 +16,8 @@ import pytest
 import wire
 
 DOCUMENT = (wire.ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-LANGUAGES = [("perl", "perl"), ("js", "node")]  # of a code block, and what runs it
+# The language of a code block, which of those in that language, and what runs it.
+WORKERS = {"ten lines": ("perl", 0, "perl"), "perl": ("perl", 1, "perl"), "node": ("js", 0, "node")}
 
 
 def blocks(language: str) -> list[str]:
@@ -244,16 +245,20 @@ def test_slot_is_free_before_its_consumer_has_taken_the_response(
 # ---- The workers -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=LANGUAGES, ids=lambda param: param[1])
+@pytest.fixture(params=WORKERS)
 def command(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
     """The command of a worker that stands in the document, without the hub's address."""
-    language, interpreter = request.param
+    language, place, interpreter = WORKERS[request.param]
     if shutil.which(interpreter) is None:
         pytest.skip(f"{interpreter} is not installed")
-    (source,) = blocks(language)
+    source = blocks(language)[place]
     path = tmp_path / f"worker.{language}"
     path.write_text(source, encoding="utf-8")
     return [interpreter, str(path)]
+
+
+# The shortest leaves chunks out.
+understands_chunks = pytest.mark.parametrize("command", ["perl", "node"], indirect=True)
 
 
 class ForeignWorker(wire.Program):
@@ -291,6 +296,10 @@ def wait_until_busy(hub: wire.HubProcess) -> None:
         assert time.monotonic() < ends_at
 
 
+def test_worker_of_ten_lines_has_ten_lines() -> None:
+    assert len(blocks("perl")[0].splitlines()) == 10
+
+
 def test_worker_of_the_document_serves_one_request_after_the_other_on_one_connection(
     foreign: ForeignWorker, hub: wire.HubProcess, consumer: wire.Peer
 ) -> None:
@@ -319,6 +328,7 @@ def test_worker_of_the_document_serves_bodies_of_all_kinds(
     assert worker["served"] == 8, "all on one connection"
 
 
+@understands_chunks
 def test_worker_of_the_document_understands_streamed_chunks(command: list[str], tmp_path: Path) -> None:
     body = random.Random(2).randbytes(100_000)
     with wire.hub_process("--stream-requests") as hub:
@@ -332,6 +342,7 @@ def test_worker_of_the_document_understands_streamed_chunks(command: list[str], 
                 assert consumer.read_response().body == body[::-1]
 
 
+@understands_chunks
 def test_worker_of_the_document_survives_a_request_that_breaks_off(
     command: list[str], tmp_path: Path
 ) -> None:

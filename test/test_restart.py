@@ -399,6 +399,27 @@ def test_new_connections_wait_in_a_passed_socket_while_no_hub_accepts_them(manag
         assert waits.read_response().body == b"ok"
 
 
+def test_drain_can_be_watched_to_its_end_if_nobody_takes_over_the_port() -> None:
+    with wire.hub_process(REUSE) as hub, Peer.connect(hub.worker) as slot, Peer.connect(hub.main) as consumer:
+        consumer.send(get(b"/"))
+        slot.read_request()
+        hub.terminate()
+        wait_until(lambda: refuses(hub.main))  # what follows is after the handover
+        stats = hub.stats()
+        assert (stats["draining"], stats["demand"]) == (True, 1)
+        slot.send(OK)
+        assert consumer.read_response().status == 200
+        assert hub.wait() == 0
+
+
+def refuses(address: wire.Address) -> bool:
+    try:
+        Peer.connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels deal out connections in their own way")
 def test_draining_hub_on_a_shared_port_leaves_new_connections_to_its_successor() -> None:
     with wire.hub_process(REUSE) as old, contextlib.ExitStack() as stack:
@@ -416,7 +437,7 @@ def test_draining_hub_on_a_shared_port_leaves_new_connections_to_its_successor()
             assert new_slot.read_request().target == b"/new"
             new_slot.send(OK)
         assert [consumer.read_response().status for consumer in consumers] == [200] * 40
-        assert successor.stats()["draining"] is False
+        assert [successor.stats()["draining"] for _ in range(20)] == [False] * 20
         slot.send(OK)
         assert runs.read_response().status == 200
         assert old.wait() == 0
