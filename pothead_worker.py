@@ -1108,7 +1108,7 @@ def parse_local_head(data: bytes) -> LocalHead:
 class Forwarder:
     """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
 
-    Keeps connections to it that can take another request.
+    Keeps connections to it that can take another request, with those in use never more than there are slots.
     """
 
     def __init__(self, url: str) -> None:
@@ -1317,16 +1317,21 @@ class LocalExchange:
         A kept connection may be closed by the other end at any moment. So it is used only for a request that
         may be sent again, on a new one, when that happens.
         """
-        request = self._response.request
-        has_no_body = self._response.handler.body is None
-        if has_no_body and request.method in REPEATABLE_METHODS and (kept := self._forwarder.take_kept()):
+        kept = self._forwarder.take_kept()
+        if kept and self._may_repeat():
             try:
                 return self._ask_on(kept)
             except LocalError:
                 if self._connection and self._connection.has_received:
                     raise
                 self.close()
+        elif kept:
+            kept.close()  # or there would be one more with each such request; some programs serve only one
         return self._ask_on(self._forwarder.open())
+
+    def _may_repeat(self) -> bool:
+        has_no_body = self._response.handler.body is None
+        return has_no_body and self._response.request.method in REPEATABLE_METHODS
 
     def _ask_on(self, sock: socket.socket) -> LocalHead:
         request = self._response.request
