@@ -246,6 +246,16 @@ def test_unreadable_file_of_an_ended_process_is_logged_and_harms_nothing_else(
     assert not (directory / f"counter_{ended.pid}.db").exists()
 
 
+@needs_prometheus
+def test_process_that_has_just_made_its_file_does_not_stop_a_scrape(
+    start: Callable[..., Metered], directory: Path
+) -> None:
+    metered = start()
+    metered.ask()
+    (directory / f"counter_{os.getpid()}.db").touch()
+    assert metered.scrape()['myapp_requests_total{path="/"}'] == 1
+
+
 # What a process has in all kinds of metrics is the same on the page before and after its end.
 MERGING = """
     import os, sys
