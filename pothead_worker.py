@@ -3964,9 +3964,12 @@ def parse_metrics_directory(text: str) -> str | None:
         raise ValueError(f"{text!r} will not be emptied: it is / or somebody's home directory")
     try:
         tempfile.TemporaryFile(dir=path).close()
-        os.listdir(path)
+        with os.scandir(path) as entries:
+            odd = [entry.name for entry in entries if entry.name.endswith(".db") and not entry.is_file()]
     except OSError as exc:
         raise ValueError(f"{text!r} is not writable: {exc.strerror}") from None
+    if odd:
+        raise ValueError(f"{text!r} will not be emptied: {odd[0]!r} in it is not a file")
     return text
 
 
