@@ -2191,7 +2191,6 @@ class RequestProcess:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._has_ended = False
-        self._is_fork_server_lost = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2231,7 +2230,6 @@ class RequestProcess:
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
-            self._is_fork_server_lost = True
             self._control.shutdown(socket.SHUT_RDWR)
 
     # -- following what it does
@@ -2297,8 +2295,9 @@ class RequestProcess:
         """The channel is closed, and the fork server has not said how the process ended."""
         self._has_ended = True
         self.failure = "was cut off with the fork server"
-        if self._is_fork_server_lost and self.pid is not None:
-            # Its parent is dead, so it is dying, too; the group still holds its descendants.
+        if self.pid is not None:
+            # Its parent is dead, so it is dying, too; the group still holds its descendants. This may come
+            # before `on_fork_server_lost`.
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
 

@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -479,6 +480,16 @@ def test_fork_server_that_dies_is_started_again(start: Any, listener: wire.Liste
         worker.wait_for_error(is_line("INFO another fork server is ready"))
         for pid in pids[2:]:
             os.kill(pid, signal.SIGKILL)
+
+
+def test_group_is_killed_even_if_its_channel_ends_before_the_fork_server_is_known_to_be_lost() -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as descendant:
+        process = pothead_worker.RequestProcess(None, 60)  # type: ignore[arg-type]  # has no request
+        process.pid = descendant.pid
+        process._on_silence()
+        assert descendant.wait() == -signal.SIGKILL
+        process._control.close()
+        process._other_end.close()
 
 
 def test_fork_server_that_cannot_start_again_is_tried_again(
