@@ -3303,6 +3303,9 @@ class Slot:
             handler.connection.shutdown(socket.SHUT_RDWR)
         return was_busy
 
+    def on_exit(self) -> None:
+        """The process ends now, although the app still runs. Called by another thread."""
+
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
 
@@ -3315,6 +3318,7 @@ class Offer:
     def __init__(self, reservation: object) -> None:
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
+        self._lock = threading.Lock()
 
     @property
     def is_counted(self) -> bool:
@@ -3325,8 +3329,9 @@ class Offer:
         self._tell(self._request_received, environ)
 
     def end(self) -> None:
-        """The job is over, or never came. Its one caller is who holds the offer last."""
-        done, self._done = self._done, None
+        """The job is over, or never came; only the first call counts."""
+        with self._lock:
+            done, self._done = self._done, None
         self._tell(done)
 
     @staticmethod
@@ -3366,6 +3371,9 @@ class GatedSlot(Slot):
             self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
             self._offer.end()
             self._pool.on_slot_end(self)
+
+    def on_exit(self) -> None:
+        self._offer.end()
 
     def on_request(self, environ: WSGIEnvironment) -> None:
         self._has_request = True
@@ -3575,6 +3583,19 @@ class WorkerPool:
                 self._was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
             self._schedule(STOP_NOW_GRACE_S, self._ended.set)
+
+    def leave(self) -> None:
+        """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
+
+        def tell() -> None:
+            for slot in slots:
+                slot.on_exit()
+
+        with self._lock:
+            slots = list(self._slots)
+        telling = threading.Thread(target=tell, name="pothead-leave", daemon=True)
+        telling.start()
+        telling.join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
     def _schedule(self, wait_s: float, action: Callable[[], None]) -> None:
         if self._timer:
@@ -4343,7 +4364,9 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
             log.info("draining")
             pool.stop()
             is_draining = True
-    return pool.join()
+    is_clean = pool.join()
+    pool.leave()
+    return is_clean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
