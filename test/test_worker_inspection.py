@@ -97,6 +97,7 @@ def test_inspect_counts_waiting_slots_and_pending_requests(
     start: Callable[..., Inspected], mode: tuple[str, ...]
 ) -> None:
     inspected = start(*mode)
+    inspected.wait_for("slots_waiting", 1)  # the connection is accepted a moment before
     assert inspected.inspect() == {"requests_pending": 0, "slots_waiting": 1}
     inspected.begin_request()
     inspected.wait_for("slots_waiting", 1 if mode == ("--poll-jobs",) else 0)
