@@ -2323,7 +2323,7 @@ class RequestProcess:
         elif "log" in message:
             forward_record(message["log"])
         elif "call" in message:
-            self._handler.call_back(message["call"], message["arguments"])
+            self._handler.call_back(message["call"], message["arguments"], message["keywords"])
         elif "offer" in message:
             self._handler.on_offer(message["offer"].encode("latin-1"))
         elif "report" in message:
@@ -2416,10 +2416,10 @@ class ProcessHandler(RedirectingHandler):
         elif process.report and process.report.get("reason"):
             log.info("request %s: %s", request_id, process.report["reason"])
 
-    def call_back(self, name: str, arguments: Sequence[object]) -> None:
+    def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
-            self._callbacks[name](*arguments)
+            self._callbacks[name](*arguments, **keywords)
         except Exception:
             log.exception("%s failed", name)
 
@@ -2843,9 +2843,9 @@ class LoneHandler(RedirectingHandler):
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
 
-    def _call(self, name: str, *arguments: object) -> None:
+    def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
-        self._channel.tell(call=name, arguments=arguments)
+        self._channel.tell(call=name, arguments=arguments, keywords=keywords)
 
     def make_cancelled(self) -> threading.Event:
         return CancelledEvent(self._channel.sock)

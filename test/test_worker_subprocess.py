@@ -105,6 +105,7 @@ APP = """
             start_descendants()
         if path == "/reserve":
             environ["RESET_CPU_RESERVATION"](1.5)
+            environ["RESET_CPU_RESERVATION"](cpus=2)
         if path in PAGES:
             return PAGES[path](environ)
         flags = [environ["wsgi.multithread"], environ["wsgi.multiprocess"], environ["wsgi.run_once"]]
@@ -642,7 +643,7 @@ def test_what_a_gate_gives_to_the_environ_is_called_in_the_worker(
         assert has_ended.wait(wire.DEADLINE_S)
         pool.stop()
         assert pool.join()
-    assert gate.called == [(1.5, os.getpid())] and gate.paths == ["/reserve"]
+    assert gate.called == [(1.5, os.getpid()), (2, os.getpid())] and gate.paths == ["/reserve"]
     assert ended == [pid]
 
 
