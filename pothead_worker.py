@@ -220,7 +220,7 @@ def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: fl
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HEAD = re.compile(
-    rf"({TOKEN}) (/[\x21-\x7e\x80-\xff]*|\*) HTTP/1\.1\r\n((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+    rf"({TOKEN}) (/[\x21-\x7e\x80-\xff]*|\*) HTTP/1\.([01])\r\n((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 LENGTH = re.compile(r"[0-9]{1,18}")
 SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,9})?")
@@ -234,20 +234,22 @@ class RequestHead(NamedTuple):
     fields: dict[str, str]  # by CGI name ("USER_AGENT"), repeated fields joined
     length: int | None  # of the body; None without a body, and when it is chunked
     is_chunked: bool
+    is_old: bool  # HTTP/1.0
 
 
-def parse_head(data: bytes) -> RequestHead:
+def parse_head(data: bytes, may_be_old: bool = False) -> RequestHead:
     """Understand a head without the empty line that ends it. Raises ProtocolError."""
     match = HEAD.fullmatch(data.decode("latin-1"))
-    if match is None:
+    if match is None or (match[3] == "0" and not may_be_old):
         raise ProtocolError("malformed head")
-    method, target, lines = match.groups()
+    method, target, minor_version, lines = match.groups()
+    is_old = minor_version == "0"
     if target == "*" and method != "OPTIONS":
         raise ProtocolError("malformed target")
     fields = parse_fields(lines)
-    if "HOST" not in fields:
+    if "HOST" not in fields and not is_old:
         raise ProtocolError("no Host")
-    return RequestHead(method, target, fields, *parse_framing(fields))
+    return RequestHead(method, target, fields, *parse_framing(fields), is_old)
 
 
 def parse_fields(lines: str) -> dict[str, str]:
@@ -474,6 +476,11 @@ def http_date(unix_second: int) -> str:
     return email.utils.formatdate(unix_second, usegmt=True)
 
 
+def set_reset_on_close(sock: socket.socket, is_on: bool) -> None:
+    """Have the connection end with a reset when it is closed, or not."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_on, 0))
+
+
 def close_gently(sock: socket.socket) -> None:
     """Close our direction and read the hub's away until it closes, too.
 
@@ -571,6 +578,9 @@ FIELD_NAME = re.compile(TOKEN)
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
+CHUNKED = b"\r\nTransfer-Encoding: chunked\r\n"
+
+
 class ResponseHead(NamedTuple):
     status: str
     fields: list[tuple[str, str]]
@@ -642,6 +652,7 @@ class Response(BaseHandler):
         self.last_piece = b""
         self.is_complete = False
         self.is_chunked = False
+        self.ends_with_close = False
         self.says_close = False
         self.request_id = head.fields.get("X_REQUEST_ID", "-")
 
@@ -654,7 +665,8 @@ class Response(BaseHandler):
     def is_all_sent(self) -> bool:
         """Whether the consumer has all of the response, whose length is ours: from now on it may be gone."""
         assert self.head is not None
-        return self.headers_sent and not self.is_chunked and (not self.has_body or self.head.length is None)
+        has_end = not (self.is_chunked or self.ends_with_close)
+        return self.headers_sent and has_end and (not self.has_body or self.head.length is None)
 
     # -- calling the app
 
@@ -796,6 +808,9 @@ class Response(BaseHandler):
         self.handler.on_response_start(self.head.status)
         if is_redirected:
             self.handler.redirect(start)
+        if self.is_chunked and not self.handler.may_chunk:
+            self.is_chunked, self.ends_with_close = False, True
+            return without_chunks(start)
         return start
 
     def _choose_framing(self, first_bytes: int) -> list[tuple[str, str]]:
@@ -860,6 +875,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     """
 
     may_redirect = False
+    may_chunk = True
 
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self.slot = slot
@@ -891,6 +907,11 @@ class RequestHandler(BaseHTTPRequestHandler):
         """The hub has closed the connection. Called by other threads."""
         self.is_hung_up = True
         self.cancelled.set()
+
+    def cut_off(self) -> None:
+        """End the connection for a thread that sends or receives there. Called by other threads."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
@@ -1107,7 +1128,7 @@ def parse_local_head(data: bytes) -> LocalHead:
 class Forwarder:
     """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
 
-    Keeps connections to it that can take another request.
+    Keeps connections to it that can take another request, with those in use never more than there are slots.
     """
 
     def __init__(self, url: str) -> None:
@@ -1316,16 +1337,21 @@ class LocalExchange:
         A kept connection may be closed by the other end at any moment. So it is used only for a request that
         may be sent again, on a new one, when that happens.
         """
-        request = self._response.request
-        has_no_body = self._response.handler.body is None
-        if has_no_body and request.method in REPEATABLE_METHODS and (kept := self._forwarder.take_kept()):
+        kept = self._forwarder.take_kept()
+        if kept and self._may_repeat():
             try:
                 return self._ask_on(kept)
             except LocalError:
                 if self._connection and self._connection.has_received:
                     raise
                 self.close()
+        elif kept:
+            kept.close()  # or there would be one more with each such request; some programs serve only one
         return self._ask_on(self._forwarder.open())
+
+    def _may_repeat(self) -> bool:
+        has_no_body = self._response.handler.body is None
+        return has_no_body and self._response.request.method in REPEATABLE_METHODS
 
     def _ask_on(self, sock: socket.socket) -> LocalHead:
         request = self._response.request
@@ -1603,7 +1629,7 @@ class SideDoor:
 
     def _on_head(self, visitor: Visitor, data: bytes) -> None:
         try:
-            head = parse_head(data)
+            head = parse_head(data, may_be_old=True)
         except ProtocolError as exc:
             self._refuse(visitor, str(exc))
             return
@@ -1664,19 +1690,19 @@ class PagePort(SideDoor):
         if make_page is None:
             text = f"There is only {', '.join(self.pages)} here.\n"
             return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
-        return functools.partial(self._begin_visit, make_page, head.method == "HEAD")
+        return functools.partial(self._begin_visit, make_page, head)
 
-    def _begin_visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+    def _begin_visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
         name = f"pothead-{self._name}-page"
-        visit = threading.Thread(target=self._visit, args=(make_page, is_head, sock), name=name, daemon=True)
+        visit = threading.Thread(target=self._visit, args=(make_page, head, sock), name=name, daemon=True)
         self._visits = [*filter(threading.Thread.is_alive, self._visits), visit]
         visit.start()
 
-    def _visit(self, make_page: PageMaker, is_head: bool, sock: socket.socket) -> None:
+    def _visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
         with sock:
             try:
                 sock.settimeout(SIDE_SEND_TIMEOUT_S)
-                send_page(sock, make_page(sock), is_head)
+                send_page(sock, make_page(sock), head)
                 close_gently(sock)
             except OSError as exc:
                 log.debug("%s: visitor lost: %s", self._name, exc)
@@ -1691,21 +1717,23 @@ class PagePort(SideDoor):
             visit.join(max(0.0, ends_at - time.monotonic()))
 
 
-def send_page(sock: socket.socket, page: Page, is_head: bool) -> None:
-    framing = "Transfer-Encoding: chunked"
+def send_page(sock: socket.socket, page: Page, request: RequestHead) -> None:
+    is_chunked = not (isinstance(page.body, bytes) or request.is_old)
+    fields = [f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
     if isinstance(page.body, bytes):
-        framing = f"Content-Length: {len(page.body)}"
-    lines = [f"HTTP/1.1 {page.status}", f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
-    start = "\r\n".join([*lines, framing, "Connection: close", "", ""]).encode("latin-1")
-    if is_head:
+        fields.append(f"Content-Length: {len(page.body)}")
+    elif is_chunked:
+        fields.append("Transfer-Encoding: chunked")
+    start = "\r\n".join([f"HTTP/1.1 {page.status}", *fields, "Connection: close", "", ""]).encode("latin-1")
+    if request.method == "HEAD":
         sock.sendall(start)
     elif isinstance(page.body, bytes):
         send_pieces(sock, [start, page.body])
     else:
         sock.sendall(start)
         for piece in page.body:
-            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
-        sock.sendall(b"0\r\n\r\n")
+            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        sock.sendall(b"0\r\n\r\n" if is_chunked else b"")
 
 
 def listen_everywhere(port: int) -> socket.socket:
@@ -1719,8 +1747,17 @@ def listen_everywhere(port: int) -> socket.socket:
 # ---- Responses that do not pass the hub --------------------------------------------------------------
 
 
+def without_chunks(head: bytes) -> bytes:
+    """Return the head of a response as HTTP/1.0 has it: without chunks, the body ends with its connection."""
+    return head.replace(CHUNKED, b"\r\n")
+
+
 class PickupExpired(ConsumerGone):
     """The consumer did not come for its response in time."""
+
+
+# Is given the consumer's connection, and whether it speaks HTTP/1.0.
+Claim = Callable[[socket.socket, bool], None]
 
 
 class Pickup(NamedTuple):
@@ -1728,7 +1765,7 @@ class Pickup(NamedTuple):
 
     head: bytes
     expires_at: float
-    on_claim: Callable[[socket.socket], None]  # is given the consumer's connection and must not wait
+    on_claim: Claim  # must not wait
     on_expiry: Callable[[], None]
 
 
@@ -1755,9 +1792,7 @@ class PickupPort(SideDoor):
 
     # -- for the slots
 
-    def offer(
-        self, head: bytes, on_claim: Callable[[socket.socket], None], on_expiry: Callable[[], None]
-    ) -> str:
+    def offer(self, head: bytes, on_claim: Claim, on_expiry: Callable[[], None]) -> str:
         """Keep a response for its consumer; return the key. The port's thread calls one of the two."""
         key = secrets.token_urlsafe(32)
         with self._lock:
@@ -1783,13 +1818,15 @@ class PickupPort(SideDoor):
         if pickup is None or pickup.expires_at <= time.monotonic():
             log.warning("redirects: unknown, used or expired key from %s", visitor_address)
             return plain_answer("410 Gone", "Cache-Control: no-store", is_head=head.method == "HEAD")
-        return pickup.head if head.method == "HEAD" else functools.partial(self._hand_over, key)
+        if head.method == "HEAD":
+            return without_chunks(pickup.head) if head.is_old else pickup.head
+        return functools.partial(self._hand_over, key, head.is_old)
 
-    def _hand_over(self, key: str, sock: socket.socket) -> None:
+    def _hand_over(self, key: str, is_old: bool, sock: socket.socket) -> None:
         with self._lock:
             pickup = self._waiting.pop(key, None)
             if pickup:
-                pickup.on_claim(sock)
+                pickup.on_claim(sock, is_old)
             else:  # withdrawn just now: there is no response any more
                 sock.close()
 
@@ -1893,10 +1930,13 @@ class RedirectingHandler(RequestHandler):
         except OSError as exc:
             raise ConsumerGone from exc
 
-    def on_claim(self, sock: socket.socket) -> None:
+    def on_claim(self, sock: socket.socket, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
+        self.may_chunk = not is_old
         with contextlib.suppress(OSError):
             set_options(sock)
+            if is_old:  # only a reset tells it that the body was cut off
+                set_reset_on_close(sock, True)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self.connection = sock
@@ -1921,8 +1961,12 @@ class RedirectingHandler(RequestHandler):
         self._arrivals.put(ConsumerGone())
         if self.connection is not self.request:
             # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        if self.may_chunk:
+            super().cut_off()
+        # Else it would take that for the body's end. It is cut off when the connection is closed.
 
     def _settle(self, response: Response) -> None:
         body = self.body
@@ -1939,6 +1983,7 @@ class RedirectingHandler(RequestHandler):
         if self.connection is not self.request:
             with self.connection:
                 if self.is_whole:
+                    set_reset_on_close(self.connection, False)
                     close_gently(self.connection)
 
 
@@ -1947,7 +1992,8 @@ class RedirectingHandler(RequestHandler):
 FORK_SERVER = "fork-server"  # as the first argument of this module: be one
 
 DRAINING = b"D"  # what a request's process is told on its channel after the request
-PICKED_UP = b"P"  # comes together with the consumer's connection
+PICKED_UP = b"P"  # comes together with the consumer's connection,
+PICKED_UP_BY_OLD = b"O"  # as does this, if it speaks HTTP/1.0
 
 
 class Order(TypedDict):
@@ -2185,7 +2231,6 @@ class RequestProcess:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._has_ended = False
-        self._is_fork_server_lost = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2218,14 +2263,13 @@ class RequestProcess:
             self.reason = self.reason or reason
             self._control.shutdown(socket.SHUT_WR)
 
-    def deliver(self, sock: socket.socket) -> None:
+    def deliver(self, sock: socket.socket, order: bytes) -> None:
         """Give the process the consumer's own connection."""
         with self._lock, contextlib.suppress(OSError):
-            socket.send_fds(self._control, [PICKED_UP], [sock.fileno()])
+            socket.send_fds(self._control, [order], [sock.fileno()])
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
-            self._is_fork_server_lost = True
             self._control.shutdown(socket.SHUT_RDWR)
 
     # -- following what it does
@@ -2278,7 +2322,7 @@ class RequestProcess:
         elif "log" in message:
             forward_record(message["log"])
         elif "call" in message:
-            self._handler.call_back(message["call"], message["arguments"])
+            self._handler.call_back(message["call"], message["arguments"], message["keywords"])
         elif "offer" in message:
             self._handler.on_offer(message["offer"].encode("latin-1"))
         elif "report" in message:
@@ -2291,8 +2335,9 @@ class RequestProcess:
         """The channel is closed, and the fork server has not said how the process ended."""
         self._has_ended = True
         self.failure = "was cut off with the fork server"
-        if self._is_fork_server_lost and self.pid is not None:
-            # Its parent is dead, so it is dying, too; the group still holds its descendants.
+        if self.pid is not None:
+            # Its parent is dead, so it is dying, too; the group still holds its descendants. This may come
+            # before `on_fork_server_lost`.
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -2370,10 +2415,10 @@ class ProcessHandler(RedirectingHandler):
         elif process.report and process.report.get("reason"):
             log.info("request %s: %s", request_id, process.report["reason"])
 
-    def call_back(self, name: str, arguments: Sequence[object]) -> None:
+    def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
-            self._callbacks[name](*arguments)
+            self._callbacks[name](*arguments, **keywords)
         except Exception:
             log.exception("%s failed", name)
 
@@ -2386,7 +2431,7 @@ class ProcessHandler(RedirectingHandler):
 
     def deliver(self, sock: socket.socket) -> None:
         if self._process:
-            self._process.deliver(sock)
+            self._process.deliver(sock, PICKED_UP if self.may_chunk else PICKED_UP_BY_OLD)
 
     def give_up(self, reason: ConsumerGone) -> None:
         if self._process:
@@ -2701,6 +2746,7 @@ class Orders:
         self._control = control
         self._is_draining = False
         self._consumer: socket.socket | None = None
+        self.may_chunk = True  # to that consumer
 
     def take_request(self) -> tuple[Order, bytes]:
         """Return what is to be done, and all that has come of the request. Raises EOFError."""
@@ -2734,8 +2780,9 @@ class Orders:
             order, fds = receive_with_fds(self._control, 0 if is_patient else socket.MSG_DONTWAIT)
         except OSError:
             return False
-        if order == PICKED_UP and fds:
+        if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
             self._consumer = socket.socket(fileno=fds[0])
+            self.may_chunk = order == PICKED_UP
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
 
@@ -2795,9 +2842,9 @@ class LoneHandler(RedirectingHandler):
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
 
-    def _call(self, name: str, *arguments: object) -> None:
+    def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
-        self._channel.tell(call=name, arguments=arguments)
+        self._channel.tell(call=name, arguments=arguments, keywords=keywords)
 
     def make_cancelled(self) -> threading.Event:
         return CancelledEvent(self._channel.sock)
@@ -2816,7 +2863,7 @@ class LoneHandler(RedirectingHandler):
         consumer = self._orders.wait_for_consumer()
         if consumer is None:
             raise ConsumerGone
-        self.connection = consumer
+        self.connection, self.may_chunk = consumer, self._orders.may_chunk
 
     def _settle(self, response: Response) -> None:
         super()._settle(response)
@@ -3284,9 +3331,11 @@ class Slot:
             return False
         was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
         handler.on_hang_up()
-        with contextlib.suppress(OSError):
-            handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.cut_off()
         return was_busy
+
+    def on_exit(self) -> None:
+        """The process ends now, although the app still runs. Called by another thread."""
 
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
@@ -3300,6 +3349,7 @@ class Offer:
     def __init__(self, reservation: object) -> None:
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
+        self._lock = threading.Lock()
 
     @property
     def is_counted(self) -> bool:
@@ -3310,8 +3360,9 @@ class Offer:
         self._tell(self._request_received, environ)
 
     def end(self) -> None:
-        """The job is over, or never came. Its one caller is who holds the offer last."""
-        done, self._done = self._done, None
+        """The job is over, or never came; only the first call counts."""
+        with self._lock:
+            done, self._done = self._done, None
         self._tell(done)
 
     @staticmethod
@@ -3351,6 +3402,9 @@ class GatedSlot(Slot):
             self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
             self._offer.end()
             self._pool.on_slot_end(self)
+
+    def on_exit(self) -> None:
+        self._offer.end()
 
     def on_request(self, environ: WSGIEnvironment) -> None:
         self._has_request = True
@@ -3560,6 +3614,19 @@ class WorkerPool:
                 self._was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
             self._schedule(STOP_NOW_GRACE_S, self._ended.set)
+
+    def leave(self) -> None:
+        """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
+
+        def tell() -> None:
+            for slot in slots:
+                slot.on_exit()
+
+        with self._lock:
+            slots = list(self._slots)
+        telling = threading.Thread(target=tell, name="pothead-leave", daemon=True)
+        telling.start()
+        telling.join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
     def _schedule(self, wait_s: float, action: Callable[[], None]) -> None:
         if self._timer:
@@ -3948,9 +4015,12 @@ def parse_metrics_directory(text: str) -> str | None:
         raise ValueError(f"{text!r} will not be emptied: it is / or somebody's home directory")
     try:
         tempfile.TemporaryFile(dir=path).close()
-        os.listdir(path)
+        with os.scandir(path) as entries:
+            odd = [entry.name for entry in entries if entry.name.endswith(".db") and not entry.is_file()]
     except OSError as exc:
         raise ValueError(f"{text!r} is not writable: {exc.strerror}") from None
+    if odd:
+        raise ValueError(f"{text!r} will not be emptied: {odd[0]!r} in it is not a file")
     return text
 
 
@@ -4325,7 +4395,9 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
             pool.stop()
             log.info("draining")  # after it, so that whoever reads this can rely on it
             is_draining = True
-    return pool.join()
+    is_clean = pool.join()
+    pool.leave()
+    return is_clean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

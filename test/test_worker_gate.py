@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -326,6 +327,41 @@ def test_running_job_finishes_and_is_done_once_when_the_worker_stops(listener: w
 
 
 # ---- Gates that fail ---------------------------------------------------------------------------------
+
+
+STUBBORN = """
+    import time
+
+    class Job:
+        def done(self):
+            print("done", flush=True)
+
+    def app(environ, start_response):
+        print("running", flush=True)
+        time.sleep(60)
+
+    jobs = [Job()]
+
+    def wait_for_slot(halt):
+        while not jobs and not halt():
+            time.sleep(0.02)
+        return jobs.pop() if jobs else None
+
+    app.wait_for_slot = wait_for_slot
+"""
+
+
+def test_job_that_is_cut_off_and_goes_on_is_done_when_the_worker_ends(
+    listener: wire.Listener, tmp_path: Path
+) -> None:
+    (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
+    options = ("--poll-jobs", "--graceful-timeout", "0s", "stubborn:app")
+    with wire.worker_process(listener, *options, cwd=tmp_path) as worker, listener.accept() as peer:
+        peer.send(request())
+        worker.wait_for_line(lambda line: line == "running")
+        worker.terminate()
+        worker.wait_for_line(lambda line: line == "done")
+        assert worker.wait() == 1
 
 
 def test_gate_that_raises_is_logged_and_asked_again(listener: wire.Listener, lines: Lines) -> None:

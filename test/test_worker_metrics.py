@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -344,6 +345,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
         (lambda path: path, "will not be emptied"),  # it is HOME
         (lambda path: path / "link", "will not be emptied"),
         (lambda path: os.path.expanduser("~root"), "will not be emptied"),
+        (lambda path: path / "odd", "will not be emptied"),
     ],
 )
 def test_directory_that_must_not_be_emptied_is_refused_before_anything_is_removed(
@@ -356,10 +358,13 @@ def test_directory_that_must_not_be_emptied_is_refused_before_anything_is_remove
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "counter_1.db").write_bytes(b"precious")
     (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "odd" / "directory.db").mkdir(parents=True)
+    (tmp_path / "odd" / "counter_1.db").write_bytes(b"precious")
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(make(tmp_path)))
     written = refusal(capsys)
     assert written.startswith("pothead-worker: PROMETHEUS_MULTIPROC_DIR: ") and reason in written
     assert (tmp_path / "counter_1.db").read_bytes() == b"precious"
+    assert (tmp_path / "odd" / "counter_1.db").read_bytes() == b"precious"
 
 
 @needs_prometheus
@@ -378,7 +383,11 @@ def test_taken_port_is_refused_before_anything_is_removed(
 def test_directory_that_cannot_be_emptied_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (directory / "counter_1.db").mkdir()
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", path)  # it is somebody else's
+
+    (directory / "counter_1.db").touch()
+    monkeypatch.setattr(os, "unlink", refuse)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
     monkeypatch.setenv("PROMETHEUS_PORT", "0")
     assert "PROMETHEUS_MULTIPROC_DIR: cannot be emptied: " in refusal(capsys)

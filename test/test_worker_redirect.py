@@ -342,6 +342,29 @@ def test_failure_in_the_middle_cuts_the_consumers_own_connection(
 
 
 @in_both_modes
+def test_consumer_of_http_1_0_gets_a_body_that_ends_with_its_connection(
+    start: Any, listener: wire.Listener, mode: list[str]
+) -> None:
+    worker = start(*mode)
+    with listener.accept() as peer:
+        key = Key(ask(peer))
+    head = CHUNKED_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
+    for method, body in (("HEAD", b""), ("GET", b"whole!")):
+        with wire.Peer.connect(key.address) as consumer:
+            consumer.send(f"{method} {key.target} HTTP/1.0\r\n\r\n".encode())
+            assert consumer.read_to_end() == head + body
+    with listener.accept() as peer:
+        key = Key(ask(peer, "GET /breaking"))
+    with wire.Peer.connect(key.address) as consumer:
+        consumer.send(f"GET {key.target} HTTP/1.0\r\n\r\n".encode())
+        with pytest.raises(ConnectionResetError):  # an end would look as if it were whole
+            while consumer.sock.recv(1000):
+                pass
+    worker.wait_for_error(is_line("oops"))
+    worker.errors.clear()  # the traceback
+
+
+@in_both_modes
 def test_drain_waits_for_redirected_bodies(start: Any, listener: wire.Listener, mode: list[str]) -> None:
     worker = start(*mode)
     with listener.accept() as peer:
@@ -389,7 +412,7 @@ def port(listener: wire.Listener) -> Iterator[wire.Address]:
         (b"garbage\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET /\xc3\xa9 HTTP/1.1\r\nHost: a\r\nA : b\r\n\r\n", 400),
-        (b"GET / HTTP/1.0\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\nHost: a\n\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
@@ -397,6 +420,7 @@ def port(listener: wire.Listener) -> Iterator[wire.Address]:
         (b"POST / HTTP/1.1\r\nHost: a\r\n\r\n", 405),
         (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 405),
         (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", 410),
+        (b"GET / HTTP/1.0\r\n\r\n", 410),
         (b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"A" * 43), 410),
         (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"b" * 17_000, 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"b" * 17_000 + b"\r\n\r\n", 431),

@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -104,6 +105,7 @@ APP = """
             start_descendants()
         if path == "/reserve":
             environ["RESET_CPU_RESERVATION"](1.5)
+            environ["RESET_CPU_RESERVATION"](cpus=2)
         if path in PAGES:
             return PAGES[path](environ)
         flags = [environ["wsgi.multithread"], environ["wsgi.multiprocess"], environ["wsgi.run_once"]]
@@ -481,6 +483,16 @@ def test_fork_server_that_dies_is_started_again(start: Any, listener: wire.Liste
             os.kill(pid, signal.SIGKILL)
 
 
+def test_group_is_killed_even_if_its_channel_ends_before_the_fork_server_is_known_to_be_lost() -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as descendant:
+        process = pothead_worker.RequestProcess(None, 60)  # type: ignore[arg-type]  # has no request
+        process.pid = descendant.pid
+        process._on_silence()
+        assert descendant.wait() == -signal.SIGKILL
+        process._control.close()
+        process._other_end.close()
+
+
 def test_fork_server_that_cannot_start_again_is_tried_again(
     start: Any, listener: wire.Listener, app_dir: Path
 ) -> None:
@@ -631,7 +643,7 @@ def test_what_a_gate_gives_to_the_environ_is_called_in_the_worker(
         assert has_ended.wait(wire.DEADLINE_S)
         pool.stop()
         assert pool.join()
-    assert gate.called == [(1.5, os.getpid())] and gate.paths == ["/reserve"]
+    assert gate.called == [(1.5, os.getpid()), (2, os.getpid())] and gate.paths == ["/reserve"]
     assert ended == [pid]
 
 
