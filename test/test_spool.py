@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 
 from pothead import MemoryBudget, Spool
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 
@@ -22,13 +24,21 @@ def budget() -> MemoryBudget:
     return MemoryBudget(MIB)
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """The disk is full at 64 KiB a file: the kernel refuses writes beyond."""
+SMALL_FILE = 64 * KIB
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """The disk is full at SMALL_FILE a file: the kernel refuses writes beyond.
+
+    It holds for pytest's own output, too, which may be a file: so only within a test, not in a fixture.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
-    yield 64 * 1024
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def read_all(spool: Spool, piece_bytes: int = 1000) -> bytes:
@@ -232,24 +242,24 @@ def test_memory_does_not_grow_with_the_content(tmp_path: Path) -> None:
     assert peak < MIB
 
 
-def test_file_starts_over_when_everything_has_been_read(
-    budget: MemoryBudget, tmp_path: Path, small_files: int
-) -> None:
+@small_files()
+def test_file_starts_over_when_everything_has_been_read(budget: MemoryBudget, tmp_path: Path) -> None:
     """A long stream whose reader keeps up must not fill the disk with what has been read."""
     spool = Spool(budget, 0, str(tmp_path))
     for _ in range(20):
-        spool.append(b"x" * (small_files // 4))
-        assert len(read_all(spool, small_files)) == small_files // 4
+        spool.append(b"x" * (SMALL_FILE // 4))
+        assert len(read_all(spool, SMALL_FILE)) == SMALL_FILE // 4
     spool.close()
 
 
+@small_files()
 def test_file_is_used_in_a_circle_and_does_not_hold_what_was_read(
-    budget: MemoryBudget, tmp_path: Path, small_files: int
+    budget: MemoryBudget, tmp_path: Path
 ) -> None:
     """A response many times as long as the spool, to a reader that never catches up."""
-    piece, limit = small_files // 16, small_files // 2
+    piece, limit = SMALL_FILE // 16, SMALL_FILE // 2
     spool = Spool(budget, 0, str(tmp_path), file_limit=limit)
-    sent, read = random.Random(1).randbytes(small_files * 8), b""
+    sent, read = random.Random(1).randbytes(SMALL_FILE * 8), b""
     for start in range(0, len(sent), piece):
         while spool.is_over(limit - piece):
             read += bytes(spool.peek(piece // 3))
@@ -297,14 +307,15 @@ def test_unused_spool_can_be_closed(budget: MemoryBudget) -> None:
     assert count_open_files() == open_files
 
 
-def test_full_disk_is_told_and_loses_nothing(budget: MemoryBudget, tmp_path: Path, small_files: int) -> None:
+@small_files()
+def test_full_disk_is_told_and_loses_nothing(budget: MemoryBudget, tmp_path: Path) -> None:
     open_files = count_open_files()
     spool = Spool(budget, 1000, str(tmp_path))
-    data = random.Random(1).randbytes(small_files * 3 // 2)
+    data = random.Random(1).randbytes(SMALL_FILE * 3 // 2)
     for start in range(0, len(data), 8192):
         spool.append(data[start : start + 8192])
     assert isinstance(spool.disk_error, OSError)
-    assert spool.is_over(2 * small_files)
+    assert spool.is_over(2 * SMALL_FILE)
     assert read_all(spool, 65536) == data
     spool.close()
     assert (budget.used, count_open_files(), os.listdir(tmp_path)) == (0, open_files, [])
