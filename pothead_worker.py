@@ -2093,26 +2093,42 @@ class ForkServer:
     def _launch(self) -> None:
         """Start a fork server. Raises LoadError."""
         orders, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = self._spawn(theirs)
+            with self._changed:
+                self._process = process
+            self._have_it_import(orders, process)
+        except BaseException:
+            orders.close()
+            raise
+        with self._changed:
+            self._orders = orders
+            if self._is_closing:
+                orders.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+
+    def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
         if getattr(sys.stdout, "write_through", False):
             flags.append("-u")
         fd = theirs.fileno()
-        command = [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)]
         try:
-            with theirs:
-                process = subprocess.Popen(command, pass_fds=[fd])
+            return subprocess.Popen(
+                [sys.executable, *flags, os.path.abspath(__file__), FORK_SERVER, str(fd)], pass_fds=[fd]
+            )
         except OSError as exc:
-            orders.close()
             raise LoadError(f"cannot start the fork server: {exc}") from None
-        with self._changed:
-            self._process = process
+
+    def _have_it_import(self, orders: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        """Return when the app is imported. Raises LoadError; the process has ended then."""
+        order = {
+            "app": self._app,
+            "path": sys.path,
+            "arguments": sys.argv,
+            "level": log.getEffectiveLevel(),
+        }
         try:
-            order = {
-                "app": self._app,
-                "path": sys.path,
-                "arguments": sys.argv,
-                "level": log.getEffectiveLevel(),
-            }
             answer = ask_fork_server(orders, order)
             if answer is None:
                 ending = describe_ending(process.wait())
@@ -2123,18 +2139,12 @@ class ForkServer:
         except BaseException:
             process.kill()
             process.wait()
-            orders.close()
             raise
         if answer.get("threads"):
             log.warning(
                 "importing the app started threads, which the requests' processes will not have: %s",
                 answer["threads"],
             )
-        with self._changed:
-            self._orders = orders
-            if self._is_closing:
-                orders.shutdown(socket.SHUT_RDWR)
-            self._changed.notify_all()
 
     def _keep(self) -> None:
         """Wait for the fork server to die, and start another, until it is closed."""
@@ -2314,22 +2324,23 @@ class RequestProcess:
             message = json.loads(line)
         except ValueError:  # it died in the middle of a word
             return
-        if "pid" in message:
-            self.pid = message["pid"]
-        elif "status" in message:
-            self.has_responded = True
-            self._handler.on_response_start(message["status"])
-        elif "log" in message:
-            forward_record(message["log"])
-        elif "call" in message:
-            self._handler.call_back(message["call"], message["arguments"], message["keywords"])
-        elif "offer" in message:
-            self._handler.on_offer(message["offer"].encode("latin-1"))
-        elif "report" in message:
-            self.report = message["report"]
-        elif "ending" in message:
-            self._has_ended = True
-            self.failure = "" if message["ending"] == "ended with status 0" else message["ending"]
+        match message:
+            case {"pid": pid}:
+                self.pid = pid
+            case {"status": status}:
+                self.has_responded = True
+                self._handler.on_response_start(status)
+            case {"log": record}:
+                forward_record(record)
+            case {"call": name, "arguments": arguments, "keywords": keywords}:
+                self._handler.call_back(name, arguments, keywords)
+            case {"offer": head}:
+                self._handler.on_offer(head.encode("latin-1"))
+            case {"report": report}:
+                self.report = report
+            case {"ending": ending}:
+                self._has_ended = True
+                self.failure = "" if ending == "ended with status 0" else ending
 
     def _on_silence(self) -> None:
         """The channel is closed, and the fork server has not said how the process ended."""
@@ -4033,6 +4044,45 @@ def parse_log_level(text: str) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+# name -> metavar (none: it is a switch), and what it does
+OPTION_HELP = {
+    "connect": ("HOST:PORT", "the hub's worker port (default: $POTHEAD_CONNECT, then localhost:4040)"),
+    "workers": (
+        "N", "number of slots: requests that are served at the same time, each in a thread (default: 1)",
+    ),
+    "poll_jobs": ("", "take a request only when the app's wait_for_slot says that there is room for it"),
+    "forward": ("URL", "pass the requests to the HTTP program at http://HOST:PORT instead of an app"),
+    "inspection_port": (
+        "PORT", "serve /inspect, /apocalypse, /livez and /readyz on this port (default: off)",
+    ),
+    "inspection_host": (
+        "HOST", "the worker's own address that --inspection-port is of (default: 127.0.0.1)",
+    ),
+    "graceful_timeout": (
+        "DURATION",
+        "how long running requests may take to finish after SIGTERM, in ms, s, m or h (default: 30s)",
+    ),
+    "use_request_subprocess": (
+        "", "serve each request in a process of its own, which is killed when nobody waits for it any more",
+    ),
+    "request_timeout": (
+        "DURATION",
+        "kill a request's process after this time; needs --use-request-subprocess (default: off)",
+    ),
+    "redirect_response": (
+        "PORT", "have consumers come to this port of the worker for their responses (default: off)",
+    ),
+    "redirect_host": (
+        "HOST", "the worker's address as consumers know it (default: the one it connects to the hub from)",
+    ),
+    "log_level": ("LEVEL", f"one of {', '.join(LOG_LEVELS)} (default: info)"),
+}  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def build_parser() -> OptionParser:
     parser = OptionParser(
         prog="pothead-worker",
@@ -4046,65 +4096,11 @@ def build_parser() -> OptionParser:
         metavar="MODULE:APP",
         help="the WSGI application; without :APP, the module's app or application (default: a built-in demo)",
     )
-    parser.add_argument(
-        "--connect",
-        metavar="HOST:PORT",
-        help="the hub's worker port (default: $POTHEAD_CONNECT, then localhost:4040)",
-    )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        help="number of slots: requests that are served at the same time, each in a thread (default: 1)",
-    )
-    parser.add_argument(
-        "--poll-jobs",
-        action="store_const",
-        const="yes",
-        help="take a request only when the app's wait_for_slot says that there is room for it",
-    )
-    parser.add_argument(
-        "--forward",
-        metavar="URL",
-        help="pass the requests to the HTTP program at http://HOST:PORT instead of an app",
-    )
-    parser.add_argument(
-        "--inspection-port",
-        metavar="PORT",
-        help="serve /inspect, /apocalypse, /livez and /readyz on this port (default: off)",
-    )
-    parser.add_argument(
-        "--inspection-host",
-        metavar="HOST",
-        help="the worker's own address that --inspection-port is of (default: 127.0.0.1)",
-    )
-    parser.add_argument(
-        "--graceful-timeout",
-        metavar="DURATION",
-        help="how long running requests may take to finish after SIGTERM, in ms, s, m or h (default: 30s)",
-    )
-    parser.add_argument(
-        "--use-request-subprocess",
-        action="store_const",
-        const="yes",
-        help="serve each request in a process of its own, which is killed when nobody waits for it any more",
-    )
-    parser.add_argument(
-        "--request-timeout",
-        metavar="DURATION",
-        help="kill a request's process after this time; needs --use-request-subprocess (default: off)",
-    )
-    parser.add_argument(
-        "--redirect-response",
-        metavar="PORT",
-        help="have consumers come to this port of the worker for their responses (default: off)",
-    )
-    parser.add_argument(
-        "--redirect-host",
-        metavar="HOST",
-        help="the worker's address as consumers know it (default: the one it connects to the hub from)",
-    )
-    levels = ", ".join(LOG_LEVELS)
-    parser.add_argument("--log-level", metavar="LEVEL", help=f"one of {levels} (default: info)")
+    for name, (metavar, text) in OPTION_HELP.items():
+        if metavar:
+            parser.add_argument(flag_of(name), metavar=metavar, help=text)
+        else:
+            parser.add_argument(flag_of(name), action="store_const", const="yes", help=text)
     parser.add_argument("--version", action="version", version=f"pothead-worker {__version__}")
     return parser
 
@@ -4120,56 +4116,71 @@ def join_negatives(words: Sequence[str]) -> list[str]:
     return joined
 
 
+class Given:
+    """What the user has said, on the command line and in the environment."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._arguments = build_parser().parse_args(join_negatives(argv))
+        self._environment = environment
+
+    @property
+    def app(self) -> str | None:
+        """The app's name. Raises UsageError, as all of this does."""
+        text: str | None = self._arguments.app
+        return None if text is None else parse_or_refuse(parse_app_name, text)
+
+    def choose(self, name: str, parse: Callable[[str], T], default: str, *older_variables: str) -> T:
+        """Return the option's value from the command line, else the environment, else its default."""
+        source, text = next(self._sources(name, older_variables), (flag_of(name), default))
+        return parse_or_refuse(parse, text, f"{source}: ")
+
+    def is_given(self, name: str, *older_variables: str) -> bool:
+        return any(self._sources(name, older_variables))
+
+    def read_variable(self, variable: str, parse: Callable[[str], T], default: str) -> T:
+        return parse_or_refuse(parse, self._environment.get(variable) or default, f"{variable}: ")
+
+    def _sources(self, name: str, older_variables: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yield where the option is given, and what is said there; the first one counts."""
+        if (text := getattr(self._arguments, name)) is not None:
+            yield flag_of(name), text
+        for variable in (f"POTHEAD_WORKER_{name.upper()}", *older_variables):
+            if text := self._environment.get(variable):
+                yield variable, text
+
+
+def parse_or_refuse(parse: Callable[[str], T], text: str, prefix: str = "") -> T:
+    try:
+        return parse(text)
+    except ValueError as exc:
+        raise UsageError(f"{prefix}{exc}") from None
+
+
 def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Return the options. Raises UsageError; `--help` and `--version` raise SystemExit."""
-    given = build_parser().parse_args(join_negatives(argv))
-
-    def choose(name: str, parse: Callable[[str], T], default: str, *older_variables: str) -> T:
-        """Return the option's value from the command line, else the environment, else its default."""
-        flag = "--" + name.replace("_", "-")
-        sources = [(flag, getattr(given, name))]
-        for variable in (f"POTHEAD_WORKER_{name.upper()}", *older_variables):
-            sources.append((variable, environment.get(variable) or None))
-        source, text = next((pair for pair in sources if pair[1] is not None), (flag, default))
-        try:
-            return parse(text)
-        except ValueError as exc:
-            raise UsageError(f"{source}: {exc}") from None
-
-    def is_given(name: str, *older_variables: str) -> bool:
-        variables = (f"POTHEAD_WORKER_{name.upper()}", *older_variables)
-        return getattr(given, name) is not None or any(environment.get(variable) for variable in variables)
-
-    def read_variable(variable: str, parse: Callable[[str], T], default: str) -> T:
-        try:
-            return parse(environment.get(variable) or default)
-        except ValueError as exc:
-            raise UsageError(f"{variable}: {exc}") from None
-
-    try:
-        app = None if given.app is None else parse_app_name(given.app)
-    except ValueError as exc:
-        raise UsageError(str(exc)) from None
+    given = Given(argv, environment)
     options = Options(
-        connect=choose("connect", parse_address, "localhost:4040", "POTHEAD_CONNECT"),
-        workers=choose("workers", parse_workers, "1", "POTHEAD_WORKERS"),
-        graceful_timeout_s=choose("graceful_timeout", parse_duration, "30s"),
-        log_level=choose("log_level", parse_log_level, "info"),
-        app=app,
-        poll_jobs=choose("poll_jobs", parse_switch, "no"),
-        use_request_subprocess=choose("use_request_subprocess", parse_switch, "no"),
-        request_timeout_s=choose("request_timeout", parse_limit, "off"),
-        redirect_response=choose("redirect_response", parse_port_or_off, "off"),
-        redirect_host=choose("redirect_host", parse_host, ""),
-        pickup_expiry_s=read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
-        pickup_interval_s=read_variable("OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)),
-        forward=choose("forward", parse_url, ""),
-        inspection_port=choose("inspection_port", parse_port_or_off, "off"),
-        inspection_host=choose("inspection_host", parse_host, "127.0.0.1"),
-        metrics_directory=read_variable("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory, ""),
-        metrics_port=read_variable("PROMETHEUS_PORT", parse_port, "9090"),
+        connect=given.choose("connect", parse_address, "localhost:4040", "POTHEAD_CONNECT"),
+        workers=given.choose("workers", parse_workers, "1", "POTHEAD_WORKERS"),
+        graceful_timeout_s=given.choose("graceful_timeout", parse_duration, "30s"),
+        log_level=given.choose("log_level", parse_log_level, "info"),
+        app=given.app,
+        poll_jobs=given.choose("poll_jobs", parse_switch, "no"),
+        use_request_subprocess=given.choose("use_request_subprocess", parse_switch, "no"),
+        request_timeout_s=given.choose("request_timeout", parse_limit, "off"),
+        redirect_response=given.choose("redirect_response", parse_port_or_off, "off"),
+        redirect_host=given.choose("redirect_host", parse_host, ""),
+        pickup_expiry_s=given.read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
+        pickup_interval_s=given.read_variable(
+            "OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)
+        ),
+        forward=given.choose("forward", parse_url, ""),
+        inspection_port=given.choose("inspection_port", parse_port_or_off, "off"),
+        inspection_host=given.choose("inspection_host", parse_host, "127.0.0.1"),
+        metrics_directory=given.read_variable("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory, ""),
+        metrics_port=given.read_variable("PROMETHEUS_PORT", parse_port, "9090"),
     )
-    if options.poll_jobs and is_given("workers", "POTHEAD_WORKERS"):
+    if options.poll_jobs and given.is_given("workers", "POTHEAD_WORKERS"):
         raise UsageError("--poll-jobs and --workers exclude each other")
     check_options(options)
     return options
