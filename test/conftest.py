@@ -14,6 +14,20 @@ def hub() -> Iterator[wire.HubProcess]:
         yield process
 
 
+@pytest.fixture(scope="module")
+def common_hub() -> Iterator[wire.HubProcess]:
+    """A hub process that the tests of a module may share, through `resting_hub`."""
+    with wire.hub_process() as process:
+        yield process
+
+
+@pytest.fixture
+def resting_hub(common_hub: wire.HubProcess) -> wire.HubProcess:
+    """The shared hub, once no slot and no request of earlier tests is left."""
+    common_hub.until(lambda stats: not stats["workers"] and not stats["demand"])
+    return common_hub
+
+
 @pytest.fixture
 def worker(hub: wire.HubProcess) -> Iterator[wire.WorkerProcess]:
     """A worker process with one slot and the built-in demo application, dialling `hub`."""

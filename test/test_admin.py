@@ -10,17 +10,13 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 import pothead
 import wire
 from wire import HubProcess, Peer, hub_process
-
-Stats = dict[str, Any]
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 YES = b"Pothead-Action: yes"
@@ -50,15 +46,6 @@ def act(hub: HubProcess, path: bytes, *lines: bytes) -> tuple[int, bytes]:
     return response.status, response.body
 
 
-def until(hub: HubProcess, holds: Callable[[Stats], object]) -> Stats:
-    """Ask for `/stats` until they are as wanted."""
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    stats: Stats
-    while not holds(stats := hub.stats()):
-        assert time.monotonic() < ends_at, stats
-    return stats
-
-
 @contextlib.contextmanager
 def waits(hub: HubProcess, data: bytes) -> Iterator[Peer]:
     """A consumer whose request has joined the queue."""
@@ -66,7 +53,7 @@ def waits(hub: HubProcess, data: bytes) -> Iterator[Peer]:
     assert isinstance(before, int)
     with Peer.connect(hub.main) as consumer:
         consumer.send(data)
-        until(hub, lambda stats: stats["queue_length"] == before + 1)
+        hub.until(lambda stats: stats["queue_length"] == before + 1)
         yield consumer
 
 
@@ -210,7 +197,7 @@ def test_waiting_requests_have_their_place_and_the_time_until_they_start(hub: Hu
         first.send(request(b"/first"))
         serve(slot)
         first.read_response()
-        mean_s = until(hub, lambda stats: stats["mean_service_seconds"])["mean_service_seconds"]
+        mean_s = hub.until(lambda stats: stats["mean_service_seconds"])["mean_service_seconds"]
         with runs(hub, slot, request(b"/a")), waits(hub, request(b"/b")), waits(hub, request(b"/c")):
             rows = hub.stats()["waiting"]
             assert [(row["position"], row["path"]) for row in rows] == [(1, "/b"), (2, "/c")]
@@ -224,10 +211,10 @@ def test_long_tables_and_paths_are_cut(hub: HubProcess) -> None:
     path = b"/" + b"a" * 5000
     with contextlib.ExitStack() as stack:
         slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(rows + 5)]
-        until(hub, lambda stats: stats["slots"]["idle"] == len(slots))
+        hub.until(lambda stats: stats["slots"]["idle"] == len(slots))
         for _ in range(2 * rows + 12):
             stack.enter_context(Peer.connect(hub.main)).send(request(path))
-        stats = until(hub, lambda stats: stats["demand"] == 2 * rows + 12)
+        stats = hub.until(lambda stats: stats["demand"] == 2 * rows + 12)
     for name, left in (("waiting", 7), ("running", 5), ("workers", 5)):
         assert (len(stats[name]), stats[f"{name}_not_listed"]) == (rows, left)
     assert stats["waiting"][0]["path"] == "/" + "a" * (pothead.LIMITS.listed_path_bytes - 1) + "…"
@@ -241,7 +228,7 @@ def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: Hub
     with Peer.connect(hub.main) as consumer:
         consumer.send(b"garbage\r\n\r\n")
         consumer.read_to_end()
-    stats = until(hub, lambda stats: stats["outcomes"]["RQ"])
+    stats = hub.until(lambda stats: stats["outcomes"]["RQ"])
     last, before = stats["failures"]
     assert (last["code"], last["method"], last["path"], last["status"]) == ("RQ", "-", "-", 400)
     assert (before["code"], before["id"], before["path"], before["status"]) == ("WL", "f1", "/fails", 502)
@@ -250,7 +237,7 @@ def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: Hub
     assert (machine["address"], machine["slots"], machine["failures"]) == ("127.0.0.1", 0, 1)
     assert machine["gone_seconds"] >= 0
     with Peer.connect(hub.worker):
-        (machine,) = until(hub, lambda stats: stats["slots"]["idle"])["machines"]
+        (machine,) = hub.until(lambda stats: stats["slots"]["idle"])["machines"]
         assert (machine["slots"], machine["busy"], machine["failures"]) == (1, 0, 1)
         assert machine["gone_seconds"] is None
 
@@ -264,7 +251,7 @@ def test_only_the_last_failures_are_kept(hub: HubProcess) -> None:
             consumer.close()
             consumer = Peer.connect(hub.main)
         consumer.close()
-    stats = until(hub, lambda stats: stats["outcomes"]["RQ"] == count)
+    stats = hub.until(lambda stats: stats["outcomes"]["RQ"] == count)
     assert len(stats["failures"]) == pothead.LIMITS.listed_failures
 
 
@@ -274,7 +261,7 @@ def test_history_tells_the_peak_of_a_burst_that_is_over(hub: HubProcess, slot: P
         serve(slot)
         first.read_response()
         second.read_response()
-    history = until(hub, lambda stats: stats["demand"] == 0)["history"]
+    history = hub.until(lambda stats: stats["demand"] == 0)["history"]
     assert history["step_seconds"] == pothead.LIMITS.history_step_s
     for name in ("queue_length", "slots_busy", "slots"):
         assert len(history[name]) == pothead.LIMITS.history_steps
@@ -406,7 +393,7 @@ def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot:
     with Peer.connect(hub.main) as consumer:
         consumer.send(b"garbage\r\n\r\n")
         consumer.read_to_end()
-    until(hub, lambda stats: stats["outcomes"]["RQ"] and stats["outcomes"]["OK"] == 4)
+    hub.until(lambda stats: stats["outcomes"]["RQ"] and stats["outcomes"]["OK"] == 4)
     metrics = scrape(hub)
     counts = {key: value for key, value in metrics.items() if key.startswith("pothead_hub_requests_total")}
     assert counts == {
@@ -428,10 +415,10 @@ def test_histograms_count_what_was_queued_and_what_was_worked(slot: Peer, hub: H
     with runs(hub, slot, request(b"/a")) as consumer:
         with waits(hub, request(b"/gives-up")):
             pass
-        until(hub, lambda stats: stats["outcomes"]["CQ"])
+        hub.until(lambda stats: stats["outcomes"]["CQ"])
         slot.send(OK)
         consumer.read_response()
-    until(hub, lambda stats: stats["demand"] == 0)
+    hub.until(lambda stats: stats["demand"] == 0)
     metrics = scrape(hub)
     assert (
         metrics["pothead_hub_queue_seconds_count"]
@@ -465,7 +452,7 @@ def test_promtool_finds_nothing_to_complain_of(hub: HubProcess, slot: Peer) -> N
 
 
 def test_paused_hub_starts_nothing_until_it_is_resumed(hub: HubProcess, slot: Peer) -> None:
-    until(hub, lambda stats: stats["slots"]["idle"] == 1)
+    hub.until(lambda stats: stats["slots"]["idle"] == 1)
     assert act(hub, b"/pause") == (200, b"paused\n")
     assert act(hub, b"/pause") == (200, b"paused\n")
     with waits(hub, request(b"/a")) as consumer:
@@ -483,7 +470,7 @@ def test_pause_lets_running_requests_go_on(hub: HubProcess, slot: Peer) -> None:
         act(hub, b"/pause")
         slot.send(OK)
         assert first.read_response().status == 200
-        until(hub, lambda stats: stats["slots"]["idle"] == 1 and stats["queue_length"] == 1)
+        hub.until(lambda stats: stats["slots"]["idle"] == 1 and stats["queue_length"] == 1)
         act(hub, b"/resume")
         serve(slot)
         assert second.read_response().status == 200

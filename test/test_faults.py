@@ -139,14 +139,11 @@ def journal(folder: Path) -> list[tuple[str, str, int]]:
     return [(event, path, int(pid)) for event, path, pid in lines]
 
 
-def until(hub: HubProcess, **wanted: object) -> dict[str, Any]:
+def until(hub: HubProcess, **wanted: object) -> wire.Stats:
     """Ask for `/stats` until they have the wanted values."""
-    ends_at = time.monotonic() + 2 * wire.DEADLINE_S
-    while True:
-        stats: dict[str, Any] = hub.stats()
-        if all(stats[name] == value for name, value in wanted.items()):
-            return stats
-        assert time.monotonic() < ends_at, stats
+    return hub.until(
+        lambda stats: all(stats[name] == value for name, value in wanted.items()), 2 * wire.DEADLINE_S
+    )
 
 
 def until_started(folder: Path, count: int) -> list[tuple[str, str, int]]:

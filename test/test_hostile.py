@@ -21,7 +21,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from test_messages import Case, load_cases, read_request, split_at_random, split_into_bytes
@@ -80,33 +79,18 @@ def send(peer: Peer, pieces: list[bytes]) -> None:
         peer.send(piece)
 
 
-def until(hub: HubProcess, holds: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Ask for `/stats` until they are as wanted."""
-    ends_at = time.monotonic() + 2 * wire.DEADLINE_S
-    while not holds(stats := hub.stats()):
-        assert time.monotonic() < ends_at, stats
-    return stats
-
-
 def until_idle(hub: HubProcess) -> None:
-    until(hub, lambda stats: not stats["demand"] and not stats["workers"])
+    hub.until(lambda stats: not stats["demand"] and not stats["workers"], 2 * wire.DEADLINE_S)
 
 
 def has_bytes(peer: Peer) -> bool:
     return bool(peer.received) or bool(select.select([peer.sock], [], [], 0)[0])
 
 
-@pytest.fixture(scope="module")
-def common_hub() -> Iterator[HubProcess]:
-    with hub_process() as process:
-        yield process
-
-
 @pytest.fixture
-def hub(common_hub: HubProcess) -> HubProcess:
-    """A hub with default options, shared by tests that leave no slot and no request behind."""
-    until_idle(common_hub)
-    return common_hub
+def hub(resting_hub: HubProcess) -> HubProcess:
+    """Shared by the tests here, which leave nothing behind."""
+    return resting_hub
 
 
 class Pair:
@@ -334,7 +318,9 @@ def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a slot; the hub knows of it."""
     with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
         address = f"{host}:{slot.address[1]}"
-        until(hub, lambda stats: address in [each["address"] for each in stats["workers"]])
+        hub.until(
+            lambda stats: address in [each["address"] for each in stats["workers"]], 2 * wire.DEADLINE_S
+        )
         yield slot
 
 
@@ -430,7 +416,7 @@ def test_slow_heads_are_408_and_hold_up_nobody() -> None:
             assert consumer.read_response().status == 408
             consumer.expect_eof()
         pair.probe()
-        stats = until(hub, lambda stats: stats["outcomes"]["RQ"] == 300)
+        stats = hub.until(lambda stats: stats["outcomes"]["RQ"] == 300, 2 * wire.DEADLINE_S)
         assert stats["outcomes"]["OK"] == served + 1
 
 
@@ -457,7 +443,7 @@ def test_half_closed_consumers_leave_nothing_behind(hub: HubProcess, stage: str)
         for consumer in consumers:
             left = consumer.read_to_end()
             assert left.startswith(b"HTTP/1.1 400 ") if stage == "refused" else not left
-        until(hub, lambda stats: not stats["demand"])
+        hub.until(lambda stats: not stats["demand"], 2 * wire.DEADLINE_S)
         until_descriptors(hub, before)
         until_asleep(hub.pid)
         woken = wake_ups(hub.pid)
@@ -536,7 +522,7 @@ def test_slot_that_comes_and_goes_ten_thousand_times_costs_bounded_time(hub: Hub
                 slot.close()
             if number % 1000 == 0:
                 pair.probe()
-        until(hub, lambda stats: stats["slots"] == {"idle": 1, "busy": 0})
+        hub.until(lambda stats: stats["slots"] == {"idle": 1, "busy": 0}, 2 * wire.DEADLINE_S)
         pair.probe()
     until_descriptors(hub, before)
     assert time.monotonic() - began < 20
@@ -728,9 +714,9 @@ def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() ->
                 stack.enter_context(Peer.connect(hub.worker))
             for _ in range(10_000):
                 stack.enter_context(Peer.connect(hub.main))
-            until(hub, lambda stats: stats["slots"]["idle"] == 1000)
+            hub.until(lambda stats: stats["slots"]["idle"] == 1000, 2 * wire.DEADLINE_S)
             pair = stack.enter_context(contextlib.closing(Pair(hub)))
-            until(hub, lambda stats: stats["slots"]["idle"] == 1001)
+            hub.until(lambda stats: stats["slots"]["idle"] == 1001, 2 * wire.DEADLINE_S)
             pair.probe()
             assert descriptors(hub.pid) > 11_000
             assert resident_kib(hub.pid) < 150_000

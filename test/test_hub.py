@@ -17,14 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import wire
 from wire import HubProcess, Peer, hub_process
-
-Stats = dict[str, Any]
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 DATE = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
@@ -58,20 +55,12 @@ def noise(size: int) -> bytes:
     return random.Random(size).randbytes(size)
 
 
-def until(hub: HubProcess, holds: Callable[[Stats], object]) -> Stats:
-    """Ask for `/stats` until they are as wanted."""
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while not holds(stats := hub.stats()):
-        assert time.monotonic() < ends_at, stats
-    return stats
-
-
 def until_queued(hub: HubProcess, count: int) -> None:
-    until(hub, lambda stats: stats["queue_length"] == count)
+    hub.until(lambda stats: stats["queue_length"] == count)
 
 
 def until_running(hub: HubProcess, count: int) -> None:
-    until(hub, lambda stats: stats["requests_in_flight"] == count)
+    hub.until(lambda stats: stats["requests_in_flight"] == count)
 
 
 def text(address: wire.Address) -> str:
@@ -82,7 +71,7 @@ def text(address: wire.Address) -> str:
 def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a slot from the loopback address `host`; the hub knows of it."""
     with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
-        until(hub, lambda stats: text(slot.address) in [each["address"] for each in stats["workers"]])
+        hub.until(lambda stats: text(slot.address) in [each["address"] for each in stats["workers"]])
         yield slot
 
 
@@ -148,17 +137,10 @@ def read_refusal(consumer: Peer, status: int, method: bytes = b"GET") -> wire.Re
     return response
 
 
-@pytest.fixture(scope="module")
-def common_hub() -> Iterator[HubProcess]:
-    with hub_process() as process:
-        yield process
-
-
 @pytest.fixture
-def hub(common_hub: HubProcess) -> HubProcess:
-    """A hub with default options, shared by tests that leave nothing behind."""
-    until(common_hub, lambda stats: not stats["workers"] and not stats["demand"])
-    return common_hub
+def hub(resting_hub: HubProcess) -> HubProcess:
+    """Shared by the tests here, which leave nothing behind."""
+    return resting_hub
 
 
 @pytest.fixture
@@ -269,7 +251,7 @@ def test_requests_that_come_at_once_find_the_waiting_slots_before_the_queue_is_f
                 consumers = [stack.enter_context(ask(hub, get(b"/%d" % n))) for n in range(3)]
             for consumer in consumers:
                 consumer.sock.settimeout(wire.DEADLINE_S)
-            until(hub, lambda stats: stats["requests_in_flight"] + sum(stats["outcomes"].values()) == 3)
+            hub.until(lambda stats: stats["requests_in_flight"] + sum(stats["outcomes"].values()) == 3)
             assert hub.stats()["outcomes"]["QF"] == 0
             for slot in (one, two, three):
                 serve(slot)
@@ -891,7 +873,7 @@ def test_pipelined_requests_are_answered_one_after_the_other(hub: HubProcess) ->
     requests = get(b"/p/1") + post(b"/p/2", b"body") + b"\r\n" + get(b"/p/3", b"Connection: close")
     with ask(hub, requests + get(b"/p/4")) as consumer, dial(hub) as slot, dial(hub) as unused:
         for number, body in ((1, b""), (2, b"body"), (3, b"")):
-            running = until(hub, lambda stats: stats["running"])["running"]
+            running = hub.until(lambda stats: stats["running"])["running"]
             assert [each["path"] for each in running] == [f"/p/{number}"]  # one at a time
             peer = slot if running[0]["worker"] == text(slot.address) else unused
             request = serve(peer, b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % number)
@@ -970,7 +952,7 @@ def test_waiting_slot_that_hangs_up_just_disappears(hub: HubProcess) -> None:
     with dial(hub) as one, dial(hub) as two:
         one.close()
         two.reset()
-        until(hub, lambda stats: stats["slots"] == {"idle": 0, "busy": 0} and not stats["workers"])
+        hub.until(lambda stats: stats["slots"] == {"idle": 0, "busy": 0} and not stats["workers"])
     assert hub.stderr == "" or "WARNING" not in hub.stderr.splitlines()[-1]
 
 
@@ -1047,7 +1029,7 @@ def test_retry_after_is_the_expected_wait() -> None:
     with hub_process("--max-queue", "3") as hub, dial(hub) as slot, contextlib.ExitStack() as stack:
         with ask(hub, get(b"/measured")) as consumer:
             slot.read_request()
-            until(hub, lambda stats: stats["running"][0]["worker_seconds"] > 0.7)
+            hub.until(lambda stats: stats["running"][0]["worker_seconds"] > 0.7)
             slot.send(OK)
             consumer.read_response()
         stack.enter_context(ask(hub, get(b"/runs")))
@@ -1249,10 +1231,10 @@ def test_slow_reader_that_leaves_is_logged_as_such(hub: HubProcess, slot: Peer) 
     body = noise(24 * MIB)
     with ask(hub, get(b"/leaving-reader")) as slow:
         serve(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        until(hub, lambda stats: stats["slots"]["idle"] == 1)
+        hub.until(lambda stats: stats["slots"]["idle"] == 1)
         slow.reset()
     assert logged(hub, path="/leaving-reader")["code"] == "CR"
-    until(hub, lambda stats: stats["spool_memory_bytes"] == 0)
+    hub.until(lambda stats: stats["spool_memory_bytes"] == 0)
 
 
 def test_reader_that_stops_is_given_up() -> None:
@@ -1316,7 +1298,7 @@ def test_memory_budget_bounds_all_spools_together() -> None:
         for number, consumer in enumerate(consumers):
             assert serve(slot).body == noise(100_000 + number)
             assert consumer.read_response().status == 200
-        assert until(hub, lambda stats: stats["demand"] == 0)["spool_memory_bytes"] == 0
+        assert hub.until(lambda stats: stats["demand"] == 0)["spool_memory_bytes"] == 0
 
 
 @contextlib.contextmanager
@@ -1350,7 +1332,7 @@ def test_full_disk_does_not_spoil_a_response() -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
         sender = threading.Thread(target=slot.send, args=(head + body,))
         sender.start()
-        until(hub, lambda stats: stats["spool_memory_bytes"] > 64 * 1024)
+        hub.until(lambda stats: stats["spool_memory_bytes"] > 64 * 1024)
         assert consumer.read_response().body == body
         sender.join()
         assert logged(hub, path="/download")["code"] == "OK"
@@ -1366,7 +1348,7 @@ def test_spool_directory_is_used_and_left_empty(tmp_path: Path) -> None:
             with dial(hub) as slot:
                 assert serve(slot).body == noise(400_000)
                 consumer.read_response()
-        until(hub, lambda stats: stats["demand"] == 0)
+        hub.until(lambda stats: stats["demand"] == 0)
         assert not list(tmp_path.iterdir())
 
 
@@ -1488,7 +1470,7 @@ def test_draining_hub_finishes_what_it_has_and_takes_no_more() -> None:
             idle_slot.read_request()
             idle_slot.send(b"HTTP/1.1 200 OK\r\n")
             late.send(get(b"/late")[:-1])
-            until(hub, lambda stats: stats["requests_in_flight"] == 1)
+            hub.until(lambda stats: stats["requests_in_flight"] == 1)
             other = stack.enter_context(ask(hub, get(b"/other")))
             slot.read_request()
             waits.send(get(b"/waits"))
@@ -1519,7 +1501,7 @@ def test_draining_hub_waits_until_the_consumer_has_read() -> None:
     body = noise(24 * MIB)
     with hub_process() as hub, dial(hub) as slot, ask(hub, get(b"/slow-reader")) as consumer:
         serve(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        until(hub, lambda stats: stats["slots"]["idle"] == 1)
+        hub.until(lambda stats: stats["slots"]["idle"] == 1)
         hub.terminate()
         hub.wait_for_error(lambda line: "draining" in line)
         assert consumer.read_response().body == body
@@ -1688,7 +1670,7 @@ def test_stats_tell_who_waits_and_who_runs(hub: HubProcess, slot: Peer) -> None:
         slot.read_request()
         with ask(hub, post(b"/waits", b"", b"X-Request-Id: w1")) as waits:
             until_queued(hub, 1)
-            stats: Stats = hub.stats()
+            stats = hub.stats()
             assert (stats["queue_length"], stats["requests_in_flight"], stats["demand"]) == (1, 1, 2)
             assert stats["slots"] == {"idle": 0, "busy": 1}
             assert (stats["draining"], stats["version"]) == (False, "0.1.0")
@@ -1705,7 +1687,7 @@ def test_stats_tell_who_waits_and_who_runs(hub: HubProcess, slot: Peer) -> None:
             runs.read_response()
             serve(slot)
             waits.read_response()
-    stats = until(hub, lambda stats: stats["slots"]["idle"] == 1)
+    stats = hub.until(lambda stats: stats["slots"]["idle"] == 1)
     assert stats["workers"][0]["served"] == 2
     assert stats["running"] == stats["waiting"] == []
 
@@ -1725,7 +1707,7 @@ def test_stats_count_every_exchange_by_its_outcome() -> None:
                 consumer.read_response()
             with ask(hub, b"garbage\r\n") as consumer:
                 read_refusal(consumer, 400)
-        stats = until(hub, lambda stats: stats["demand"] == 0)
+        stats = hub.until(lambda stats: stats["demand"] == 0)
     assert {code: count for code, count in stats["outcomes"].items() if count} == {
         "OK": 1, "WL": 1, "QF": 1, "RQ": 1, "CQ": 1,
     }  # fmt: skip

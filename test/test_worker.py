@@ -1524,6 +1524,28 @@ def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | No
         ([], {"POTHEAD_WORKERS": "-1"}, "POTHEAD_WORKERS: '-1'"),
         ([], {"POTHEAD_WORKER_WORKERS": "1_0"}, "POTHEAD_WORKER_WORKERS: '1_0'"),
         ([], {"POTHEAD_WORKER_GRACEFUL_TIMEOUT": "1d"}, "POTHEAD_WORKER_GRACEFUL_TIMEOUT: '1d'"),
+        (["--request-timeout", "5s"], {}, "--request-timeout: only a process can be stopped"),
+        (["--use-request-subprocess", "--request-timeout", "0"], {}, "--request-timeout: '0' is no time"),
+        (
+            ["--use-request-subprocess", "--request-timeout", "x"],
+            {},
+            "--request-timeout: 'x' is not a duration",
+        ),
+        ([], {"POTHEAD_WORKER_USE_REQUEST_SUBPROCESS": "2"}, "SUBPROCESS: '2' is neither yes nor no"),
+        ([], {"POTHEAD_WORKER_REQUEST_TIMEOUT": "1s"}, "only a process can be stopped"),
+        (["--redirect-response", "70000"], {}, "--redirect-response: '70000' is not a port"),
+        (["--redirect-response", "x"], {}, "--redirect-response: 'x' is not a port"),
+        (["--redirect-host", "a"], {}, "--redirect-host: there is no --redirect-response"),
+        (["--redirect-response", "0", "--redirect-host", "a b"], {}, "'a b' is not a host name"),
+        (["--redirect-response", "0", "--redirect-host", "a/b"], {}, "'a/b' is not a host name"),
+        ([], {"OOB_ITEM_EXPIRY_SECONDS": "x"}, "OOB_ITEM_EXPIRY_SECONDS: 'x'"),
+        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "0"}, "OOB_CLEANUP_INTERVAL_SECONDS: '0'"),
+        (["--inspection-port", "65536"], {}, "--inspection-port: '65536' is not a port from 0 to 65535"),
+        (
+            ["--inspection-port", "0", "--inspection-host", "a b"],
+            {},
+            "--inspection-host: 'a b' is not a host",
+        ),
     ],
 )
 def test_senseless_option_is_named_in_one_line(

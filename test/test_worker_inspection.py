@@ -178,21 +178,6 @@ def test_other_pages_and_methods_are_told_what_there_is(start: Callable[..., Ins
     assert (inspected.ask("HEAD /livez?verbose").status, inspected.ask("POST /inspect").status) == (200, 405)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--inspection-port", "65536"], "--inspection-port: '65536' is not a port from 0 to 65535"),
-        (["--inspection-port", "0", "--inspection-host", "a b"], "--inspection-host: 'a b' is not a host"),
-    ],
-)
-def test_senseless_port_is_named_in_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
-) -> None:
-    assert pothead_worker.main(arguments) == 2
-    written = capsys.readouterr().err
-    assert named in written and written.count("\n") == 1
-
-
 def test_taken_port_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -496,32 +496,6 @@ def test_port_is_closed_when_the_app_cannot_be_loaded(tmp_path: Path) -> None:
     assert program.errors == ["pothead-worker: cannot load 'missing:app': there is no module 'missing'"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "named"),
-    [
-        (["--redirect-response", "70000"], {}, "--redirect-response: '70000' is not a port"),
-        (["--redirect-response", "x"], {}, "--redirect-response: 'x' is not a port"),
-        (["--redirect-host", "a"], {}, "--redirect-host: there is no --redirect-response"),
-        (["--redirect-response", "0", "--redirect-host", "a b"], {}, "'a b' is not a host name"),
-        (["--redirect-response", "0", "--redirect-host", "a/b"], {}, "'a/b' is not a host name"),
-        ([], {"OOB_ITEM_EXPIRY_SECONDS": "x"}, "OOB_ITEM_EXPIRY_SECONDS: 'x'"),
-        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "0"}, "OOB_CLEANUP_INTERVAL_SECONDS: '0'"),
-    ],
-)
-def test_senseless_option_is_named_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    environment: dict[str, str],
-    named: str,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert pothead_worker.main(arguments) == 2
-    written = capsys.readouterr().err
-    assert named in written and written.count("\n") == 1
-
-
 def test_options_have_the_names_of_the_predecessor() -> None:
     environment = {"OOB_ITEM_EXPIRY_SECONDS": "7", "POTHEAD_WORKER_REDIRECT_RESPONSE": "0"}
     options = pothead_worker.parse_args([], environment)

@@ -662,34 +662,6 @@ def test_system_that_cannot_hand_a_connection_on_is_told_in_one_line(
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "named"),
-    [
-        (["--request-timeout", "5s"], {}, "--request-timeout: only a process can be stopped"),
-        (["--use-request-subprocess", "--request-timeout", "0"], {}, "--request-timeout: '0' is no time"),
-        (
-            ["--use-request-subprocess", "--request-timeout", "x"],
-            {},
-            "--request-timeout: 'x' is not a duration",
-        ),
-        ([], {"POTHEAD_WORKER_USE_REQUEST_SUBPROCESS": "2"}, "SUBPROCESS: '2' is neither yes nor no"),
-        ([], {"POTHEAD_WORKER_REQUEST_TIMEOUT": "1s"}, "only a process can be stopped"),
-    ],
-)
-def test_senseless_option_is_named_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    environment: dict[str, str],
-    named: str,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert pothead_worker.main(arguments) == 2
-    written = capsys.readouterr().err
-    assert named in written and written.count("\n") == 1
-
-
 def test_options_come_from_the_environment_too() -> None:
     environment = {"POTHEAD_WORKER_USE_REQUEST_SUBPROCESS": "Yes", "POTHEAD_WORKER_REQUEST_TIMEOUT": "2m"}
     options = pothead_worker.parse_args([], environment)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0
@@ -378,6 +378,9 @@ class Program:
             pipe.close()
 
 
+Stats = dict[str, Any]  # what the hub's /stats says
+
+
 class HubProcess(Program):
     """A hub on free ports: `main`, `worker` and `admin` are its addresses, `lines` its access log too."""
 
@@ -407,13 +410,21 @@ class HubProcess(Program):
         assert match, f"not a listening line: {line!r}"
         return match[2], int(match[3])
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> Stats:
         """Return the admin port's `/stats`."""
         with Peer.connect(self.admin) as peer:
             peer.send(b"GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             response = peer.read_response()
         assert response.status == 200, response
-        return json.loads(response.body)
+        stats: Stats = json.loads(response.body)
+        return stats
+
+    def until(self, holds: Callable[[Stats], object], deadline_s: float = DEADLINE_S) -> Stats:
+        """Ask for `/stats` until they are as wanted."""
+        ends_at = time.monotonic() + deadline_s
+        while not holds(stats := self.stats()):
+            assert time.monotonic() < ends_at, stats
+        return stats
 
 
 class WorkerProcess(Program):
