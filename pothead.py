@@ -97,7 +97,12 @@ class Limits:
     receive_bytes: int = 256 * KIB  # one read or write; large, since a call costs more than its bytes
     shortcut_bytes: int = 64 * KIB  # of a body still to come, from where on moving it uncopied pays
     patience_s: float = 0.25  # in sum, that a slot waits for its consumer before the response is absorbed
-    pipelined_bytes: int = 64 * KIB  # kept of the requests that follow the one in progress
+    pipelined_bytes: int = 64 * KIB  # kept of what has come before it can be understood or served
+    upload_bytes: int = 4 * KIB  # of memory that a request takes while its body comes, beside its head ...
+    uploads_bytes: int = 64 * MIB  # ... and what all such requests take together, before others get 503
+    chunks_a_turn: int = 100  # of one body: about 100 µs, so that those who send them small stop nobody
+    framing_bytes: int = 256 * KIB  # of chunks, beyond four times the bytes in them: nobody needs so much
+    interim_responses: int = 50  # to one request: a job that tells its progress should do so in its body
     lingering_s: float = 5.0  # for a refused consumer to take the refusal before the connection is cut
     gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
     accept_pause_s: float = 0.5  # without descriptors, before the next attempt
@@ -220,6 +225,7 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~
 _FIELD_LINE: Final = re.compile(rb"^(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _DIGITS: Final = re.compile(rb"[0-9]+")
+_PLAIN_CHUNK: Final = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
@@ -543,6 +549,10 @@ class BodyReader(Protocol):
     done: bool
 
     @property
+    def stopped(self) -> bool:
+        """Whether ``take`` has left more in the buffer that it could have taken, for the next turn."""
+
+    @property
     def verbatim(self) -> int:
         """How many of the next bytes are body as they stand, without any framing among them."""
 
@@ -560,6 +570,7 @@ class FixedBody:
     """A body with a Content-Length."""
 
     __slots__ = ("_status", "done", "verbatim")
+    stopped: Final = False
 
     def __init__(self, length: int, status: int = 400) -> None:
         self.verbatim = length
@@ -584,6 +595,7 @@ class UntilCloseBody:
     """A response body that ends with its connection."""
 
     __slots__ = ("done", "verbatim")
+    stopped: Final = False
 
     def __init__(self) -> None:
         self.verbatim = sys.maxsize
@@ -608,32 +620,69 @@ class _ChunkedPart(enum.Enum):
 
 
 class ChunkedBody:
-    """A body in chunks; extensions and trailer fields are checked and dropped (RFC 9112 §7.1)."""
+    """A body in chunks; extensions and trailer fields are checked and dropped (RFC 9112 §7.1).
 
-    __slots__ = ("_part", "_status", "done", "verbatim")
+    Chunks are bounded in two ways, since they can be as small as a byte: each ``take`` takes so many, and
+    all of their framing together may not outweigh what is in them by too much.
+    """
+
+    __slots__ = ("_excess", "_part", "_status", "done", "stopped", "verbatim")
 
     def __init__(self, status: int = 400) -> None:
         self._status = status
         self._part = _ChunkedPart.SIZE
+        self._excess = 0  # bytes of framing, less four for each byte of the body
         self.verbatim = 0
         self.done = False
+        self.stopped = False
 
     def skip(self, size: int) -> None:
         self.verbatim -= size
+        self._excess -= 4 * size
         if self.verbatim == 0:
             self._part = _ChunkedPart.DATA_END
 
     def take(self, buffer: Inbuf) -> bytes:
-        pieces: list[bytes] = []
-        while buffer and self._take_part(buffer, pieces):
-            pass
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces: list[bytes | bytearray] = []
+        before = len(buffer)
+        left = LIMITS.chunks_a_turn
+        while buffer and left > 0:
+            if self._part is _ChunkedPart.SIZE:
+                left -= self._take_plain_chunks(buffer, pieces, left)
+            if not self._take_part(buffer, pieces):
+                break
+            left -= 1
+        self.stopped = left <= 0 and bool(buffer) and not self.done
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._excess += before - len(buffer) - len(data)
+        if self._excess > LIMITS.framing_bytes:
+            raise ProtocolError(self._status, "chunks that are too small: more framing than bytes in them")
+        return bytes(data)
+
+    def _take_plain_chunks(self, buffer: Inbuf, pieces: list[bytes | bytearray], limit: int) -> int:
+        """Takes the next chunks that are here from end to end, up to ``limit``; returns how many.
+
+        A pattern over the buffer, since a call for each part of each chunk costs five times as much.
+        """
+        position = count = 0
+        while count < limit and (line := _PLAIN_CHUNK.match(buffer, position)):
+            start, end = line.end(), line.end() + int(line[1], 16)
+            if buffer[end : end + 2] != b"\r\n":
+                break
+            pieces.append(buffer[start:end])
+            self._excess -= 4 * (end - start)
+            position = end + 2
+            count += 1
+        if position:
+            del buffer[:position]
+            buffer.searched = 0
+        return count
 
     def on_eof(self) -> None:
         if not self.done:
             raise ProtocolError(self._status, "the body ended before its last chunk")
 
-    def _take_part(self, buffer: Inbuf, pieces: list[bytes]) -> bool:
+    def _take_part(self, buffer: Inbuf, pieces: list[bytes | bytearray]) -> bool:
         """Takes the next part of the framing; false when the body has ended or needs more bytes."""
         part = self._part
         if part is _ChunkedPart.SIZE:
@@ -1332,7 +1381,7 @@ class EventLoop:
         self._touched[watched] = None
 
     def call_soon(self, function: Callable[[], None]) -> None:
-        """Calls ``function`` before the loop sleeps next."""
+        """Calls ``function`` before the loop sleeps next; if it asks for another call, then a turn later."""
         self._calls.append(function)
 
     def call_from_thread(self, function: Callable[[], None]) -> None:
@@ -1365,15 +1414,19 @@ class EventLoop:
     def turn(self) -> None:
         """Sleeps until something happens and deals with it: sockets first, then timers."""
         self._settle()
-        ready = self._selector.select(self._sleep_s())
+        looked_at = self.clock()
+        ready = self._selector.select(self._sleep_s(looked_at))
         self.now = self.clock()
+        if not ready and self._timers and self._timers[0][0] <= self.now:
+            looked_at = self.now
+            ready = self._selector.select(0)
         for key, events in ready:
             watched: Watched | None = key.data
             if watched is None:
                 self._wake_receiver.recv(4096)
             elif not watched.closed:
                 self.deliver(watched, watched.on_events, events)
-        self._fire_timers()
+        self._fire_timers(looked_at)
         self._tell_if_slow(self.clock() - self.now)
 
     def _tell_if_slow(self, turn_s: float) -> None:
@@ -1402,7 +1455,7 @@ class EventLoop:
 
     def _settle(self) -> None:
         """Does everything that is left to do before the loop may sleep."""
-        while self._calls:
+        for _ in range(len(self._calls)):  # and not those that these ask for: sockets come in between
             self._calls.popleft()()
         for step in self.before_sleep:
             step()
@@ -1414,7 +1467,12 @@ class EventLoop:
     def _settle_one(self, watched: Watched) -> None:
         wanted = 0 if watched.closed else watched.wanted_events()
         if wanted != watched.registered:
-            self._register(watched, wanted)
+            try:
+                self._register(watched, wanted)
+            except OSError as exc:  # the system's limit of watched descriptors, or of memory
+                log.warning("a descriptor cannot be watched, and is given up: %s", exc)
+                watched.registered = 0
+                self._give_up(watched)
         if watched.closed:
             self._release(watched)
         elif watched.deadline < watched.armed:
@@ -1449,22 +1507,27 @@ class EventLoop:
             self._selector.register(watched, wanted, watched)
         watched.registered = wanted
 
-    def _sleep_s(self) -> float | None:
+    def _sleep_s(self, now: float) -> float | None:
         if self._calls or self._touched or not self._running:
             return 0
         if not self._timers:
             return None
-        return max(0.0, self._timers[0][0] - self.clock())
+        return max(0.0, self._timers[0][0] - now)
 
-    def _fire_timers(self) -> None:
+    def _fire_timers(self, looked_at: float) -> None:
+        """Tells those whose time was over when the sockets were looked at.
+
+        And not those whose time has passed since: if the process was stopped meanwhile, what they wait for
+        may have come in time, and the next look finds it.
+        """
         # A deadline that has moved later stays where it is in the heap until its old time comes.
-        while self._timers and self._timers[0][0] <= self.now:
+        while self._timers and self._timers[0][0] <= looked_at:
             when, _, watched = heapq.heappop(self._timers)
             if when != watched.armed:
                 self._stale -= 1
                 continue  # it moved earlier since: another entry speaks for it
             watched.armed = math.inf
-            if watched.deadline <= self.now:
+            if watched.deadline <= looked_at:
                 watched.deadline = math.inf
                 self.deliver(watched, watched.on_deadline)
             else:
@@ -1521,8 +1584,8 @@ class Role(Protocol):
     def on_fault(self) -> None:
         """The hub itself failed while it served this stream."""
 
-    def may_read(self) -> bool:
-        """Whether bytes are welcome now."""
+    def room(self) -> int:
+        """How many bytes are welcome now."""
 
 
 class Stream(Watched):
@@ -1533,6 +1596,7 @@ class Stream(Watched):
 
     __slots__ = (
         "_failed",
+        "_has_rest",
         "_loop",
         "_new_outbuf",
         "_socket",
@@ -1553,6 +1617,7 @@ class Stream(Watched):
         self._socket = sock
         self._new_outbuf = new_outbuf
         self._failed = False
+        self._has_rest = False  # in the inbuf, for the next turn
         self._unacknowledged_s = math.nan  # not set yet
         self.address = address
         self.inbuf = Inbuf()
@@ -1565,8 +1630,19 @@ class Stream(Watched):
         return self._socket.fileno()
 
     def wanted_events(self) -> int:
-        events = READ if self.role.may_read() else 0
+        events = READ if not self._has_rest and self.role.room() > 0 else 0
         return events if self.outbuf is None else events | WRITE
+
+    def take_rest_later(self) -> None:
+        """Gives the others their turn: ``on_bytes`` is called in the next one, before more is received."""
+        if not self._has_rest:
+            self._has_rest = True
+            self._loop.call_soon(lambda: self._loop.deliver(self, self._take_rest))
+
+    def _take_rest(self) -> None:
+        self._has_rest = False
+        if not self.closed:
+            self.role.on_bytes(_NO_BYTES)
 
     def write(self, data: Bytes) -> None:
         """Sends ``data``, or keeps what the network does not take; never blocks, never fails."""
@@ -1611,8 +1687,11 @@ class Stream(Watched):
             self._fail(exc)
         return True
 
-    def has_hung_up_behind_bytes(self) -> bool:
-        """The same for a stream with bytes that nobody wants to read yet, where the platform can tell."""
+    def has_hung_up(self) -> bool:
+        """Whether the peer has left, even if bytes that nobody wants to read yet come first.
+
+        Where the platform cannot tell, it is found out when they are read.
+        """
         poll = select.poll()
         poll.register(self._socket, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
@@ -1636,10 +1715,12 @@ class Stream(Watched):
         self._socket.close()
 
     def _fill(self) -> None:
+        if self._has_rest or (room := min(self.role.room(), LIMITS.receive_bytes)) <= 0:
+            return  # another event of this turn has changed what is wanted
         if self.shortcut is not None and self._move(self.shortcut):
             return
         try:
-            size = self._socket.recv_into(self._loop.scratch)
+            size = self._socket.recv_into(self._loop.scratch[:room])
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
@@ -1732,8 +1813,7 @@ class Stream(Watched):
             return
         if self.outbuf is not None:
             self.outbuf.close()
-        if self.role.may_read():
-            self._fill()
+        self._fill()
         if not self.closed:
             self.role.on_hangup(reset=True)
 
@@ -1742,6 +1822,9 @@ class Stream(Watched):
             call(*arguments)
         except OSError as exc:
             log.debug("%s: %s", self.address, exc)
+
+
+_NO_BYTES: Final = memoryview(b"")
 
 
 class Shortcut(NamedTuple):
@@ -1761,8 +1844,8 @@ class _NoRole:
     def on_drained(self) -> None: ...
     def on_deadline(self) -> None: ...
     def on_fault(self) -> None: ...
-    def may_read(self) -> bool:
-        return False
+    def room(self) -> int:
+        return 0
 
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
@@ -1831,10 +1914,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_is_chunked", "_keeps_consumer",
-        "_patience_s",
-        "_replayable", "_since", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
-        "outcome", "queued_s", "received", "received_at", "request_id", "spool", "state",
+        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_interim", "_is_chunked",
+        "_keeps_consumer", "_patience_s",
+        "_replayable", "_upload_bytes", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
+        "outcome", "queued_s", "received", "received_at", "request_id", "since", "spool", "state",
         "status", "worker", "worker_address", "worker_s", "written_before",
     )  # fmt: skip
 
@@ -1852,7 +1935,9 @@ class Exchange:
         self.attempts = 0
         self.status = 0  # sent to the consumer; 0 as long as nothing was
         self.bytes_in = self.bytes_out = 0  # of the bodies
-        self.received_at = self._since = hub.loop.now
+        self.received_at = hub.loop.now
+        self.since = hub.loop.now  # it is what it is: waiting, or running
+        self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
         self.queued_s = self.worker_s = 0.0
         self.outcome: Outcome | None = None
         self.detail = ""
@@ -1860,6 +1945,7 @@ class Exchange:
         self._is_chunked = False  # the body, as it is sent to the worker
         self._replayable = True  # nothing of the body has been sent and dropped
         self._heard = False  # a byte of the response
+        self._interim = 0  # responses before it
         self._framing = Framing.NONE  # of the response
         self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
@@ -1872,7 +1958,7 @@ class Exchange:
 
     # .. the request ..
 
-    def open(self, *, has_body: bool) -> None:
+    def open(self, *, has_body: bool, head_bytes: int) -> None:
         """The head is there: refuse it, ask for the body, or queue the request."""
         hub, head = self._hub, self.head
         length = head.content_length or 0
@@ -1885,12 +1971,20 @@ class Exchange:
             self.finish(Outcome.QUEUE_FULL)
         elif not has_body:
             self.on_request_end()
+        elif not hub.has_room_for_upload(head_bytes):
+            self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
         else:
+            self._count_upload(head_bytes + LIMITS.upload_bytes)
             self.spool = hub.new_spool(keep=not hub.options.stream_requests)
             if head.expects_continue:
                 self.consumer.write(CONTINUE)
             if hub.options.stream_requests:
                 self._enqueue()
+
+    def _count_upload(self, size: int) -> None:
+        """Counts the request among those that come, with so many bytes; 0 when it has come."""
+        self._hub.upload_bytes += size - self._upload_bytes
+        self._upload_bytes = size
 
     def may_receive(self) -> bool:
         """Whether the body has room; a streamed one waits for its worker."""
@@ -1922,11 +2016,12 @@ class Exchange:
             self.pump()
 
     def _enqueue(self) -> None:
+        self._count_upload(0)
         if not (self._hub.has_room() and self._hub.queue.put(self, self._hub.loop.now)):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(State.QUEUED)
-        self._since = self._hub.loop.now
+        self.since = self._hub.loop.now
 
     # .. to the worker ..
 
@@ -1938,10 +2033,11 @@ class Exchange:
         self.worker_address = worker.stream.address
         self.written_before = worker.stream.written
         self.attempts += 1
-        self.queued_s += now - self._since
-        self._since = now
+        self.queued_s += now - self.since
+        self.since = now
         self._to(State.SENT)
         self._heard = False
+        self._interim = 0
         length = self._length_for_worker()
         self._is_chunked = length is None
         head = forwarded_request(self.head, length, self._hub.fields_for_worker(self))
@@ -1971,9 +2067,11 @@ class Exchange:
         worker, spool = self.worker, self.spool
         if worker is None or spool is None or self._body_sent:
             return
-        while spool.size and worker.stream.outbuf is None:
+        if spool.size and worker.stream.outbuf is None:
             data = self._take_body(LIMITS.receive_bytes)
             worker.stream.write(chunk(data) if self._is_chunked else data)
+            if spool.size and worker.stream.outbuf is None:  # it takes all at once: others come in between
+                self._hub.loop.call_soon(lambda: self._hub.loop.deliver(worker.stream, self.pump))
         if self.received and not spool.size:
             self._body_sent = True
             if self._is_chunked:
@@ -1984,13 +2082,15 @@ class Exchange:
     # .. from the worker ..
 
     def may_relay(self) -> bool:
-        """Whether the response has room.
+        """Whether the response has room: its head always, since nobody knows before how it goes on.
 
         The slot waits for a consumer that is nearly as fast as itself, which costs nothing.  One that is
         slow is not waited for: its response is absorbed, and holds the slot only when the spool is full.
         """
         outbuf = self.consumer.stream.outbuf
-        return outbuf is None or (self._absorbs and not outbuf.is_over(self._hub.options.response_spool))
+        if outbuf is None or self.state is State.SENT:
+            return True
+        return self._absorbs and not outbuf.is_over(self._hub.options.response_spool)
 
     def _wait_for_consumer(self, worker: Worker) -> None:
         if not self._absorbs and worker.stream.deadline == math.inf:
@@ -2015,9 +2115,12 @@ class Exchange:
 
     def on_interim(self, head: ResponseHead) -> None:
         """An interim response: 103 is of use to a consumer, the others end here (RFC 9110 §15.2)."""
+        self._interim += 1
         if head.status == 101:
-            self.finish(Outcome.WORKER_GARBAGE, "101 Switching Protocols, which nobody asked for")
-        elif head.status == 103 and self.head.minor_version == 1:
+            raise ProtocolError(502, "101 Switching Protocols, which nobody asked for")
+        if self._interim > LIMITS.interim_responses:
+            raise ProtocolError(502, f"more than {LIMITS.interim_responses} interim responses")
+        if head.status == 103 and self.head.minor_version == 1:
             self.consumer.write(forwarded_response(head, Framing.NONE, b"", time.time()))
 
     def on_response(
@@ -2159,7 +2262,7 @@ class Exchange:
             return
         # 1. Nothing more will happen to it.
         if self.state is State.QUEUED:
-            self.queued_s += self._hub.loop.now - self._since
+            self.queued_s += self._hub.loop.now - self.since
         self._to(State.FINISHED)
         self.outcome, self.detail = outcome, detail
         self._hub.queue.cancel(self)
@@ -2167,6 +2270,7 @@ class Exchange:
             self._let_worker_go(reusable=False)
         if self.spool is not None:
             self.spool.close()
+            self._count_upload(0)
         # 2. The consumer gets an answer as long as none has begun; what has begun is never ended cleanly.
         status = status or outcome.status
         if outcome is Outcome.COMPLETED:
@@ -2211,15 +2315,15 @@ class Exchange:
         }
         if self.worker is not None:
             description["worker"] = self.worker_address
-            description["worker_seconds"] = round(now - self._since, 3)
+            description["worker_seconds"] = round(now - self.since, 3)
         return description
 
     def _let_worker_go(self, *, reusable: bool) -> Worker:
         worker = self.worker
         assert worker is not None
         self.worker = None
-        self.worker_s = self._hub.loop.now - self._since
-        self._since = self._hub.loop.now
+        self.worker_s = self._hub.loop.now - self.since
+        self.since = self._hub.loop.now
         worker.end(reusable=reusable)
         return worker
 
@@ -2259,26 +2363,33 @@ class Consumer:
 
     # .. in ..
 
-    def may_read(self) -> bool:
-        """Bytes are welcome; of those that run ahead of the exchange, so many."""
-        if self._phase is Phase.BODY:
-            return self.exchange is None or self.exchange.may_receive()
-        return self._phase is not Phase.RESPONSE or len(self.stream.inbuf) < LIMITS.pipelined_bytes
+    def room(self) -> int:
+        """Bytes are welcome as far as they can be used; of those that run ahead of that, a bounded number."""
+        ahead = LIMITS.pipelined_bytes - len(self.stream.inbuf)
+        if self._phase is not Phase.BODY:
+            return ahead
+        if self.exchange is not None and not self.exchange.may_receive():
+            return 0
+        return ahead if self._reader is None else max(ahead, self._reader.verbatim)
 
     def on_bytes(self, data: memoryview) -> None:
         if self._phase is Phase.BODY:
             self._receive(data)
             return
         self.stream.inbuf += data
-        if self.exchange is None:
-            self.begin()
-        elif not self.may_read():
+        if self.may_begin:
+            self._begin()
+        elif self.room() <= 0:
             self._set_deadline()  # it is not heard any more, so it must be looked after
 
-    def begin(self) -> None:
+    @property
+    def may_begin(self) -> bool:
+        """Whether there is room for another exchange: the consumer has taken the last answer."""
+        return self.exchange is None and self.stream.outbuf is None
+
+    def _begin(self) -> None:
         """Begins the next exchange, if its head is there."""
-        if self.exchange is not None or self.stream.closed:
-            return
+        size = len(self.stream.inbuf)
         try:
             head = take_request_head(self.stream.inbuf)
         except ProtocolError as error:
@@ -2290,7 +2401,7 @@ class Consumer:
         self._reader = request_body(head)
         self._phase = Phase.RESPONSE if self._reader is None else Phase.BODY
         self.exchange = exchange = Exchange(self._hub, self, head)
-        exchange.open(has_body=self._reader is not None)
+        exchange.open(has_body=self._reader is not None, head_bytes=size - len(self.stream.inbuf))
         if self._phase is Phase.BODY and self.exchange is exchange:
             self._receive(_NO_BYTES)
         else:
@@ -2306,10 +2417,13 @@ class Consumer:
             exchange.refuse(error.status, error.detail)
             return
         exchange.on_request_body(body)
-        if reader.done and self.exchange is exchange:
-            self._reader = None
-            self._phase = Phase.RESPONSE
-            exchange.on_request_end()
+        if self.exchange is exchange:
+            if reader.stopped:
+                self.stream.take_rest_later()
+            elif reader.done:
+                self._reader = None
+                self._phase = Phase.RESPONSE
+                exchange.on_request_end()
         self._set_deadline()
 
     def _wait_for_head(self) -> None:
@@ -2338,6 +2452,8 @@ class Consumer:
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_drained()
+        elif self.stream.inbuf:
+            self.stream.take_rest_later()
         self._set_deadline()
 
     def resume(self) -> None:
@@ -2358,7 +2474,7 @@ class Consumer:
         self._phase = Phase.IDLE
         self._set_deadline()
         if stream.inbuf:
-            self._hub.loop.call_soon(lambda: self._hub.loop.deliver(stream, self.begin))
+            stream.take_rest_later()
 
     def cut(self) -> None:
         """Breaks the connection, so that what was sent cannot be taken for a whole response."""
@@ -2400,8 +2516,8 @@ class Consumer:
             if exchange is not None:
                 exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
             self.stream.close(abort=True)
-        elif not self.may_read():
-            if self.stream.has_hung_up_behind_bytes():
+        elif self.room() <= 0:
+            if self.stream.has_hung_up():
                 self.on_hangup(reset=False)
             self._set_deadline()
         elif self._phase is Phase.HEAD:
@@ -2421,7 +2537,7 @@ class Consumer:
         if stream.outbuf is not None:
             self._taken_before = stream.written
             stream.deadline = now + options.stall_timeout
-        elif not self.may_read():
+        elif self.room() <= 0:
             stream.deadline = now + LIMITS.gone_check_s
         elif self._phase is Phase.IDLE:
             stream.deadline = now + self._hub.keep_alive_s
@@ -2432,9 +2548,6 @@ class Consumer:
         else:
             stream.deadline = math.inf
         self._hub.loop.touch(stream)
-
-
-_NO_BYTES: Final = memoryview(b"")
 
 
 class Farewell:
@@ -2455,8 +2568,8 @@ class Farewell:
         if stream.outbuf is None:
             stream.end_output()
 
-    def may_read(self) -> bool:
-        return True
+    def room(self) -> int:
+        return LIMITS.receive_bytes
 
     def on_bytes(self, data: memoryview) -> None: ...
 
@@ -2478,6 +2591,7 @@ class Worker:
     """The role of a stream from a worker: a slot, waiting or busy."""
 
     __slots__ = (
+        "_has_old_body",
         "_hub",
         "_keep_alive",
         "_reader",
@@ -2499,6 +2613,7 @@ class Worker:
         self.since = self.parked_at = hub.loop.now
         self.served = 0
         self.record = hub.machines.join(self.machine)
+        self._has_old_body = False  # still to be sent, of a request that it answered before it had read it
         self._keep_alive = True  # the connection, after the response under way
         self._reader: BodyReader | None = None
         stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
@@ -2510,12 +2625,22 @@ class Worker:
         self._hub.loop.touch(self.stream)
 
     def end(self, *, reusable: bool) -> None:
-        """The slot has nothing to do with its exchange any more."""
+        """The slot has nothing to do with its exchange any more; it is free when all that has been sent."""
         self.exchange = self._reader = self.stream.shortcut = None
         self.stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
-        self._hub.release(self, reusable=reusable and not self.stream.inbuf)
+        if reusable and self.stream.outbuf is not None and not self.stream.inbuf:
+            self._has_old_body = True
+            self.stream.deadline = self._hub.loop.now + LIMITS.unacknowledged_s
+        else:
+            self._hub.release(self, reusable=reusable and not self.stream.inbuf)
+
+    def _leave_old_body(self, *, reusable: bool) -> None:
+        """The end of a body that was answered early has been sent, or the connection is over."""
+        self._has_old_body = False
+        self.stream.deadline = math.inf
+        self._hub.release(self, reusable=reusable)
 
     def describe(self, now: float) -> dict[str, object]:
         """Returns what /stats tells of it; durations in seconds."""
@@ -2530,8 +2655,10 @@ class Worker:
         """What keeps the response from being read may have changed."""
         self._hub.loop.touch(self.stream)
 
-    def may_read(self) -> bool:
-        return self.exchange is None or self.exchange.may_relay()
+    def room(self) -> int:
+        if self.exchange is not None and not self.exchange.may_relay():
+            return 0
+        return max(LIMITS.pipelined_bytes, 0 if self._reader is None else self._reader.verbatim)
 
     def on_bytes(self, data: memoryview) -> None:
         if self.exchange is None:
@@ -2543,13 +2670,15 @@ class Worker:
                 self._take_heads(self.exchange)
             else:
                 self._take_body(self.exchange, self._reader, take_body(self._reader, self.stream.inbuf, data))
+            if self._reader is not None and self._reader.stopped:
+                self.stream.take_rest_later()
         except ProtocolError as error:
             self.exchange.on_worker_garbage(error)
 
     def _take_heads(self, exchange: Exchange) -> None:
-        """Takes interim responses, any number of them, and the head of the final one."""
+        """Takes interim responses and the head of the final one."""
         exchange.on_heard()
-        while self.exchange is exchange:
+        while True:
             head = take_response_head(self.stream.inbuf)
             if head is None:
                 return
@@ -2591,10 +2720,14 @@ class Worker:
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.pump()
+        elif self._has_old_body:
+            self._leave_old_body(reusable=True)
 
     def on_hangup(self, *, reset: bool) -> None:
         exchange, reader = self.exchange, self._reader
-        if exchange is None:
+        if self._has_old_body:
+            self._leave_old_body(reusable=False)
+        elif exchange is None:
             self._hub.on_worker_left(self)
         elif reader is None or reset:
             exchange.on_worker_gone("it reset the connection" if reset else "it closed the connection")
@@ -2615,10 +2748,14 @@ class Worker:
     def on_deadline(self) -> None:
         if self.exchange is not None:
             self.exchange.on_worker_deadline()
+        elif self._has_old_body:
+            self._leave_old_body(reusable=False)
 
     def on_fault(self) -> None:
         if self.exchange is not None:
             self.exchange.finish(Outcome.HUB_FAULT)
+        elif self._has_old_body:
+            self._leave_old_body(reusable=False)
         else:
             self._hub.on_worker_left(self)
 
@@ -2634,14 +2771,16 @@ class Admin:
         stream.role = self
         self._set_deadline()
 
-    def may_read(self) -> bool:
-        return self._stream.outbuf is None
+    def room(self) -> int:
+        return 0 if self._stream.outbuf is not None else LIMITS.pipelined_bytes
 
     def on_bytes(self, data: memoryview) -> None:
         self._stream.inbuf += data
         try:
-            while self._stream.role is self and (head := take_request_head(self._stream.inbuf)):
+            head = take_request_head(self._stream.inbuf)
+            if head is not None:
                 self._answer(head)
+                self._take_next()
         except ProtocolError as error:
             detail = error.detail.encode() + b"\n"
             self._end(own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False))
@@ -2660,6 +2799,11 @@ class Admin:
         else:
             self._end(page)
 
+    def _take_next(self) -> None:
+        """Looks at what has come after a request: in the next turn, and when its answer has been taken."""
+        if self._stream.inbuf and self._stream.outbuf is None:
+            self._stream.take_rest_later()
+
     def _end(self, page: bytes) -> None:
         self._stream.write(page)
         Farewell(self._hub.loop, self._stream)
@@ -2671,6 +2815,7 @@ class Admin:
     def on_taken(self) -> None: ...
 
     def on_drained(self) -> None:
+        self._take_next()
         self._set_deadline()
 
     def on_hangup(self, *, reset: bool) -> None:
@@ -2807,6 +2952,7 @@ class Hub:
         self.workers: set[Worker] = set()
         self.machines = Machines()
         self.budget = MemoryBudget(options.memory_budget)
+        self.upload_bytes = 0  # of memory that requests take whose bodies are coming, beside the bodies
         self.draining = False
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
@@ -2910,12 +3056,28 @@ class Hub:
             if worker.stream.has_news():  # it has left, or spoken: it will be told which
                 self.idle.release(worker)
                 continue
-            exchange = self.queue.take()
-            assert exchange is not None
+            exchange = self._take_wanted()
+            if exchange is None:
+                self.idle.release(worker, park=True)
+                break
             self.loop.deliver(worker.stream, exchange.start, worker)
         if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
             self._queue_timer.deadline = expiry
             self.loop.touch(self._queue_timer)
+
+    def _take_wanted(self) -> Exchange | None:
+        """Removes and returns the oldest request whose consumer is still there."""
+        while (exchange := self.queue.take()) is not None:
+            # One that came in this very turn has just been heard.
+            consumer = exchange.consumer
+            if exchange.since == self.loop.now or not consumer.stream.has_hung_up():
+                break
+            self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
+        return exchange
+
+    def has_room_for_upload(self, head_bytes: int) -> bool:
+        """Whether another request may send its body: those who do are not in the queue, but take memory."""
+        return self.upload_bytes + head_bytes + LIMITS.upload_bytes <= LIMITS.uploads_bytes
 
     def has_room(self) -> bool:
         """Whether the queue takes another request; those that a slot waits for do not count."""
@@ -2955,7 +3117,7 @@ class Hub:
         """A waiting slot has spoken without being asked."""
         log.warning("worker %s sent bytes while it waited; closed", worker.stream.address)
         self.counters.breaches += 1
-        self.on_worker_left(worker)
+        worker.on_hangup(reset=False)
 
     def retry_after_s(self) -> int:
         """Returns after how many seconds a refused consumer may hope for a place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import socket
 import threading
@@ -35,7 +36,8 @@ class Rig:
 
     def __init__(self, **options: Any) -> None:
         self.lines: list[str] = []
-        self.hub = Hub(Options(main_port=0, worker_port=0, admin_port=None, **options), self.lines.append)
+        ports: dict[str, Any] = {"main_port": 0, "worker_port": 0, "admin_port": None}
+        self.hub = Hub(Options(**{**ports, **options}), self.lines.append)
         self.clock = self.hub.loop.clock = Clock()
         self.hub.loop.now = self.clock()
         self._peers: list[Peer] = []
@@ -92,6 +94,8 @@ class Rig:
             peer.sock.settimeout(wire.DEADLINE_S)
 
     def close(self) -> None:
+        for exchange in list(self.hub.exchanges):
+            exchange.finish(Outcome.DRAINING)
         self.hub.loop.close()
         for peer in self._peers:
             peer.close()
@@ -491,6 +495,231 @@ def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig
     rig.pass_time(61)
     assert codes(rig) == ["CR"]
     assert rig.hub.budget.used == rig.hub.budget.files == 0
+
+
+# ---- What one peer may cost the others ------------------------------------------------------------------
+
+
+def send_in_background(peer: Peer, data: bytes) -> threading.Thread:
+    """Send what may not fit; the thread ends when all is sent, or when the connection is over."""
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            peer.sock.sendall(data)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    return sender
+
+
+def turns_until(rig: Rig, holds: Callable[[], object]) -> int:
+    """Turn until it holds, without a new look at anything else in between; returns how often."""
+    for turns in range(100_000):
+        if holds():
+            return turns
+        rig.turn()
+    raise AssertionError(rig.hub.stats())
+
+
+def test_pipelined_requests_are_answered_one_a_turn(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_queue=1)
+    rig.consumer(get(b"/waits"))
+    eager = rig.consumer()
+    eager.send(get(b"/refused") * 200)
+    rig.until(lambda: rig.lines)
+    for count in range(1, 200):
+        assert len(rig.lines) == count
+        rig.turn()
+    assert [eager.read_response().status for _ in range(200)] == [503] * 200
+
+
+def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]) -> None:
+    """Neither spool nor memory grows with what it asks for."""
+    rig = new_rig(max_queue=1)
+    rig.consumer(get(b"/waits"))
+    eager = rig.consumer(b"")
+    rig.until(lambda: len(rig.hub._consumers()) == 2)
+    (stream,) = [each.stream for each in rig.hub._consumers() if each.exchange is None]
+    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sender = send_in_background(eager, get(b"/refused") * 100_000)
+    turns_until(rig, lambda: stream.outbuf is not None)
+    answered = len(rig.lines)
+    turns_until(rig, lambda: stream.role.room() <= 0)  # it is not even heard any more
+    assert len(rig.lines) == answered
+    assert rig.hub.budget.used < 1 << 20 and rig.hub.budget.files == 0
+    assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
+    while len(rig.lines) < answered + 100:  # when it reads, it goes on
+        take(eager)
+        rig.turn()
+    eager.sock.shutdown(socket.SHUT_RDWR)
+    sender.join()
+
+
+def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/waits"))
+    sender = send_in_background(consumer, get(b"/next") * 40_000)
+    (stream,) = [each.stream for each in rig.hub._consumers()]
+    turns_until(rig, lambda: stream.role.room() == 0)
+    assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
+    consumer.sock.shutdown(socket.SHUT_RDWR)
+    sender.join()
+
+
+@pytest.mark.parametrize("side", ["consumer", "worker"])
+def test_small_chunks_are_taken_a_few_a_turn(rig: Rig, side: str) -> None:
+    body = b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n"
+    slot, consumer = rig.slot(), rig.consumer()
+    coded = b"Transfer-Encoding: chunked\r\n\r\n" + body
+    if side == "consumer":
+        consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\n" + coded)
+        rig.until(lambda: rig.hub.exchanges)
+        turns = turns_until(rig, lambda: has_bytes(slot))
+        assert slot.read_request().body == b"x" * 5000
+    else:
+        consumer.send(get(b"/"))
+        rig.until(lambda: has_bytes(slot))
+        slot.read_request()
+        slot.send(b"HTTP/1.1 200 OK\r\n" + coded)
+        rig.until(lambda: has_bytes(consumer))
+        turns = turns_until(rig, lambda: rig.lines)
+        assert consumer.read_response().body == b"x" * 5000
+    assert turns >= 5000 // pothead.LIMITS.chunks_a_turn - 2
+
+
+def test_admin_is_answered_once_a_turn(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(admin_port=0)
+    admin = rig.connect(rig.hub.admin_address)
+    admin.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+    rig.until(lambda: has_bytes(admin))
+    for count in range(1, 50):
+        take(admin)
+        assert admin.received.count(b"HTTP/1.1 200 OK") == count
+        rig.turn()
+
+
+def test_body_for_a_worker_that_takes_all_is_sent_a_piece_a_turn(rig: Rig) -> None:
+    slot, consumer = rig.slot(), rig.consumer()
+    size = 8 << 20
+    head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size
+    sender = send_in_background(consumer, head + bytes(size))
+    (worker,) = rig.hub.workers
+    turns_until(rig, lambda: worker.exchange is not None)
+    while not has_bytes(slot) or take(slot) < size:
+        before = worker.stream.written
+        rig.turn()
+        assert worker.stream.written - before <= 2 * pothead.LIMITS.receive_bytes
+    sender.join()
+
+
+def test_bodies_on_their_way_are_bounded_in_what_their_heads_take(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = dataclasses.replace(pothead.LIMITS, uploads_bytes=100 << 10)
+    monkeypatch.setattr(pothead, "LIMITS", limits)
+    head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nX: %b\r\n\r\n" % (b"x" * (20 << 10))
+    coming = [rig.consumer(head) for _ in range(4)]
+    refused = rig.connect(rig.hub.main_address)
+    refused.send(head)
+    assert rig.response(refused).status == 503
+    assert "too many bodies" in rig.lines[-1] and "code=QF" in rig.lines[-1]
+    rig.consumer(get(b"/"))  # without a body it takes its place as ever
+    coming[0].send(b"123456789")  # now it waits in the queue
+    turns_until(rig, lambda: len(rig.hub.queue) == 2)
+    coming[1].close()
+    turns_until(rig, lambda: len(rig.lines) == 2)
+    for _ in range(2):
+        rig.consumer(head)
+    assert rig.hub.upload_bytes <= 100 << 10
+
+
+# ---- Who is handed what ---------------------------------------------------------------------------------
+
+
+def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(rig: Rig) -> None:
+    consumer = rig.consumer(get(b"/"))
+    consumer.send(b"x" * 100_000)
+    (stream,) = [each.stream for each in rig.hub._consumers()]
+    turns_until(rig, lambda: stream.role.room() == 0)
+    rig.pass_time(0.1)
+    consumer.close()
+    slot = rig.slot()
+    rig.turn()
+    assert codes(rig) == ["CQ"]
+    assert not has_bytes(slot)
+    rig.consumer(get(b"/next"))
+    rig.until(lambda: has_bytes(slot))
+    assert slot.read_request().target == b"/next"
+
+
+def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: Rig) -> None:
+    slot, consumer = rig.slot(), rig.consumer()
+    (worker,) = rig.hub.workers
+    worker.stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
+    body = bytes(300_000)
+    consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    rig.until(lambda: rig.hub.exchanges)
+    exchange = rig.exchange(b"/")
+    rig.until(lambda: exchange._body_sent or (has_bytes(slot) and take(slot) < 0))
+    assert worker.stream.outbuf is not None, "the end of the body must still be unsent"
+    slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
+    assert rig.response(consumer).status == 413
+    rig.consumer(get(b"/next"))
+    rig.turn()
+    assert len(rig.hub.queue) == 1, "the slot is not free yet"
+    second = rig.slot()
+    rig.until(lambda: has_bytes(second))
+    assert second.read_request().target == b"/next"
+    rig.until(lambda: take(slot) >= len(body) and worker.stream.outbuf is None)
+    assert slot.read_request().body == body
+    rig.consumer(get(b"/third"))
+    rig.until(lambda: has_bytes(slot))
+    assert slot.read_request().target == b"/third"
+
+
+@pytest.mark.parametrize("ending", ["leaves", "takes nothing"])
+def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -> None:
+    slot, consumer = rig.slot(), rig.consumer()
+    (worker,) = rig.hub.workers
+    worker.stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
+    body = bytes(300_000)
+    consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    rig.until(lambda: rig.hub.exchanges)
+    exchange = rig.exchange(b"/")
+    rig.until(lambda: exchange._body_sent or (has_bytes(slot) and take(slot) < 0))
+    slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
+    assert rig.response(consumer).status == 413
+    if ending == "leaves":
+        slot.close()
+    else:
+        rig.pass_time(pothead.LIMITS.unacknowledged_s + 1)
+    rig.until(lambda: not rig.hub.workers)
+    assert (len(rig.hub.idle), rig.hub.idle.running) == (0, 0)
+
+
+def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
+    """What came before the response's head is absorbed, and so is the response."""
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    (stream,) = [each.stream for each in rig.hub._consumers()]
+    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: <%b>\r\n\r\n" % (b"x" * 30_000)
+    count = 0
+    while stream.outbuf is None:
+        count += 1
+        slot.send(hint)
+        rig.turn()
+    body = bytes(300_000)
+    sender = send_in_background(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    for _ in range(100):
+        rig.pass_time(0.01)
+    rig.until(lambda: len(rig.hub.idle) == 1)
+    sender.join()
+    rig.until(lambda: take(consumer) > count * len(hint) + len(body))
+    assert [consumer.read_response().status for _ in range(count)] == [103] * count
+    assert consumer.read_response().body == body
 
 
 # ---- From other threads ------------------------------------------------------------------------------

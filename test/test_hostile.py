@@ -26,6 +26,7 @@ import pytest
 from test_messages import Case, load_cases, read_request, split_at_random, split_into_bytes
 
 import wire
+from pothead import LIMITS
 from wire import (
     ROOT,
     HubProcess,
@@ -560,38 +561,22 @@ def test_slot_that_comes_and_goes_all_the_time_holds_up_nobody(hub: HubProcess) 
     assert time.monotonic() - began < 8
 
 
-@linux_only
-def test_endless_interim_responses_are_swallowed_in_bounded_memory(hub: HubProcess) -> None:
+@pytest.mark.parametrize("status", [b"100 Continue", b"102 Processing", b"103 Early Hints"])
+@pytest.mark.parametrize("excess", [0, 1])
+def test_interim_responses_are_bounded_in_number(hub: HubProcess, status: bytes, excess: int) -> None:
+    interim = b"HTTP/1.1 %b\r\nX: y\r\n\r\n" % status
+    passed_on = LIMITS.interim_responses if status.startswith(b"103") else 0
     with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
         consumer.send(get(b"/interim"))
         slot.read_request()
-        before_kib = resident_kib(hub.pid)
-        for _ in range(100):
-            slot.send(b"HTTP/1.1 102 Processing\r\nX: y\r\n\r\n" * 1000)
-        with contextlib.closing(Pair(hub)) as pair:
-            pair.probe()
-        slot.send(ok(b"at last"))
-        assert consumer.read_response().body == b"at last"
-        assert resident_kib(hub.pid) - before_kib < 4 << 10
-
-
-@linux_only
-def test_early_hints_that_nobody_reads_are_held_back_and_not_kept(hub: HubProcess) -> None:
-    """The consumer reads nothing at first and the slot has to wait; then all of it arrives."""
-    count, hint = 20_000, b"HTTP/1.1 103 Early Hints\r\nLink: <%b>\r\n\r\n" % (b"x" * 950)
-    with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
-        consumer.send(get(b"/hints"))
-        slot.read_request()
-        before_kib = resident_kib(hub.pid)
-        sender = threading.Thread(target=send_to_the_end, args=(slot, [hint * count + ok(b"at last")]))
-        sender.start()
-        while select.select([], [slot.sock], [], 0.2)[1]:  # until the hub takes no more of them
-            pass
-        assert resident_kib(hub.pid) - before_kib < 8 << 10
-        for _ in range(count):
-            assert consumer.read_response().status == 103
-        assert consumer.read_response().body == b"at last"
-        sender.join()
+        slot.send(interim * (LIMITS.interim_responses + excess) + ok(b"at last"))
+        assert [consumer.read_response().status for _ in range(passed_on)] == [103] * passed_on
+        response = consumer.read_response()
+        if excess:
+            assert response.status == 502 and b"more than 50 interim responses" in response.body
+            slot.expect_eof()
+        else:
+            assert response.body == b"at last"
 
 
 def test_response_to_nothing_is_nobodys_response(hub: HubProcess) -> None:

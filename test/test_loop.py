@@ -7,11 +7,13 @@ import logging
 import math
 import queue
 import random
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -50,8 +52,8 @@ class Recorder:
         self.on_first_byte: Callable[[], None] | None = None
         self.on_all_gone: Callable[[], None] | None = None
 
-    def may_read(self) -> bool:
-        return self.wants_bytes
+    def room(self) -> int:
+        return pothead.LIMITS.receive_bytes if self.wants_bytes else 0
 
     def on_bytes(self, data: memoryview) -> None:
         self.events.append(bytes(data))
@@ -327,7 +329,60 @@ def test_loop_sleeps_until_the_next_deadline(rig: Rig) -> None:
 # ---- Calls -------------------------------------------------------------------------------------------
 
 
-def test_calls_and_the_calls_that_they_make_happen_before_the_loop_sleeps(rig: Rig) -> None:
+def test_loop_that_was_stopped_in_its_sleep_looks_before_it_tells_the_time(rig: Rig) -> None:
+    """A process that goes on after a stop comes back from its sleep with nothing: it has not looked since."""
+    stream, role, peer = rig.pair()
+    rig.set(stream, 0.01)
+    times = iter([1000.0])
+
+    def stopped_clock() -> float:
+        for now in times:  # before the sleep
+            return now
+        if rig.clock.now < 1100:  # after it, and after the standstill
+            rig.clock.now = 1100
+            peer.send(b"in time")
+        return rig.clock.now
+
+    rig.loop.clock = stopped_clock
+    rig.loop.turn()
+    assert role.events == [b"in time", "deadline"]
+
+
+class Refused(Watched):
+    """Something that the selector does not take."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self.was_told = False
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def wanted_events(self) -> int:
+        return pothead.READ
+
+    def on_fault(self) -> None:
+        self.was_told = self.closed = True
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="other selectors take files")
+def test_descriptor_that_the_selector_refuses_ends_what_it_belongs_to(
+    rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """epoll takes no regular file, as it takes no socket beyond the system's limit of watches."""
+    with open(tmp_path / "file", "w+b") as file:
+        refused = Refused(file)
+        rig.loop.add(refused)
+        _, role, peer = rig.pair()
+        peer.send(b"others are served")
+        rig.turn()
+        assert refused.was_told and refused not in rig.loop.watched
+    assert "cannot be watched" in caplog.text
+    assert role.events == [b"others are served"]
+
+
+def test_calls_happen_before_the_loop_sleeps_and_those_that_they_make_a_turn_later(rig: Rig) -> None:
     events = Events()
 
     def call_again() -> None:
@@ -338,7 +393,9 @@ def test_calls_and_the_calls_that_they_make_happen_before_the_loop_sleeps(rig: R
     rig.loop.call_soon(call_again)
     rig.loop.call_soon(events.note("call 2"))
     rig.turn()
-    assert events == ["call 1", "call 2", "call 3", "step 1", "step 2"]
+    assert events == ["call 1", "call 2", "step 1", "step 2"]
+    rig.turn()
+    assert events[4:] == ["call 3", "step 1", "step 2"]
 
 
 def test_call_that_is_made_in_a_step_is_not_slept_over(rig: Rig) -> None:
@@ -645,12 +702,12 @@ def test_role_can_be_exchanged_between_two_reads(rig: Rig) -> None:
 def test_hang_up_of_a_quiet_peer_is_seen_without_reading(rig: Rig) -> None:
     stream, role, peer = rig.pair()
     assert not stream.has_news()
-    assert not stream.has_hung_up_behind_bytes()
+    assert not stream.has_hung_up()
     peer.send(b"speaks out of turn")
     assert stream.has_news()
-    assert not stream.has_hung_up_behind_bytes()
+    assert not stream.has_hung_up()
     peer.shutdown(socket.SHUT_WR)
-    assert stream.has_hung_up_behind_bytes()
+    assert stream.has_hung_up()
     rig.turn()
     assert role.events == [b"speaks out of turn"], "nothing was taken away"
 
