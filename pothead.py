@@ -100,6 +100,7 @@ class Limits:
     pipelined_bytes: int = 64 * KIB  # kept of what has come before it can be understood or served
     upload_bytes: int = 4 * KIB  # of memory that a request takes while its body comes, beside its head ...
     uploads_bytes: int = 64 * MIB  # ... and what all such requests take together, before others get 503
+    heads_a_turn: int = 5  # of interim responses of one slot, which are few; and one request of a consumer
     chunks_a_turn: int = 100  # of one body: about 100 µs, so that those who send them small stop nobody
     framing_bytes: int = 256 * KIB  # of chunks, beyond four times the bytes in them: nobody needs so much
     interim_responses: int = 50  # to one request: a job that tells its progress should do so in its body
@@ -2678,7 +2679,7 @@ class Worker:
     def _take_heads(self, exchange: Exchange) -> None:
         """Takes interim responses and the head of the final one."""
         exchange.on_heard()
-        while True:
+        for _ in range(LIMITS.heads_a_turn):
             head = take_response_head(self.stream.inbuf)
             if head is None:
                 return
@@ -2686,6 +2687,7 @@ class Worker:
                 self._take_response(exchange, head)
                 return
             exchange.on_interim(head)
+        self.stream.take_rest_later()
 
     def _take_response(self, exchange: Exchange, head: ResponseHead) -> None:
         reader = self._reader = response_body(head, exchange.head.method)
@@ -2910,6 +2912,9 @@ class Listener(Watched):
 
     def release(self) -> None:
         self._socket.close()
+
+    def on_fault(self) -> None:
+        self._rest("the loop could not serve it")
 
     def _rest(self, why: str) -> None:
         if not self._has_warned:  # once an episode

@@ -719,6 +719,22 @@ def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() ->
 # ---- Random damage -----------------------------------------------------------------------------------
 
 
+@linux_only
+def test_hostile_peers_together_hold_up_nobody() -> None:
+    """A short run on a machine that has other things to do; bench/README.md tells the figures."""
+    command = python(str(ROOT / "bench" / "hostile.py"), "--seconds", "4")
+    run = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    figures = re.fullmatch(
+        r"/livez: median ([\d.]+) ms, worst ([\d.]+) ms of \d+; requests of a consumer: (.+);"
+        r" memory at most (\d+) MiB, files (\d+) MiB\n",
+        run.stdout.decode(),
+    )
+    assert figures, run.stdout
+    assert float(figures[1]) < 200 and float(figures[2]) < 2000
+    assert "200: " in figures[3]
+    assert int(figures[4]) < 100 and int(figures[5]) < 100
+
+
 @pytest.mark.parametrize("part", ["pure", "hub"])
 def test_random_damage_is_read_one_way_or_refused(part: str) -> None:
     """A short run; the figures of longer ones are in docs/reliability.md."""
