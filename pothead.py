@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# The hub of POTHEAD, which queues expensive HTTP requests. It needs no other file and may be copied as it is;
+# the project has its manual, its tests and the text of the licence. `__version__` tells which one this is.
 """POTHEAD: a hub for expensive HTTP requests, with one queue and workers that connect out to it.
 
 An ordinary load balancer pushes requests at servers and has to guess which of them is free.  Here it
@@ -71,7 +74,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NamedTuple, NoReturn
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 log = logging.getLogger("pothead")
 
