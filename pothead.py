@@ -4117,6 +4117,24 @@ def notifier(address: str) -> Callable[[str], None]:
     return notify
 
 
+def feed_watchdog(loop: EventLoop, notify: Callable[[str], None], environ: MutableMapping[str, str]) -> None:
+    """Tells the service manager that the loop turns, twice in the time it asks for: sd_watchdog_enabled(3).
+
+    Removes the variables, as ``take_sockets`` does.
+    """
+    pid, period = environ.pop("WATCHDOG_PID", ""), environ.pop("WATCHDOG_USEC", "")
+    if pid not in ("", str(os.getpid())) or not period.isdecimal() or int(period) == 0:
+        return
+
+    def feed() -> None:
+        notify("WATCHDOG=1")
+        timer.deadline = loop.now + int(period) / 2e6
+        loop.touch(timer)
+
+    timer = Timer(feed)
+    feed()
+
+
 class Companion:
     """The command that lives and dies with the hub."""
 
@@ -4180,6 +4198,7 @@ def _serve(options: Options, command: list[str]) -> int:
     notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
     hub = Hub(options, sockets=take_sockets(os.environ))
     hub.notify = notify
+    feed_watchdog(hub.loop, notify, os.environ)
     out, err = Output(hub.loop, 1), Output(hub.loop, 2)
     hub.access_log = out.write
     log.addHandler(OutputHandler(err))
