@@ -113,6 +113,22 @@ def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
         assert set(first(rf"^{setting}=(.*)$", service).split()) == set(names.values())
 
 
+def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
+    for name in ("pothead.service", "pothead-worker@.service"):
+        unit = read(f"systemd/{name}").partition("\n[Service]\n")[0]
+        assert first("^StartLimitIntervalSec=(.*)$", unit) == "0"
+    service = read("systemd/pothead.service")
+    assert "\nRestartPreventExitStatus=" not in service, "the sockets would start it, and at once"
+    assert seconds(first("^WatchdogSec=(.*)$", service)) >= 30
+
+
+def test_every_module_is_installed_where_the_units_look_for_it() -> None:
+    target, names = re.findall(r"install -D .* -t (\S+) (.*\.py)$", read("README.md"), re.MULTILINE)[0]
+    assert set(names.split()) == {"gating.py", "pothead.py", "pothead_worker.py"}
+    for name in ("pothead.service", "pothead-worker@.service"):
+        assert first(rf"^ExecStart=/usr/bin/python3 {target}/(\w+\.py)", read(f"systemd/{name}")) in names
+
+
 # ---- Timeouts ----------------------------------------------------------------------------------------
 
 
