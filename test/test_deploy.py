@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,117 @@ def test_each_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
         assert first(r"^ +runbook: (.*)$", alert) == f"docs/operating.md#{alert.split()[0]}"
         assert first(r"severity: (\w+)", alert) in ("page", "ticket")
         assert re.search("summary: .+", alert) and re.search("description: .+", alert)
+
+
+# ---- Images ------------------------------------------------------------------------------------------
+
+
+class Image:
+    """What a Dockerfile makes, made by its steps in a directory in place of a container's root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = self.directory = root
+        self.environment: dict[str, str] = {}
+        self.command: list[str] = []
+
+    def build(self, dockerfile: str, context: Path) -> None:
+        for line in re.sub(r"^#.*\n|\\\n", "", read(dockerfile), flags=re.MULTILINE).splitlines():
+            step, _, rest = line.partition(" ")
+            if step == "WORKDIR":
+                self.directory = Path(self.inside(rest))
+                self.directory.mkdir(parents=True, exist_ok=True)
+            elif step == "COPY" and "--from=" not in rest:
+                for pattern in rest.split()[:-1]:
+                    self.copy(context, pattern)
+            elif step == "RUN":
+                self.run(rest)
+            elif step == "ENV":
+                for name, value in (each.split("=") for each in rest.split()):
+                    self.environment[name] = self.inside(value).replace("$PATH", os.environ["PATH"])
+            elif step == "CMD":
+                self.command = json.loads(rest)
+
+    def inside(self, text: str) -> str:
+        return re.sub(r"(?<![\w./])/(?=opt|src|srv|var)", f"{self.root}/", text)
+
+    def copy(self, context: Path, pattern: str) -> None:
+        paths = sorted(context.glob(pattern)) if pattern != "." else [context]
+        assert paths, pattern
+        for path in paths:
+            if path.is_dir():
+                shutil.copytree(path, self.directory, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, self.directory)
+
+    def run(self, command: str) -> None:
+        command = re.sub(r"--(owner|group)=\d+ ", "", self.inside(command))  # nobody but root may give away
+        command = re.sub(r"^python ", f"{sys.executable} ", command)
+        self.root.mkdir(exist_ok=True)
+        done = subprocess.run(
+            ["sh", "-ec", command],
+            cwd=self.directory,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+FLASK_APP = """
+import flask
+
+app = flask.Flask(__name__)
+
+
+@app.get("/")
+def greet():
+    return f"from {flask.__name__}"
+"""
+
+
+@pytest.mark.usefixtures("package_index")
+def test_app_with_packages_is_served_from_an_image_built_step_by_step(tmp_path: Path) -> None:
+    image = Image(tmp_path / "image")
+    image.build("Dockerfile", wire.ROOT)
+    hub_command = [*image.command, "--main-port=0", "--worker-port=0", "--admin-port=off"]
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "requirements.txt").write_text("flask\n")
+    (app / "myapp.py").write_text(FLASK_APP)
+    hub = wire.HubProcess(hub_command, image.directory, image.environment)
+    with wire.running(hub):
+        hub.wait_until_ready(has_admin=False)
+        assert hub.main[0] == "0.0.0.0", "where the engine passes a published port on to"
+        image.build("app.Dockerfile", app)
+        image.environment["POTHEAD_CONNECT"] = f"127.0.0.1:{hub.worker[1]}"
+        worker = wire.WorkerProcess(image.command, image.directory, image.environment)
+        with wire.running(worker), wire.Peer.connect(("127.0.0.1", hub.main[1])) as consumer:
+            consumer.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert consumer.read_response().body == b"from flask"
+
+
+def test_published_ports_lead_to_where_the_hub_listens() -> None:
+    hub = read("compose.yaml").partition("  worker:\n")[0]
+    published = re.findall(r'- "127\.0\.0\.1:(\d+):(\d+)"', hub)
+    flags = {4041: "--admin-host=0.0.0.0", 8080: "--main-host=0.0.0.0"}
+    assert [(int(outside), int(inside)) for outside, inside in sorted(published)] == [(n, n) for n in flags]
+    assert set(flags.values()) <= set(commands(hub)[0])
+
+
+def test_builder_is_sent_what_the_image_is_made_of() -> None:
+    (sources,) = re.findall(r"^COPY (?!--from)(.*) \./$", read("Dockerfile"), re.MULTILINE)
+    ignored = (wire.ROOT / ".dockerignore").read_text(encoding="utf-8")
+    assert set(re.findall(r"^!(.*)$", ignored, re.MULTILINE)) == set(sources.split())
+
+
+def test_images_are_those_of_this_version() -> None:
+    found = {
+        (version, path.name)
+        for path in FILES
+        for version in re.findall(r"\bpothead:(\d+\.[\w.]*)", path.read_text(encoding="utf-8"))
+    }
+    assert {version for version, _ in found} == {pothead.__version__} and len(found) > 4
 
 
 # ---- The form of the files ---------------------------------------------------------------------------
