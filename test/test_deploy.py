@@ -21,7 +21,12 @@ FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 KUBERNETES = DEPLOY / "kubernetes"
 
 # The design's list, with what Prometheus makes of each kind.
-HISTOGRAMS = ("pothead_hub_queue_seconds", "pothead_hub_worker_seconds")
+HISTOGRAMS = (
+    "pothead_hub_queue_seconds",
+    "pothead_hub_worker_seconds",
+    "pothead_worker_request_seconds",
+    "pothead_worker_gate_seconds",
+)
 METRICS = {
     "pothead_hub_queue_length",
     "pothead_hub_queue_oldest_seconds",
@@ -29,10 +34,20 @@ METRICS = {
     "pothead_hub_slots",
     "pothead_hub_demand",
     "pothead_hub_requests_total",
+    "pothead_hub_worker_errors_total",
     "pothead_hub_requeues_total",
     "pothead_hub_rejected_total",
     "pothead_hub_bytes_total",
     "pothead_build_info",
+    "pothead_hub_connections",
+    "pothead_hub_spool_bytes",
+    "pothead_hub_disk_budget_bytes",
+    "pothead_worker_slots",
+    "pothead_worker_slots_busy",
+    "pothead_worker_requests_total",
+    # Of prometheus_client's own collector.
+    "process_resident_memory_bytes",
+    "process_open_fds",
     *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")),
 }
 
@@ -161,13 +176,13 @@ def test_kubernetes_kills_later_than_the_programs_give_up(name: str) -> None:
 
 
 def metrics_in(text: str) -> set[str]:
-    return set(re.findall(r"\bpothead_(?:hub_\w+|build_info)\b", text))
+    return set(re.findall(r"\b(?:pothead_(?:hub|worker)_\w+|pothead_build_info|process_\w+)\b", text))
 
 
 @pytest.mark.parametrize(
     "name", ["prometheus/alerts.yml", "prometheus/alerts_test.yml", "grafana/pothead.json"]
 )
-def test_every_metric_is_one_of_the_hubs(name: str) -> None:
+def test_every_metric_is_one_that_there_is(name: str) -> None:
     found = metrics_in(read(name))
     assert found and found <= METRICS
 
@@ -341,9 +356,55 @@ def test_services_select_the_pods_and_ports_that_there_are() -> None:
     assert pod["spec"]["enableServiceLinks"] is False, "POTHEAD_..._PORT=tcp://... would be taken for options"
 
 
+def container_ports(component: str) -> set[str]:
+    """Return the names of the ports that a pod has."""
+    yaml = pytest.importorskip("yaml")
+    deployment = next(yaml.safe_load_all((KUBERNETES / f"{component}.yaml").read_text(encoding="utf-8")))
+    return {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+
+
+def test_what_is_scraped_is_let_in_and_named_as_the_alerts_know_it() -> None:
+    yaml = pytest.importorskip("yaml")
+    policies, monitors = (
+        {each["metadata"]["name"]: each["spec"] for each in yaml.safe_load_all(text)}
+        for text in (read("kubernetes/networkpolicy.yaml"), read("kubernetes/podmonitor.yaml"))
+    )
+    assert set(monitors) == set(policies) == {"pothead-hub", "pothead-worker"}
+    scrapes = yaml.safe_load(read("prometheus/prometheus.yml"))["scrape_configs"]
+    assert [each["job_name"] for each in scrapes] == list(monitors)
+    for name, monitor in monitors.items():
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": name}]
+        assert monitor["selector"] == policies[name]["podSelector"]
+        let_in = {port["port"] for rule in policies[name]["ingress"] for port in rule["ports"]}
+        assert endpoint["port"] in let_in <= container_ports(name.removeprefix("pothead-"))
+
+
+def test_redirected_responses_are_let_in_when_the_comments_are_taken_off() -> None:
+    yaml = pytest.importorskip("yaml")
+    worker, policies = (
+        list(yaml.safe_load_all(re.sub(r"# (?=- (?:--redirect|\{))", "", read(f"kubernetes/{name}.yaml"))))
+        for name in ("worker", "networkpolicy")
+    )
+    (container,) = worker[0]["spec"]["template"]["spec"]["containers"]
+    (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == "responses"]
+    assert f"--redirect-response={port}" in container["args"]
+    rules = [rule for each in policies for rule in each["spec"]["ingress"]]
+    (let_in,) = [rule["from"] for rule in rules if rule["ports"][0]["port"] == "responses"]
+    (consumers,) = [rule["from"] for rule in rules if rule["ports"][0]["port"] == "consumers"]
+    assert let_in == consumers
+
+
+def test_worker_in_a_pod_has_a_directory_for_its_metrics() -> None:
+    worker = read("kubernetes/worker.yaml")
+    directory = first(r"PROMETHEUS_MULTIPROC_DIR, value: (\S+)}", worker)
+    assert f"mountPath: {directory}}}" in worker
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments"),
     [
+        ("promtool", ["check", "config", "prometheus/prometheus.yml"]),
         ("promtool", ["check", "rules", "prometheus/alerts.yml"]),
         ("promtool", ["test", "rules", "prometheus/alerts_test.yml"]),
     ],
