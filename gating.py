@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# The gates of POTHEAD, which queues expensive HTTP requests. They need no other file and may be copied as
+# they are; the project has their manual, their tests and the text of the licence.
 """Gates for POTHEAD's workers: how many jobs at a time this machine can take just now.
 
 A worker with `--poll-jobs` has no fixed number of slots. It asks its app's gate, and each time the gate

@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# The hub of POTHEAD, which queues expensive HTTP requests. It needs no other file and may be copied as it is;
+# the project has its manual, its tests and the text of the licence. `__version__` tells which one this is.
 """POTHEAD: a hub for expensive HTTP requests, with one queue and workers that connect out to it.
 
 An ordinary load balancer pushes requests at servers and has to guess which of them is free.  Here it
@@ -71,7 +74,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NamedTuple, NoReturn
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 log = logging.getLogger("pothead")
 
@@ -4281,6 +4284,24 @@ def notifier(address: str) -> Callable[[str], None]:
     return notify
 
 
+def feed_watchdog(loop: EventLoop, notify: Callable[[str], None], environ: MutableMapping[str, str]) -> None:
+    """Tells the service manager that the loop turns, twice in the time it asks for: sd_watchdog_enabled(3).
+
+    Removes the variables, as ``take_sockets`` does.
+    """
+    pid, period = environ.pop("WATCHDOG_PID", ""), environ.pop("WATCHDOG_USEC", "")
+    if pid not in ("", str(os.getpid())) or not period.isdecimal() or int(period) == 0:
+        return
+
+    def feed() -> None:
+        notify("WATCHDOG=1")
+        timer.deadline = loop.now + int(period) / 2e6
+        loop.touch(timer)
+
+    timer = Timer(feed)
+    feed()
+
+
 class Companion:
     """The command that lives and dies with the hub."""
 
@@ -4344,6 +4365,7 @@ def _serve(options: Options, command: list[str]) -> int:
     notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
     hub = Hub(options, sockets=take_sockets(os.environ))
     hub.notify = notify
+    feed_watchdog(hub.loop, notify, os.environ)
     out, err = Output(hub.loop, 1), Output(hub.loop, 2)
     hub.access_log = out.write
     log.addHandler(OutputHandler(err))

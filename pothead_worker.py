@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# The worker of POTHEAD, which queues expensive HTTP requests. It needs no other file and may be copied as
+# it is; the project has its manual, its tests and the text of the licence. `__version__` tells which this is.
 """POTHEAD's worker: runs a WSGI application for requests that a hub hands out one at a time.
 
 An ordinary HTTP server waits for connections. This one opens them itself: each of its *slots* dials the
@@ -84,7 +87,7 @@ if TYPE_CHECKING:
     from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 log = logging.getLogger("pothead.worker")
 
@@ -4017,7 +4020,7 @@ def parse_metrics_directory(text: str) -> str | None:
     if not text:
         return None
     if importlib.util.find_spec("prometheus_client") is None:
-        raise ValueError("prometheus_client is not installed: pip install pothead[metrics]")
+        raise ValueError("prometheus_client is not installed: python3 -m pip install prometheus-client")
     if not os.path.isdir(text):
         raise ValueError(f"{text!r} is not a directory")
     path = os.path.realpath(text)

@@ -11,7 +11,7 @@ RUN apt-get update \
         chromium curl ffmpeg iproute2 nginx-light nodejs prometheus xz-utils \
     && rm -rf /var/lib/apt/lists/*
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir tox pytest prometheus-client psutil pyyaml
+RUN pip install --no-cache-dir tox pytest setuptools prometheus-client psutil pyyaml
 # Files in the mounted project stay yours.
 ARG UID=1000
 RUN useradd --create-home --uid "$UID" dev

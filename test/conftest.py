@@ -1,5 +1,7 @@
 """Fixtures only; what they yield is explained in wire.py."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +49,15 @@ def slot(hub: wire.HubProcess) -> Iterator[wire.Peer]:
     """A scripted worker slot that has dialled `hub`."""
     with wire.Peer.connect(hub.worker) as peer:
         yield peer
+
+
+@pytest.fixture(scope="session")
+def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips a test that installs packages where there are none to be had."""
+    fetch = [sys.executable, "-m", "pip", "download", "--retries=0", "--no-deps", "setuptools"]
+    directory = tmp_path_factory.mktemp("index")
+    if subprocess.run(fetch, cwd=directory, capture_output=True, timeout=60).returncode:
+        pytest.skip("no package index can be reached")
 
 
 @pytest.fixture

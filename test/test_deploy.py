@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,12 @@ FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 KUBERNETES = DEPLOY / "kubernetes"
 
 # The design's list, with what Prometheus makes of each kind.
-HISTOGRAMS = ("pothead_hub_queue_seconds", "pothead_hub_worker_seconds")
+HISTOGRAMS = (
+    "pothead_hub_queue_seconds",
+    "pothead_hub_worker_seconds",
+    "pothead_worker_request_seconds",
+    "pothead_worker_gate_seconds",
+)
 METRICS = {
     "pothead_hub_queue_length",
     "pothead_hub_queue_oldest_seconds",
@@ -27,10 +34,20 @@ METRICS = {
     "pothead_hub_slots",
     "pothead_hub_demand",
     "pothead_hub_requests_total",
+    "pothead_hub_worker_errors_total",
     "pothead_hub_requeues_total",
     "pothead_hub_rejected_total",
     "pothead_hub_bytes_total",
     "pothead_build_info",
+    "pothead_hub_connections",
+    "pothead_hub_spool_bytes",
+    "pothead_hub_disk_budget_bytes",
+    "pothead_worker_slots",
+    "pothead_worker_slots_busy",
+    "pothead_worker_requests_total",
+    # Of prometheus_client's own collector.
+    "process_resident_memory_bytes",
+    "process_open_fds",
     *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")),
 }
 
@@ -113,6 +130,22 @@ def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
         assert set(first(rf"^{setting}=(.*)$", service).split()) == set(names.values())
 
 
+def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
+    for name in ("pothead.service", "pothead-worker@.service"):
+        unit = read(f"systemd/{name}").partition("\n[Service]\n")[0]
+        assert first("^StartLimitIntervalSec=(.*)$", unit) == "0"
+    service = read("systemd/pothead.service")
+    assert "\nRestartPreventExitStatus=" not in service, "the sockets would start it, and at once"
+    assert seconds(first("^WatchdogSec=(.*)$", service)) >= 30
+
+
+def test_every_module_is_installed_where_the_units_look_for_it() -> None:
+    target, names = re.findall(r"install -D .* -t (\S+) (.*\.py)$", read("README.md"), re.MULTILINE)[0]
+    assert set(names.split()) == {"gating.py", "pothead.py", "pothead_worker.py"}
+    for name in ("pothead.service", "pothead-worker@.service"):
+        assert first(rf"^ExecStart=/usr/bin/python3 {target}/(\w+\.py)", read(f"systemd/{name}")) in names
+
+
 # ---- Timeouts ----------------------------------------------------------------------------------------
 
 
@@ -143,13 +176,13 @@ def test_kubernetes_kills_later_than_the_programs_give_up(name: str) -> None:
 
 
 def metrics_in(text: str) -> set[str]:
-    return set(re.findall(r"\bpothead_(?:hub_\w+|build_info)\b", text))
+    return set(re.findall(r"\b(?:pothead_(?:hub|worker)_\w+|pothead_build_info|process_\w+)\b", text))
 
 
 @pytest.mark.parametrize(
     "name", ["prometheus/alerts.yml", "prometheus/alerts_test.yml", "grafana/pothead.json"]
 )
-def test_every_metric_is_one_of_the_hubs(name: str) -> None:
+def test_every_metric_is_one_that_there_is(name: str) -> None:
     found = metrics_in(read(name))
     assert found and found <= METRICS
 
@@ -173,6 +206,117 @@ def test_each_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
         assert first(r"^ +runbook: (.*)$", alert) == f"docs/operating.md#{alert.split()[0]}"
         assert first(r"severity: (\w+)", alert) in ("page", "ticket")
         assert re.search("summary: .+", alert) and re.search("description: .+", alert)
+
+
+# ---- Images ------------------------------------------------------------------------------------------
+
+
+class Image:
+    """What a Dockerfile makes, made by its steps in a directory in place of a container's root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = self.directory = root
+        self.environment: dict[str, str] = {}
+        self.command: list[str] = []
+
+    def build(self, dockerfile: str, context: Path) -> None:
+        for line in re.sub(r"^#.*\n|\\\n", "", read(dockerfile), flags=re.MULTILINE).splitlines():
+            step, _, rest = line.partition(" ")
+            if step == "WORKDIR":
+                self.directory = Path(self.inside(rest))
+                self.directory.mkdir(parents=True, exist_ok=True)
+            elif step == "COPY" and "--from=" not in rest:
+                for pattern in rest.split()[:-1]:
+                    self.copy(context, pattern)
+            elif step == "RUN":
+                self.run(rest)
+            elif step == "ENV":
+                for name, value in (each.split("=") for each in rest.split()):
+                    self.environment[name] = self.inside(value).replace("$PATH", os.environ["PATH"])
+            elif step == "CMD":
+                self.command = json.loads(rest)
+
+    def inside(self, text: str) -> str:
+        return re.sub(r"(?<![\w./])/(?=opt|src|srv|var)", f"{self.root}/", text)
+
+    def copy(self, context: Path, pattern: str) -> None:
+        paths = sorted(context.glob(pattern)) if pattern != "." else [context]
+        assert paths, pattern
+        for path in paths:
+            if path.is_dir():
+                shutil.copytree(path, self.directory, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, self.directory)
+
+    def run(self, command: str) -> None:
+        command = re.sub(r"--(owner|group)=\d+ ", "", self.inside(command))  # nobody but root may give away
+        command = re.sub(r"^python ", f"{sys.executable} ", command)
+        self.root.mkdir(exist_ok=True)
+        done = subprocess.run(
+            ["sh", "-ec", command],
+            cwd=self.directory,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+FLASK_APP = """
+import flask
+
+app = flask.Flask(__name__)
+
+
+@app.get("/")
+def greet():
+    return f"from {flask.__name__}"
+"""
+
+
+@pytest.mark.usefixtures("package_index")
+def test_app_with_packages_is_served_from_an_image_built_step_by_step(tmp_path: Path) -> None:
+    image = Image(tmp_path / "image")
+    image.build("Dockerfile", wire.ROOT)
+    hub_command = [*image.command, "--main-port=0", "--worker-port=0", "--admin-port=off"]
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "requirements.txt").write_text("flask\n")
+    (app / "myapp.py").write_text(FLASK_APP)
+    hub = wire.HubProcess(hub_command, image.directory, image.environment)
+    with wire.running(hub):
+        hub.wait_until_ready(has_admin=False)
+        assert hub.main[0] == "0.0.0.0", "where the engine passes a published port on to"
+        image.build("app.Dockerfile", app)
+        image.environment["POTHEAD_CONNECT"] = f"127.0.0.1:{hub.worker[1]}"
+        worker = wire.WorkerProcess(image.command, image.directory, image.environment)
+        with wire.running(worker), wire.Peer.connect(("127.0.0.1", hub.main[1])) as consumer:
+            consumer.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert consumer.read_response().body == b"from flask"
+
+
+def test_published_ports_lead_to_where_the_hub_listens() -> None:
+    hub = read("compose.yaml").partition("  worker:\n")[0]
+    published = re.findall(r'- "127\.0\.0\.1:(\d+):(\d+)"', hub)
+    flags = {4041: "--admin-host=0.0.0.0", 8080: "--main-host=0.0.0.0"}
+    assert [(int(outside), int(inside)) for outside, inside in sorted(published)] == [(n, n) for n in flags]
+    assert set(flags.values()) <= set(commands(hub)[0])
+
+
+def test_builder_is_sent_what_the_image_is_made_of() -> None:
+    (sources,) = re.findall(r"^COPY (?!--from)(.*) \./$", read("Dockerfile"), re.MULTILINE)
+    ignored = (wire.ROOT / ".dockerignore").read_text(encoding="utf-8")
+    assert set(re.findall(r"^!(.*)$", ignored, re.MULTILINE)) == set(sources.split())
+
+
+def test_images_are_those_of_this_version() -> None:
+    found = {
+        (version, path.name)
+        for path in FILES
+        for version in re.findall(r"\bpothead:(\d+\.[\w.]*)", path.read_text(encoding="utf-8"))
+    }
+    assert {version for version, _ in found} == {pothead.__version__} and len(found) > 4
 
 
 # ---- The form of the files ---------------------------------------------------------------------------
@@ -212,9 +356,55 @@ def test_services_select_the_pods_and_ports_that_there_are() -> None:
     assert pod["spec"]["enableServiceLinks"] is False, "POTHEAD_..._PORT=tcp://... would be taken for options"
 
 
+def container_ports(component: str) -> set[str]:
+    """Return the names of the ports that a pod has."""
+    yaml = pytest.importorskip("yaml")
+    deployment = next(yaml.safe_load_all((KUBERNETES / f"{component}.yaml").read_text(encoding="utf-8")))
+    return {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+
+
+def test_what_is_scraped_is_let_in_and_named_as_the_alerts_know_it() -> None:
+    yaml = pytest.importorskip("yaml")
+    policies, monitors = (
+        {each["metadata"]["name"]: each["spec"] for each in yaml.safe_load_all(text)}
+        for text in (read("kubernetes/networkpolicy.yaml"), read("kubernetes/podmonitor.yaml"))
+    )
+    assert set(monitors) == set(policies) == {"pothead-hub", "pothead-worker"}
+    scrapes = yaml.safe_load(read("prometheus/prometheus.yml"))["scrape_configs"]
+    assert [each["job_name"] for each in scrapes] == list(monitors)
+    for name, monitor in monitors.items():
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": name}]
+        assert monitor["selector"] == policies[name]["podSelector"]
+        let_in = {port["port"] for rule in policies[name]["ingress"] for port in rule["ports"]}
+        assert endpoint["port"] in let_in <= container_ports(name.removeprefix("pothead-"))
+
+
+def test_redirected_responses_are_let_in_when_the_comments_are_taken_off() -> None:
+    yaml = pytest.importorskip("yaml")
+    worker, policies = (
+        list(yaml.safe_load_all(re.sub(r"# (?=- (?:--redirect|\{))", "", read(f"kubernetes/{name}.yaml"))))
+        for name in ("worker", "networkpolicy")
+    )
+    (container,) = worker[0]["spec"]["template"]["spec"]["containers"]
+    (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == "responses"]
+    assert f"--redirect-response={port}" in container["args"]
+    rules = [rule for each in policies for rule in each["spec"]["ingress"]]
+    (let_in,) = [rule["from"] for rule in rules if rule["ports"][0]["port"] == "responses"]
+    (consumers,) = [rule["from"] for rule in rules if rule["ports"][0]["port"] == "consumers"]
+    assert let_in == consumers
+
+
+def test_worker_in_a_pod_has_a_directory_for_its_metrics() -> None:
+    worker = read("kubernetes/worker.yaml")
+    directory = first(r"PROMETHEUS_MULTIPROC_DIR, value: (\S+)}", worker)
+    assert f"mountPath: {directory}}}" in worker
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments"),
     [
+        ("promtool", ["check", "config", "prometheus/prometheus.yml"]),
         ("promtool", ["check", "rules", "prometheus/alerts.yml"]),
         ("promtool", ["test", "rules", "prometheus/alerts_test.yml"]),
     ],

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import pothead
 import wire
 from wire import HubProcess, Peer, hub_process
 
@@ -1673,7 +1674,7 @@ def test_stats_tell_who_waits_and_who_runs(hub: HubProcess, slot: Peer) -> None:
             stats = hub.stats()
             assert (stats["queue_length"], stats["requests_in_flight"], stats["demand"]) == (1, 1, 2)
             assert stats["slots"] == {"idle": 0, "busy": 1}
-            assert (stats["draining"], stats["version"]) == (False, "0.1.0")
+            assert (stats["draining"], stats["version"]) == (False, pothead.__version__)
             assert 0 <= stats["queue_oldest_seconds"] <= stats["uptime_seconds"]
             (running,), (waiting,), (worker,) = stats["running"], stats["waiting"], stats["workers"]
             assert (running["id"], running["path"], running["worker"]) == ("r1", "/runs", text(slot.address))

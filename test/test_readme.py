@@ -264,6 +264,18 @@ def newcomer(tmp_path: Path) -> Newcomer:
     return Newcomer(tmp_path)
 
 
+@pytest.mark.usefixtures("package_index")
+def test_clone_runs_as_it_is_and_can_be_installed(newcomer: Newcomer) -> None:
+    if not (wire.ROOT / ".git").exists():
+        pytest.skip("what is tested here is no repository")
+    clone, install = blocks("sh", section("Install"))
+    version = f"pothead {pothead.__version__}\n"
+    newcomer.run(clone.replace("REPOSITORY", str(wire.ROOT)))
+    newcomer.directory /= "pothead"
+    assert newcomer.run("python3 pothead.py --version") == version
+    assert newcomer.run(install).endswith(version)
+
+
 def test_quick_start_works(newcomer: Newcomer) -> None:
     service, greet, compress, three, stats = blocks("sh", section("Try it"))
     with newcomer.hub(service) as hub:

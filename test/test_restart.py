@@ -231,6 +231,47 @@ def test_service_manager_is_told_of_a_stop_at_once(manager: Manager) -> None:
     assert manager.has_heard_everything()
 
 
+def test_watchdog_is_fed_twice_in_its_time_while_the_loop_turns(manager: Manager) -> None:
+    with manager.hub(WATCHDOG_USEC="200000") as hub, Peer.connect(hub.worker) as slot:
+        with Peer.connect(hub.main) as consumer:
+            before = time.monotonic()
+            reports = [manager.hear() for _ in range(7)]
+            assert sum(each.startswith(b"READY=1\n") for each in reports) == 1
+            assert reports.count(b"WATCHDOG=1") == 6
+            assert time.monotonic() - before > 0.3, "not oftener than it asks"
+            consumer.send(get(b"/"))
+            slot.read_request()
+            hub.terminate()
+            while not manager.hear().startswith(b"STOPPING=1\n"):
+                pass
+            assert manager.hear() == b"WATCHDOG=1", "a hub that drains has not stopped turning"
+            slot.send(OK)
+            assert consumer.read_response().status == 200
+
+
+@pytest.mark.parametrize("period", ["", "0", "-1", "soon"])
+def test_watchdog_that_does_not_ask_is_not_fed_and_wakes_nobody(period: str) -> None:
+    assert fed_by_an_idle_loop({"WATCHDOG_USEC": period}) == ([], None)
+
+
+def test_watchdog_of_another_process_is_not_fed() -> None:
+    variables = {"WATCHDOG_USEC": "200000", "WATCHDOG_PID": str(os.getppid())}
+    assert fed_by_an_idle_loop(dict(variables)) == ([], None)
+    heard, sleep_s = fed_by_an_idle_loop({**variables, "WATCHDOG_PID": str(os.getpid())})
+    assert heard == ["WATCHDOG=1"] and sleep_s == pytest.approx(0.1)
+
+
+def fed_by_an_idle_loop(environ: dict[str, str]) -> tuple[list[str], float | None]:
+    """Return what a watchdog is fed at the start, and how long the loop sleeps then."""
+    heard: list[str] = []
+    loop = pothead.EventLoop(clock=lambda: 1000.0)
+    with contextlib.closing(loop):
+        pothead.feed_watchdog(loop, heard.append, environ)
+        assert not environ, "the variables are for no other program"
+        loop._settle()
+        return heard, loop._sleep_s()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
 def test_service_manager_is_told_at_an_abstract_address() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:

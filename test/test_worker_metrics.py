@@ -393,14 +393,14 @@ def test_directory_that_cannot_be_emptied_is_refused(
     assert "PROMETHEUS_MULTIPROC_DIR: cannot be emptied: " in refusal(capsys)
 
 
-def test_missing_package_is_one_line_that_names_the_extra(
+def test_missing_package_is_one_line_with_the_command_that_installs_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
     assert refusal(capsys) == (
         "pothead-worker: PROMETHEUS_MULTIPROC_DIR: prometheus_client is not installed: "
-        "pip install pothead[metrics]\n"
+        "python3 -m pip install prometheus-client\n"
     )
 
 

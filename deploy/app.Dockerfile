@@ -1,0 +1,14 @@
+# Your app with its packages, on top of the image that Dockerfile makes. Copy it into the directory of your app, put
+# the packages into requirements.txt (for example: flask), the app's name into the last line, and there:
+#   docker build -f app.Dockerfile -t myapp .
+#   docker run --rm -e POTHEAD_CONNECT=hub.example:4040 myapp
+
+FROM pothead:1.0.0
+# The directory of the packages is root's: what serves requests shall not be able to change it.
+USER 0:0
+WORKDIR /srv/app
+COPY requirements.txt ./
+RUN pip install --no-cache-dir -r requirements.txt
+COPY . .
+USER 65532:65532
+CMD ["pothead-worker", "myapp:app"]
