@@ -33,7 +33,7 @@ setup(
     extras_require={
         "metrics": ["prometheus-client"],
         "gating": ["psutil"],
-        "test": ["pytest", "setuptools"],
+        "test": ["pytest"],
     },
     entry_points={
         "console_scripts": [
