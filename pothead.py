@@ -116,7 +116,7 @@ class Limits:
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
     listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
     listed_path_bytes: int = 200  # of a path in these tables
-    listed_failures: int = 20  # the last ones
+    listed_failures: int = 10  # the last ones of each code
     timed_exchanges: int = 1000  # the last ones, from which median and 99th percentile are taken
     history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
     history_steps: int = 120  # ten minutes
@@ -2106,6 +2106,7 @@ class Exchange:
         if self.state is State.RESPONDING:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again():
+            self.worker.record.requeues += 1
             self._requeue()
         else:
             self.finish(Outcome.WORKER_LOST, detail)
@@ -3167,6 +3168,7 @@ class Counters:
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(Outcome, 0)
         self.requests: dict[tuple[bytes, int, Outcome], int] = {}  # (method, status, outcome) -> how many
+        self.worker_errors: Counter[int] = Counter()  # of what workers answered, by status from 500 on
         self.requeues = 0
         self.breaches = 0
         self.bytes_in = 0
@@ -3174,7 +3176,11 @@ class Counters:
         self.mean_service_s = 0.0  # moving, over about the last 50
         self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
         self.worked = Durations()  # of the last attempt, whether it ended well or not
-        self.failures: deque[dict[str, object]] = deque(maxlen=LIMITS.listed_failures)
+        # By outcome, so that the many consumers who leave do not push out the one worker that was lost.
+        self._failures: dict[Outcome, deque[tuple[int, dict[str, object]]]] = {
+            outcome: deque(maxlen=LIMITS.listed_failures) for outcome in Outcome
+        }
+        self._numbers = itertools.count()
         self._served = 0
 
     def on_served(self, worker_s: float) -> None:
@@ -3194,7 +3200,17 @@ class Counters:
         if exchange.attempts:
             self.worked.add(exchange.worker_s)
         if outcome is not Outcome.COMPLETED:
-            self.failures.append(describe_failure(exchange, outcome))
+            self._note_failure(exchange, outcome)
+        elif exchange.status >= 500:
+            self.worker_errors[exchange.status] += 1
+            self._note_failure(exchange, outcome)
+
+    def _note_failure(self, exchange: Exchange, outcome: Outcome) -> None:
+        self._failures[outcome].append((next(self._numbers), describe_failure(exchange, outcome)))
+
+    def last_failures(self) -> list[dict[str, object]]:
+        """Returns those that are kept, the newest first."""
+        return [row for _, row in sorted(itertools.chain(*self._failures.values()), reverse=True)]
 
 
 # Any other is a word that a consumer chose, and no label.
@@ -3228,12 +3244,13 @@ class Durations:
 class MachineRecord:
     """What is known of a machine that has, or had, workers."""
 
-    __slots__ = ("failures", "left_at", "served", "slots")
+    __slots__ = ("failures", "left_at", "requeues", "served", "slots")
 
     def __init__(self) -> None:
         self.slots = 0  # connected now
         self.served = 0
         self.failures = 0
+        self.requeues = 0  # those of the failures after which the request was tried again
         self.left_at = 0.0  # when the last slot went
 
 
@@ -3576,6 +3593,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "queued_seconds": counters.queued.summary(),
         "worker_seconds": counters.worked.summary(),
         "spool_memory_bytes": hub.budget.used,
+        "worker_errors": dict(sorted(counters.worker_errors.items())),
         "requeues": counters.requeues,
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
@@ -3588,7 +3606,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "machines_not_listed": max(0, len(hub.machines) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
-        "failures": list(reversed(counters.failures)),
+        "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
     }
 
@@ -3627,6 +3645,7 @@ def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[d
             "busy": busy[machine],
             "served": record.served,
             "failures": record.failures,
+            "requeues": record.requeues,
             "gone_seconds": None if record.slots else round(now - record.left_at, 3),
         }
         for machine, record in itertools.islice(known, LIMITS.listed_rows)
@@ -3634,7 +3653,7 @@ def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[d
 
 
 def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
-    """Returns what ``/stats`` tells of an exchange that did not end well."""
+    """Returns what ``/stats`` tells of an exchange that did not end well, or with an error of the app's."""
     return {
         "time": timestamp(time.time()),
         "id": exchange.request_id.decode(),
@@ -3644,7 +3663,7 @@ def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
         "status": exchange.status,
         "worker": exchange.worker_address,
         "code": outcome.code,
-        "meaning": outcome.sentence,
+        "meaning": outcome.sentence or "the app answered with an error",
         "detail": exchange.detail,
     }
 
@@ -3780,6 +3799,12 @@ class MetricsCollector:
         for (method, status, outcome), count in counters.requests.items():
             requests.add_metric([method.decode(), str(status), outcome.code], count)
         yield requests
+        errors = Counts(
+            "pothead_hub_worker_errors", "Answers of workers with 500 or more.", labels=["status"]
+        )
+        for status, count in counters.worker_errors.items():
+            errors.add_metric([str(status)], count)
+        yield errors
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )

@@ -242,7 +242,50 @@ def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: Hub
         assert machine["gone_seconds"] is None
 
 
-def test_only_the_last_failures_are_kept(hub: HubProcess) -> None:
+def test_errors_of_the_app_are_counted_and_told_as_failures(hub: HubProcess, slot: Peer) -> None:
+    statuses = (b"200 OK", b"404 Not Found", b"500 Oops", b"504 Gateway Timeout", b"500 Oops")
+    with Peer.connect(hub.main) as consumer:
+        for number, status in enumerate(statuses):
+            consumer.send(request(b"/%d" % number))
+            serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+            consumer.read_response()
+    stats = hub.until(lambda stats: stats["outcomes"]["OK"] == len(statuses))
+    assert stats["worker_errors"] == {"500": 2, "504": 1}
+    assert [(row["path"], row["status"], row["code"], row["meaning"]) for row in stats["failures"]] == [
+        (path, status, "OK", "the app answered with an error")
+        for path, status in (("/4", 500), ("/3", 504), ("/2", 500))
+    ]
+
+
+def test_consumers_who_leave_do_not_push_out_the_real_failures(hub: HubProcess, slot: Peer) -> None:
+    with runs(hub, slot, request(b"/lost", method=b"POST")) as consumer:
+        slot.close()
+        assert consumer.read_response().status == 502
+    count = 2 * pothead.LIMITS.listed_failures
+    for number in range(1, count + 1):
+        with waits(hub, request(b"/leaves-%d" % number)):
+            pass
+        hub.until(lambda stats, number=number: stats["outcomes"]["CQ"] == number)
+    *left, lost = hub.stats()["failures"]
+    assert (lost["code"], lost["path"]) == ("WL", "/lost")
+    kept = range(count, pothead.LIMITS.listed_failures, -1)
+    assert [row["path"] for row in left] == [f"/leaves-{number}" for number in kept]
+
+
+def test_failures_of_a_machine_after_which_a_request_was_tried_again_are_told_apart(hub: HubProcess) -> None:
+    with Peer.connect(hub.worker) as first, runs(hub, first, request(b"/again")) as consumer:
+        first.close()
+        with Peer.connect(hub.worker) as second:
+            second.read_request()
+            second.close()
+            assert consumer.read_response().status == 502
+    stats = hub.until(lambda stats: stats["outcomes"]["WL"])
+    assert stats["requeues"] == 1
+    (machine,) = stats["machines"]
+    assert (machine["failures"], machine["requeues"]) == (2, 1)
+
+
+def test_only_the_last_failures_of_each_code_are_kept(hub: HubProcess) -> None:
     count = pothead.LIMITS.listed_failures + 3
     with Peer.connect(hub.main) as consumer:
         for number in range(count):
@@ -338,6 +381,7 @@ NAMES = {
     "pothead_hub_queue_seconds": "histogram",
     "pothead_hub_worker_seconds": "histogram",
     "pothead_hub_requests": "counter",
+    "pothead_hub_worker_errors": "counter",
     "pothead_hub_requeues": "counter",
     "pothead_hub_rejected": "counter",
     "pothead_hub_bytes": "counter",
@@ -408,6 +452,21 @@ def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot:
     assert rejected == {
         f"pothead_hub_rejected_total{{reason={reason}}}": float(reason == "refused")
         for reason in ("queue_full", "queue_timeout", "draining", "refused")
+    }
+
+
+def test_metrics_count_errors_of_the_app_by_status(hub: HubProcess, slot: Peer) -> None:
+    with Peer.connect(hub.main) as consumer:
+        for status in (b"200 OK", b"503 Busy", b"500 Oops", b"503 Busy"):
+            consumer.send(request(b"/"))
+            serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+            consumer.read_response()
+    hub.until(lambda stats: stats["outcomes"]["OK"] == 4)
+    metrics = scrape(hub)
+    errors = {key: value for key, value in metrics.items() if "worker_errors_total" in key}
+    assert errors == {
+        "pothead_hub_worker_errors_total{status=500}": 1,
+        "pothead_hub_worker_errors_total{status=503}": 2,
     }
 
 

@@ -27,6 +27,7 @@ METRICS = {
     "pothead_hub_slots",
     "pothead_hub_demand",
     "pothead_hub_requests_total",
+    "pothead_hub_worker_errors_total",
     "pothead_hub_requeues_total",
     "pothead_hub_rejected_total",
     "pothead_hub_bytes_total",
