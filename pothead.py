@@ -318,6 +318,7 @@ class ResponseHead(NamedTuple):
     is_chunked: bool
     keep_alive: bool
     has_date: bool
+    request_id: bytes  # the worker's own, mostly none
     connection_options: frozenset[bytes]
 
 
@@ -371,7 +372,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     length, is_chunked = _framing(known, minor_version, 502)
     return ResponseHead(
         int(line[2]), line[3] or b"", minor_version, fields, length, is_chunked,
-        _keeps_alive(options, minor_version), b"date" in known, options,
+        _keeps_alive(options, minor_version), b"date" in known, known.get(b"x-request-id", NO_ID)[0], options,
     )  # fmt: skip
 
 
@@ -450,6 +451,7 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 
 
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
+NO_ID: Final = (b"",)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
@@ -737,7 +739,7 @@ HUB_FIELDS: Final = frozenset(
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
-_RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length"}
+_RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
 class Framing(enum.Enum):
@@ -769,11 +771,13 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     return b"".join(parts)
 
 
-def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, now: float) -> bytes:
+def forwarded_response(
+    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b""
+) -> bytes:
     """Returns the head to send to a consumer.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
-    epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1).
+    epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     """
     parts = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
     dropped = _RESPONSE_DROPS | head.connection_options if head.connection_options else _RESPONSE_DROPS
@@ -784,6 +788,8 @@ def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, 
         parts.append(b"Transfer-Encoding: chunked\r\n")
     elif head.content_length is not None and head.status not in (204, 103):
         parts.append(b"Content-Length: %d\r\n" % head.content_length)
+    if request_id := head.request_id or request_id:
+        parts.append(b"X-Request-Id: %b\r\n" % request_id)
     if not head.has_date and head.status >= 200:
         parts.append(b"Date: %b\r\n" % http_date(int(now)))
     if connection:
@@ -2032,7 +2038,7 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        prefix = forwarded_response(head, self._framing, connection, time.time())
+        prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
         self._relay(body, prefix, is_last=is_last)
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
