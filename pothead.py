@@ -237,12 +237,16 @@ KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
 class ProtocolError(http.client.HTTPException):
-    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why."""
+    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why.
+
+    ``head`` is what was understood of a request before that, if anything was.
+    """
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
+        self.head: RequestHead | None = None
 
 
 class Inbuf(bytearray):
@@ -336,6 +340,14 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     line = _REQUEST_LINE.match(head)
     if line is None or line.end() > LIMITS.request_line_bytes:
         raise _request_line_error(head)
+    try:
+        return _request_head(line, head)
+    except ProtocolError as error:
+        error.head = head_of_refused(head)
+        raise
+
+
+def _request_head(line: re.Match[bytes], head: bytes) -> RequestHead:
     method, target, major, minor = line.groups()
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -353,6 +365,18 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
         method, target, minor_version, host, fields, known, length, is_chunked,
         _keeps_alive(options, minor_version), expects_continue, options,
     )  # fmt: skip
+
+
+def head_of_refused(received: Bytes) -> RequestHead:
+    """Returns a head with the method and path that ``received`` begins with, for the log."""
+    line = _REQUEST_LINE.match(received)
+    if line is None or line.end() > LIMITS.request_line_bytes:
+        return UNREADABLE_HEAD
+    absolute = _ABSOLUTE_FORM.fullmatch(line[2])
+    path = absolute[2] if absolute else line[2]
+    if not path.startswith(b"/"):  # it may be anything, a URL with a password in it, too
+        path = UNREADABLE_HEAD.target
+    return UNREADABLE_HEAD._replace(method=line[1], target=path)
 
 
 def take_response_head(buffer: Inbuf) -> ResponseHead | None:
@@ -452,6 +476,8 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
 NO_ID: Final = (b"",)
+# What stands in the log for a request whose first line could not be read.
+UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
@@ -1825,8 +1851,6 @@ class Outcome(enum.Enum):
 
 CONSUMER_GONE_STATUS: Final = 499
 ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-# What stands in the log for a request whose head could not be read.
-UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
 
 
 class Exchange:
@@ -2325,7 +2349,8 @@ class Consumer:
             self._set_deadline()
 
     def _refuse(self, error: ProtocolError) -> None:
-        exchange = self.exchange = Exchange(self._hub, self, UNREADABLE_HEAD)
+        head = error.head or head_of_refused(self.stream.inbuf)
+        exchange = self.exchange = Exchange(self._hub, self, head)
         exchange.refuse(error.status, error.detail)
 
     # .. out ..

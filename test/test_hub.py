@@ -780,6 +780,43 @@ def test_refused_request_gets_its_status_and_no_worker_sees_anything(
     assert len(new) == 1
 
 
+@pytest.mark.parametrize(
+    "request_bytes, method, path",
+    [
+        (b"PUT /a?secret HTTP/1.1\r\n\r\n", "PUT", "/a"),
+        (get(b"/a?secret", b"Space : 1"), "GET", "/a"),
+        (b"POST /a HTTP/1.1\r\nX: \0", "POST", "/a"),  # the head has not even ended
+        (get(b"/a", b"Long: " + b"x" * 40_000), "GET", "/a"),
+        (b"GET /a HTTP/2.0\r\nHost: h\r\n\r\n", "GET", "/a"),
+        (b"\r\n\r\nGET http://h/a?secret HTTP/1.1\r\nHost: 1\r\nHost: 2\r\n\r\n", "GET", "/a"),
+        (get(b"http://name:secret@h/a"), "GET", "/a"),
+        (get(b"name:secret@h:443", method=b"CONNECT"), "CONNECT", "-"),
+        (get(b"/" + b"x" * 9000), "-", "-"),
+        (b"GET /a\r\n\r\n", "-", "-"),
+    ],
+)
+def test_refused_request_is_logged_with_what_could_be_read_of_it(
+    hub: HubProcess, request_bytes: bytes, method: str, path: str
+) -> None:
+    with ask(hub, request_bytes) as consumer:
+        response = consumer.read_response()
+    entry = logged(hub, id=(response.value(b"X-Request-Id") or b"").decode(), code="RQ")
+    assert (entry["method"], entry["path"]) == (method, path)
+    assert not any("secret" in line for line in hub.lines)
+
+
+def test_request_whose_head_never_ends_is_logged_with_its_first_line() -> None:
+    with hub_process("--head-timeout", "150ms") as hub, ask(hub, b"GET /slow HTTP/1.1\r\nX") as consumer:
+        read_refusal(consumer, 408)
+        assert logged(hub, path="/slow", status=408)["method"] == "GET"
+
+
+def test_refused_head_request_gets_no_body(hub: HubProcess) -> None:
+    with ask(hub, get(b"/a", b"Space : 1", method=b"HEAD")) as consumer:
+        assert consumer.read_response(b"HEAD").status == 400
+        consumer.expect_eof()
+
+
 def test_refusal_reaches_a_consumer_that_goes_on_sending(hub: HubProcess) -> None:
     request = get(b"/endless", b"Content-Length: 99999999999", method=b"POST")
     with ask(hub, request + noise(4 * MIB)) as consumer:
