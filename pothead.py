@@ -120,6 +120,7 @@ class Limits:
     timed_exchanges: int = 1000  # the last ones, from which median and 99th percentile are taken
     history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
     history_steps: int = 120  # ten minutes
+    rate_steps: int = 12  # of those, over which requests a second are told: a minute
     remembered_machines: int = 100  # that worked once and may come back
 
 
@@ -2844,6 +2845,7 @@ class Hub:
         self.paused = False  # nothing is handed to a slot
         self.counters = Counters()
         self.history = History(self.loop.now)
+        self.rate = Rate(self.loop.now)
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
         self._trusted = [
@@ -3042,6 +3044,7 @@ class Hub:
         """Counts and logs."""
         self.exchanges.discard(exchange)
         self.counters.on_finished(exchange)
+        self.rate.count(self.loop.now)
         if self.access_log is not None:
             self.access_log(self._format(exchange, time.time(), self.loop.now))
 
@@ -3346,17 +3349,39 @@ class History:
         self._rows.append((this, (max(peak[0], waiting), max(peak[1], busy), max(peak[2], slots)), level))
         self._level = level
 
-    def read(self, now: float) -> list[Levels | None]:
-        """Returns the peaks, oldest first, the step that is under way last; ``None`` before the start."""
+    def read(self, now: float) -> list[Levels]:
+        """Returns the peaks since the start, oldest first, the step that is under way last."""
         end = int(now / LIMITS.history_step_s) + 1
         start = end - LIMITS.history_steps
         rows = list(self._rows)
-        peaks: list[Levels | None] = [None] * max(0, rows[0][0] - start)
+        peaks: list[Levels] = []
         for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
             if step >= start:
                 peaks.append(peak)
             peaks += [level] * ((end if after is None else after) - max(step + 1, start))
         return peaks
+
+
+class Rate:
+    """How many a second, over about the last minute."""
+
+    def __init__(self, now: float) -> None:
+        self._started = now
+        self._steps: deque[list[int]] = deque(maxlen=LIMITS.rate_steps + 1)  # step, count
+
+    def count(self, now: float) -> None:
+        """One more."""
+        step = int(now / LIMITS.history_step_s)
+        if not self._steps or self._steps[-1][0] != step:
+            self._steps.append([step, 0])
+        self._steps[-1][1] += 1
+
+    def read(self, now: float) -> float:
+        """Returns the rate; that of the first seconds is too low rather than wild."""
+        first = int(now / LIMITS.history_step_s) - LIMITS.rate_steps
+        begun = max(self._started, first * LIMITS.history_step_s)
+        counted = sum(count for step, count in self._steps if step >= first)
+        return counted / max(now - begun, LIMITS.history_step_s)
 
 
 def _always() -> bool:
@@ -3604,7 +3629,7 @@ def readable_json(fields: Mapping[str, object]) -> str:
 
 def describe_hub(hub: Hub) -> dict[str, object]:
     """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
-    now, counters = hub.loop.now, hub.counters
+    now, counters, disk = hub.loop.now, hub.counters, disk_use(hub)
     workers = sorted(hub.workers, key=lambda each: each.since)
     running = [each.exchange for each in workers if each.exchange is not None]
     running.sort(key=lambda each: each.received_at)
@@ -3619,11 +3644,15 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "requests_in_flight": len(running),
         "slots": {"idle": len(hub.idle), "busy": hub.idle.running},
         "demand": len(hub.queue) + len(running),
+        "requests_per_second": round(hub.rate.read(now), 3),
         "mean_service_seconds": round(counters.mean_service_s, 6),
         "retry_after_seconds": hub.retry_after_s(),
         "queued_seconds": counters.queued.summary(),
         "worker_seconds": counters.worked.summary(),
         "spool_memory_bytes": hub.budget.used,
+        "memory_budget_bytes": hub.budget.limit,
+        "spool_disk_bytes": disk.used,
+        "disk_budget_bytes": disk.limit,
         "worker_errors": dict(sorted(counters.worker_errors.items())),
         "requeues": counters.requeues,
         "breaches": counters.breaches,
@@ -3642,10 +3671,21 @@ def describe_hub(hub: Hub) -> dict[str, object]:
     }
 
 
+class DiskUse(NamedTuple):
+    """Bytes of bodies in files, and how many there may be (``None``: nobody has said so)."""
+
+    used: int
+    limit: int | None
+
+
+def disk_use(hub: Hub) -> DiskUse:
+    """Returns what the spools take of the disk."""
+    return DiskUse(0, None)
+
+
 def describe_history(history: History, now: float) -> dict[str, object]:
-    """Returns a list for each level, oldest first; ``None`` stands for the time before the start."""
-    peaks = history.read(now)
-    columns = zip(*(peak or (None, None, None) for peak in peaks), strict=True)
+    """Returns a list for each level, oldest first, as far back as the start or ten minutes."""
+    columns = zip(*history.read(now), strict=True)
     names = ("queue_length", "slots_busy", "slots")
     return {
         "step_seconds": LIMITS.history_step_s,
@@ -3751,6 +3791,7 @@ def _metrics(hub: Hub) -> Answer:
         return Answer(501, b"metrics need a package: python3 -m pip install prometheus-client\n")
     registry = prometheus_client.CollectorRegistry()
     registry.register(MetricsCollector(hub))
+    prometheus_client.ProcessCollector(registry=registry)  # what it counts, the kernel keeps
     return Answer(200, prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST)
 
 
@@ -3776,6 +3817,7 @@ class MetricsCollector:
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics as they are now."""
         yield from self._gauges()
+        yield from self._resources()
         yield from self._histograms()
         yield from self._counters()
 
@@ -3803,6 +3845,21 @@ class MetricsCollector:
         )
         build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
         yield build
+
+    def _resources(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        hub, disk = self._hub, disk_use(self._hub)
+        roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
+        connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
+        for kind, role in (("consumers", Consumer), ("workers", Worker), ("admin", Admin)):
+            connections.add_metric([kind], roles[role])
+        yield connections
+        spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
+        spools.add_metric(["memory"], hub.budget.used)
+        spools.add_metric(["disk"], disk.used)
+        yield spools
+        yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk.limit)
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.core import HistogramMetricFamily as Histogram
@@ -4730,25 +4787,24 @@ function update(line, row, table) {
 
 // ---- The plots ----
 
+const STEPS = 120;  // the width of a plot; a young hub has fewer
 function steps(values, top) {
-  let path = "";
-  values.forEach((value, x) => {
-    if (value === null) return;
-    const y = (100 - 100 * value / top).toFixed(2);
-    path += path ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
-  });
-  return path;
+  const start = STEPS - values.length;
+  return values.map((value, place) => {
+    const x = start + place, y = (100 - 100 * value / top).toFixed(2);
+    return place ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
+  }).join("");
 }
 
 function plot(id, what, now, values, limits) {
-  const known = values.filter(value => value !== null), peak = Math.max(...known);
+  const peak = Math.max(...values);
   const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
   const tops = [1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10].map(each => each * power);
   const top = Math.max(2, tops.find(each => each >= wanted));
-  const figure = byId(id), line = steps(values, top), start = values.length - known.length;
+  const figure = byId(id), line = steps(values, top);
   setText(figure.querySelector(".top"), count(top));
   figure.querySelector(".line").setAttribute("d", line);
-  figure.querySelector(".area").setAttribute("d", `${line}V100H${start}Z`);
+  figure.querySelector(".area").setAttribute("d", `${line}V100H${STEPS - values.length}Z`);
   if (limits) figure.querySelector(".limit").setAttribute("d", steps(limits, top));
   const words = `${what} in the last ten minutes: ${now} now, ${peak} at most`;
   figure.querySelector("svg").setAttribute("aria-label", words);
