@@ -102,6 +102,8 @@ class Limits:
     gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
     accept_pause_s: float = 0.5  # without descriptors, before the next attempt
     handover_s: float = 1.0  # of a drain with a successor, for what is under way: TCP's first retransmission
+    neighbour_check_s: float = 10.0  # how often another hub is looked for on a shared port ...
+    neighbour_checks: int = 6  # ... and found, a minute, before it is no handover
     accepts_a_turn: int = 64  # so that a rush of new connections does not starve the old
     backlog: int = 4096  # the kernel trims it to net.core.somaxconn
     keepalive_idle_s: int = 15  # before TCP asks a silent peer for a sign of life ...
@@ -2786,6 +2788,13 @@ class Listener(Watched):
         if not self.is_shared:
             _prefer_newer(self._socket, leaves)
 
+    def has_neighbour(self) -> bool:
+        """Whether another socket listens on the same port (SO_REUSEPORT), where the platform can tell."""
+        is_ipv6 = self._socket.family == socket.AF_INET6
+        addresses = _listening_sockets("/proc/net/tcp6" if is_ipv6 else "/proc/net/tcp")
+        own = addresses.get(os.fstat(self.fileno()).st_ino)
+        return own is not None and list(addresses.values()).count(own) > 1
+
     def finish(self) -> None:
         """Accepts what has come already, which the kernel would reset, then closes."""
         poll = select.poll()
@@ -2804,6 +2813,18 @@ class Listener(Watched):
             log.warning("%s: accepting no connections for now: %s", self.address, why)
         self._has_warned = self._rests = True
         self.deadline = self._loop.now + LIMITS.accept_pause_s
+
+
+def _listening_sockets(table: str) -> dict[int, str]:
+    """Returns the addresses of all listening sockets by inode, as Linux tells them."""
+    addresses = {}
+    with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
+        next(lines)
+        for fields in map(str.split, lines):
+            if fields[3] != "0A":  # those that listen come first, and a hub has many other connections
+                break
+            addresses[int(fields[9])] = fields[1]
+    return addresses
 
 
 class Timer(Watched):
@@ -2860,6 +2881,8 @@ class Hub:
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
         self._handover_timer = Timer(self._finish_listening)
+        self._neighbour_timer = Timer(self._look_for_another_hub)
+        self._neighbour_seen = 0  # times, one after the other
         self.started = self.loop.now
         self.at_end: list[
             Callable[[], None]
@@ -2868,6 +2891,8 @@ class Hub:
         self._has_successor = options.reuse_port or "consumers" in self._passed
         self._listeners: dict[str, Listener] = {}
         self._listen()
+        if options.reuse_port:
+            self._look_for_another_hub()
         self.loop.before_sleep += [self.dispatch, self._note, self._let_spare_slots_go, self._end_drain]
 
     # .. listening ..
@@ -3168,6 +3193,21 @@ class Hub:
         listener = self._listeners["consumers"]
         if not listener.is_shared:
             listener.finish()
+
+    @property
+    def has_rival(self) -> bool:
+        """Whether another hub takes a part of the requests without taking over."""
+        return self._neighbour_seen >= LIMITS.neighbour_checks
+
+    def _look_for_another_hub(self) -> None:
+        """Warns, once an episode, when two hubs share the port for longer than a handover takes."""
+        had_rival = self.has_rival
+        is_alone = self.draining or not self._listeners["consumers"].has_neighbour()
+        self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
+        if self.has_rival and not had_rival:
+            log.warning("another hub listens on %s, too, and gets a part of the requests", self.main_address)
+        self._neighbour_timer.deadline = self.loop.now + LIMITS.neighbour_check_s
+        self.loop.touch(self._neighbour_timer)
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
@@ -3638,6 +3678,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "uptime_seconds": round(now - hub.started, 3),
         "draining": hub.draining,
         "paused": hub.paused,
+        "has_rival": hub.has_rival,
         "queue_length": len(hub.queue),
         "max_queue": hub.options.max_queue,
         "queue_oldest_seconds": round(hub.queue.oldest_wait(now), 3),
