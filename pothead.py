@@ -4424,6 +4424,7 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
   <h1>POTHEAD</h1>
   <p id="state" role="status">Connecting</p>
   <p id="about"></p>
+  <nav aria-label="For programs"><a href="stats">/stats</a> <a href="metrics">/metrics</a></nav>
   <div class="buttons">
     <button id="pause" disabled>Pause</button>
     <button id="drain" disabled>Drain …</button>
@@ -4458,56 +4459,66 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
       <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
     </div>
   </section>
-  <section class="panel times" aria-labelledby="queued-title">
-    <h2 id="queued-title">Time queued</h2>
-    <dl>
-      <div><dt>median</dt><dd id="queued-median">–</dd></div>
-      <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
-    </dl>
-    <p class="note" id="queued-note">&nbsp;</p>
-  </section>
-  <section class="panel times" aria-labelledby="worked-title">
-    <h2 id="worked-title">Time worked</h2>
-    <dl>
-      <div><dt>median</dt><dd id="worked-median">–</dd></div>
-      <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
-    </dl>
-    <p class="note" id="worked-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="running-title">
-    <h2 id="running-title">Running</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
-      <table class="stack">
-        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
-          <th><span class="unseen">Action</span></th></tr></thead>
-        <tbody id="running"></tbody>
-      </table>
+  <div class="figures">
+    <section class="panel" aria-labelledby="rate-title">
+      <h2 id="rate-title">Requests ended</h2>
+      <dl>
+        <div><dt>a second</dt><dd id="rate">–</dd></div>
+        <div><dt>since the start</dt><dd id="ended">–</dd></div>
+      </dl>
+      <p class="note">a second: over the last minute</p>
+    </section>
+    <section class="panel" aria-labelledby="queued-title">
+      <h2 id="queued-title">Time queued</h2>
+      <dl>
+        <div><dt>median</dt><dd id="queued-median">–</dd></div>
+        <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
+      </dl>
+      <p class="note" id="queued-note">&nbsp;</p>
+    </section>
+    <section class="panel" aria-labelledby="worked-title">
+      <h2 id="worked-title">Time worked</h2>
+      <dl>
+        <div><dt>median</dt><dd id="worked-median">–</dd></div>
+        <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
+      </dl>
+      <p class="note" id="worked-note">&nbsp;</p>
+    </section>
+    <section class="panel" aria-labelledby="spools-title">
+      <h2 id="spools-title">Bodies kept</h2>
+      <dl>
+        <div><dt>in memory</dt><dd id="memory">–</dd></div>
+        <div><dt>on disk</dt><dd id="disk">–</dd></div>
+      </dl>
+      <p class="note" id="spools-note">&nbsp;</p>
+    </section>
+  </div>
+  <section class="panel failures" aria-labelledby="failures-title">
+    <div class="title">
+      <h2 id="failures-title">Last failures</h2><p class="count" id="failures-count"></p>
     </div>
-    <p class="note" id="running-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="waiting-table-title">
-    <h2 id="waiting-table-title">Waiting</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
-      <table class="stack">
-        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
-          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
-        <tbody id="waiting"></tbody>
-      </table>
-    </div>
-    <p class="note" id="waiting-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="machines-title">
-    <h2 id="machines-title">Workers</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
       <table>
+        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
+        <tbody id="failures"></tbody>
+      </table>
+    </div>
+    <p class="note" id="failures-note">&nbsp;</p>
+  </section>
+  <section class="panel machines" aria-labelledby="machines-title">
+    <div class="title">
+      <h2 id="machines-title">Workers</h2><p class="count" id="machines-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+      <table class="stack hosts">
         <thead><tr><th>Address</th><th>Slots</th><th class="n">Served</th><th class="n">Failures</th>
-        </tr></thead>
+          <th class="n">Requeued</th></tr></thead>
         <tbody id="machines"></tbody>
       </table>
     </div>
     <p class="note" id="machines-note">&nbsp;</p>
     <details>
-      <summary>Every slot</summary>
+      <summary>Every slot <span class="count" id="workers-count"></span></summary>
       <div class="scroll" tabindex="0" role="region" aria-label="Every slot">
         <table>
           <thead><tr><th>Address</th><th>State</th><th class="n">Served</th><th class="n">Age</th>
@@ -4518,15 +4529,31 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
       <p class="note" id="workers-note">&nbsp;</p>
     </details>
   </section>
-  <section class="panel" aria-labelledby="failures-title">
-    <h2 id="failures-title">Last failures</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
-      <table>
-        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
-        <tbody id="failures"></tbody>
+  <section class="panel running" aria-labelledby="running-title">
+    <div class="title">
+      <h2 id="running-title">Running</h2><p class="count" id="running-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
+      <table class="stack">
+        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
+          <th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="running"></tbody>
       </table>
     </div>
-    <p class="note" id="failures-note">&nbsp;</p>
+    <p class="note" id="running-note">&nbsp;</p>
+  </section>
+  <section class="panel queue" aria-labelledby="waiting-table-title">
+    <div class="title">
+      <h2 id="waiting-table-title">Waiting</h2><p class="count" id="waiting-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
+      <table class="stack">
+        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
+          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="waiting"></tbody>
+      </table>
+    </div>
+    <p class="note" id="waiting-note">&nbsp;</p>
   </section>
 </main>
 <dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
@@ -4555,7 +4582,7 @@ PAGE_STYLE: Final = r"""
 body {
   background: var(--ground); color: var(--ink); padding: clamp(.75rem, 1.6vw, 1.75rem);
   font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-  font-variant-numeric: tabular-nums; max-width: 120rem; margin: 0 auto;
+  font-variant-numeric: tabular-nums; max-width: 220rem; margin: 0 auto;
 }
 header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin-bottom: 1rem; }
 h1 { font-size: 1.1rem; letter-spacing: .14em; font-weight: 700; }
@@ -4564,7 +4591,10 @@ h2 { font-size: .95rem; font-weight: 600; }
 #state.good { color: var(--good); }
 #state.warn { color: var(--queue); }
 #state.bad { color: var(--bad); }
-#about { color: var(--soft); font-size: .9rem; flex: 1 1 12rem; }
+#about, nav { color: var(--soft); font-size: .9rem; }
+nav { flex: 1; white-space: nowrap; }
+nav a { margin-right: .6rem; }
+a { color: inherit; text-underline-offset: .15em; }
 .buttons { display: flex; gap: .5rem; }
 button {
   font: inherit; font-size: .9rem; color: inherit; background: var(--panel); cursor: pointer;
@@ -4581,21 +4611,27 @@ button.strong { background: var(--bad); border-color: var(--bad); color: var(--o
 }
 #banner.bad { background: var(--bad); }
 #notice { background: var(--panel); color: var(--ink); border: 1.5px solid var(--soft); font-size: 1rem; }
-main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: clamp(.75rem, 1.1vw, 1.25rem); }
+main, .figures { display: grid; gap: clamp(.75rem, 1.1vw, 1.25rem); }
+main { grid-template-columns: repeat(12, minmax(0, 1fr)); }
+main > * { grid-column: span 6; }
+main > .figures { grid-column: span 12; grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .stale main { opacity: .45; }
 .panel { border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.25rem; }
 .panel, th { background: var(--panel); }
-.note { color: var(--soft); font-size: .9rem; }
+.note, .count { color: var(--soft); font-size: .9rem; }
+.title { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 1rem; }
+.level, .figures > * { display: flex; flex-direction: column; }
+.figures > * { justify-content: space-between; }
 .waiting { --tone: var(--queue); }
 .busy { --tone: var(--busy); }
 .big { font-size: clamp(3.5rem, 8vw, 8.5rem); line-height: 1.05; font-weight: 650; letter-spacing: -.035em; }
 .big { color: var(--tone); }
 .big small { color: var(--soft); font-size: .4em; font-weight: 400; letter-spacing: 0; margin-left: .4em; }
 .plot {
-  display: grid; grid-template: 1fr auto / auto repeat(3, 1fr); column-gap: .5rem; margin-top: .75rem;
-  color: var(--soft); font-size: .8rem; line-height: 1.3;
+  display: grid; grid-template: minmax(clamp(5.5rem, 15vh, 11rem), 1fr) auto / auto repeat(3, 1fr);
+  column-gap: .5rem; margin-top: .75rem; flex: 1; color: var(--soft); font-size: .8rem; line-height: 1.3;
 }
-.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: clamp(5.5rem, 15vh, 11rem); overflow: visible; }
+.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: 0; min-height: 100%; overflow: visible; }
 .plot .top, .plot .zero { grid-area: 1 / 1; text-align: right; min-width: 1.6em; }
 .plot .top { align-self: start; margin-top: -.6em; }
 .plot .zero { align-self: end; margin-bottom: -.6em; }
@@ -4608,15 +4644,17 @@ main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: cla
 .plot .area { fill: var(--tone); opacity: .16; }
 .plot .line { stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
 .plot .limit { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
-.times dl { display: flex; flex-wrap: wrap; gap: 0 clamp(1.5rem, 4vw, 4rem); margin: .15rem 0 .25rem; }
-.times dt { color: var(--soft); font-size: .85rem; }
-.times dd { font-size: clamp(1.5rem, 2.6vw, 2.6rem); font-weight: 600; line-height: 1.15; }
-.times dd, .big { white-space: nowrap; }
-.scroll { overflow: auto; max-height: 24rem; margin: .5rem -.5rem .35rem; }
+dl { display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: .25rem 0; }
+dl div { flex: 1 1 7rem; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { font-size: clamp(1.3rem, 1.9vw, 1.9rem); font-weight: 600; line-height: 1.2; }
+dd, .big { white-space: nowrap; }
+.scroll { overflow: auto; max-height: var(--rows, 24rem); margin: .5rem -.5rem .35rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .32rem .5rem; white-space: nowrap; vertical-align: baseline; }
 th { color: var(--soft); font-weight: 500; font-size: .8rem; position: sticky; top: 0; }
 tbody tr { border-top: 1px solid var(--line); }
+tbody tr:hover { background: var(--ground); }
 .n { text-align: right; }
 .grow { width: 99%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .grow p { overflow: hidden; text-overflow: ellipsis; }
@@ -4628,7 +4666,7 @@ tbody tr { border-top: 1px solid var(--line); }
 .act { text-align: right; padding-block: .1rem; }
 .act button { min-height: 1.7rem; padding: .05rem .6rem; font-size: .8rem; border-color: var(--line); }
 .trouble { color: var(--bad); font-weight: 650; }
-.gone td { color: var(--soft); }
+.gone td, .left { color: var(--soft); }
 .meter { display: inline-block; width: 5rem; height: .55rem; margin-right: .6rem; border-radius: 2px; }
 .meter { background: var(--line); overflow: hidden; }
 .meter i { display: block; height: 100%; background: var(--busy); }
@@ -4642,8 +4680,22 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
 dialog .buttons { justify-content: flex-end; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (min-width: 110rem) {
+  main { --rows: max(38rem, calc(100vh - 39rem)); grid-template-rows: auto auto 1fr; }
+  main > * { grid-column: span 4; }
+  main > .figures { grid-column: span 4; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .failures, .machines { --rows: max(15rem, calc(50vh - 25rem)); }
+  .machines { grid-area: 3 / 1 / auto / span 4; }
+  .running { grid-area: 2 / 5 / span 2 / span 4; }
+  .queue { grid-area: 2 / 9 / span 2 / span 4; }
+}
+@media (min-width: 150rem) {
+  main { --rows: max(30rem, calc(100vh - 39rem)); grid-template-rows: none; }
+  main > :not(.level, .figures) { --rows: inherit; grid-area: auto / auto / auto / span 3; }
+}
 @media (max-width: 60rem) {
-  main { grid-template-columns: minmax(0, 1fr); }
+  main > * { grid-column: 1 / -1; }
+  main > .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .panel { padding: .8rem .9rem; }
   .scroll { max-height: 20rem; }
   .big { font-size: clamp(3.5rem, 20vw, 7rem); }
@@ -4651,6 +4703,7 @@ dialog .buttons { justify-content: flex-end; }
 @media (max-width: 34rem) {
   th, td { padding-inline: .3rem; }
   .big { font-size: 16vw; }
+  .panel { padding-inline: .7rem; }
   th.grow, .grow p { white-space: normal; overflow-wrap: anywhere; }
   .scroll { margin-inline: -.3rem; }
   .meter { display: none; }
@@ -4658,6 +4711,9 @@ dialog .buttons { justify-content: flex-end; }
   .stack td.grow { grid-column: 1 / -1; order: 1; width: auto; max-width: none; padding-top: 0; }
   .stack th.grow { display: none; }
   .stack .act { grid-column: 4; }
+  .hosts tr { grid-template-columns: 1fr repeat(3, 4.6rem); }
+  .hosts tr > :first-child { grid-column: 1 / -1; padding-bottom: 0; }
+  .hosts td.grow { grid-column: 1; order: 0; }
   .buttons { width: 100%; }
   .buttons button { flex: 1; }
   .act button { min-height: 2rem; }
@@ -4697,10 +4753,24 @@ function span(seconds) {
   return `${Math.floor(whole / size)}\u00a0${unit}` + (rest ? ` ${rest}\u00a0${part}` : "");
 }
 
+function size(bytes) {
+  let unit = "B";
+  for (const next of ["KiB", "MiB", "GiB", "TiB"]) {
+    if (bytes < 999.5) break;
+    [bytes, unit] = [bytes / 1024, next];
+  }
+  return `${bytes.toFixed(bytes % 1 && bytes < 9.95 ? 1 : 0)}\u00a0${unit}`;
+}
+function rate(number) {
+  if (number && number < 0.05) return "<\u00a00.1";
+  return number && number < 9.95 ? number.toFixed(1) : count(Math.round(number));
+}
+
 // ---- Tables ----
 
 // A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
 const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+const hasLeft = row => row.code === "CQ" || row.code === "CR";
 // A kept connection brings another request, and its row must not keep the button of the one before.
 const exchange = row => `${row.consumer} ${row.id}`;
 const TABLES = {
@@ -4730,6 +4800,7 @@ const TABLES = {
       ["grow", machineState],
       ["n", row => count(row.served)],
       ["n", row => count(row.failures), row => row.failures ? "trouble" : ""],
+      ["n", row => count(row.requeues)],
     ],
   },
   workers: {
@@ -4745,7 +4816,7 @@ const TABLES = {
     key: row => `${row.time} ${exchange(row)}`, empty: "None.",
     columns: [
       ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
-      ["code mono", row => row.code],
+      ["code mono", row => row.code === "OK" ? `${row.status}` : row.code, row => hasLeft(row) ? "left" : ""],
       ["grow words", row => [
         row.detail ? `${row.meaning} – ${row.detail}` : row.meaning,
         [request(row), row.worker, row.id].filter(part => part !== "-").join(" · "),
@@ -4777,7 +4848,7 @@ function machineState(row, cell) {
   if (cell.lastChild.data !== text) cell.lastChild.data = text;
 }
 
-function fill(name, rows, hidden) {
+function fill(name, rows, total) {
   const body = byId(name), table = TABLES[name];
   const old = new Map([...body.rows].map(row => [row.dataset.key, row]));
   const fresh = rows.map(row => {
@@ -4791,8 +4862,9 @@ function fill(name, rows, hidden) {
     if (body.rows[place] !== line) body.insertBefore(line, body.rows[place] ?? null);
   });
   body.closest(".scroll").hidden = !rows.length;
-  const rest = hidden ? `… and ${count(hidden)} more, which are not listed.` : "";
-  say(`${name}-note`, rows.length ? rest : table.empty);
+  const part = rows.length < total ? `${count(rows.length)} of ` : "";
+  setText(byId(`${name}-count`), total ? part + count(total) : "");
+  say(`${name}-note`, rows.length ? "" : table.empty);
 }
 
 function newLine(key, row, table) {
@@ -4871,20 +4943,36 @@ function show(stats) {
   }
   plot("queue-plot", "Requests waiting", waiting, stats.history.queue_length);
   plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
-  fill("running", stats.running, stats.running_not_listed);
-  fill("waiting", stats.waiting, stats.waiting_not_listed);
-  fill("machines", stats.machines, stats.machines_not_listed);
-  fill("workers", stats.workers, stats.workers_not_listed);
-  fill("failures", stats.failures, 0);
-  const ended = Object.entries(stats.outcomes).filter(([, number]) => number);
-  const tally = ended.map(([code, number]) => `${code}\u00a0${count(number)}`).join(" · ");
-  say("failures-note", (stats.failures.length ? "" : "None. ") + (tally && `Since the start: ${tally}`));
+  for (const name of ["running", "waiting", "machines", "workers"])
+    fill(name, stats[name], stats[name].length + stats[`${name}_not_listed`]);
+  if (stats.machines.some(row => row.requeues))
+    say("machines-note", "Requeued: so many of the failures were tried again.");
+  showEnds(stats);
+  const {memory_budget_bytes: memory, disk_budget_bytes: disk} = stats;
+  setText(byId("memory"), size(stats.spool_memory_bytes));
+  setText(byId("disk"), size(stats.spool_disk_bytes));
+  setText(byId("spools-note"), `of ${size(memory)}` + (disk === null ? " of memory" : ` and ${size(disk)}`));
+  byId("disk").className = disk !== null && stats.spool_disk_bytes > 0.9 * disk ? "trouble" : "";
   setText(byId("about"), `version ${stats.version} · up ${age(stats.uptime_seconds)}`);
   setText(byId("pause"), isPaused ? "Resume" : "Pause");
   byId("pause").classList.toggle("strong", isPaused);
   byId("pause").disabled = byId("drain").disabled = stats.draining;
   document.body.classList.remove("stale");
   showState(stats, slots, waiting);
+}
+
+function showEnds(stats) {
+  const sum = numbers => Object.values(numbers).reduce((all, number) => all + number, 0);
+  const ended = sum(stats.outcomes), errors = sum(stats.worker_errors);
+  setText(byId("rate"), rate(stats.requests_per_second));
+  setText(byId("ended"), count(ended));
+  fill("failures", stats.failures, ended - stats.outcomes.OK + errors);
+  const tally = Object.entries(stats.outcomes).filter(([, number]) => number)
+    .map(([code, number]) => `${code}\u00a0${count(number)}`);
+  if (errors) tally[0] += ` (${plural(errors, "error")} of the app)`;
+  if (stats.requeues) tally.push(`requeued\u00a0${count(stats.requeues)}`);
+  const words = tally.length ? `Since the start: ${tally.join(" · ")}` : "";
+  say("failures-note", (stats.failures.length ? "" : "None. ") + words);
 }
 
 function showState(stats, slots, waiting) {
@@ -4902,6 +4990,8 @@ function showState(stats, slots, waiting) {
     state = ["warn", "○ No workers"];
     banner = helpless;
   }
+  if (stats.has_rival)
+    banner += " Another hub listens on the same port, and gets a part of the requests: end one of them.";
   setState(...state, banner, "");
   const mark = stats.paused ? "‖ " : "";
   document.title = `${mark}${count(waiting)} waiting, ${count(stats.slots.busy)} busy – POTHEAD`;
