@@ -111,6 +111,8 @@ class Limits:
     gone_check_s: float = 1.0  # how often a stream that may not be read is asked whether its peer is there
     accept_pause_s: float = 0.5  # without descriptors, before the next attempt
     handover_s: float = 1.0  # of a drain with a successor, for what is under way: TCP's first retransmission
+    neighbour_check_s: float = 10.0  # how often another hub is looked for on a shared port ...
+    neighbour_checks: int = 6  # ... and found, a minute, before it is no handover
     accepts_a_turn: int = 64  # so that a rush of new connections does not starve the old
     backlog: int = 4096  # the kernel trims it to net.core.somaxconn
     keepalive_idle_s: int = 15  # before TCP asks a silent peer for a sign of life ...
@@ -125,10 +127,11 @@ class Limits:
     reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
     listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
     listed_path_bytes: int = 200  # of a path in these tables
-    listed_failures: int = 20  # the last ones
+    listed_failures: int = 10  # the last ones of each code
     timed_exchanges: int = 1000  # the last ones, from which median and 99th percentile are taken
     history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
     history_steps: int = 120  # ten minutes
+    rate_steps: int = 12  # of those, over which requests a second are told: a minute
     remembered_machines: int = 100  # that worked once and may come back
 
 
@@ -247,12 +250,16 @@ KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
 class ProtocolError(http.client.HTTPException):
-    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why."""
+    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why.
+
+    ``head`` is what was understood of a request before that, if anything was.
+    """
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
+        self.head: RequestHead | None = None
 
 
 class Inbuf(bytearray):
@@ -328,6 +335,7 @@ class ResponseHead(NamedTuple):
     is_chunked: bool
     keep_alive: bool
     has_date: bool
+    request_id: bytes  # the worker's own, mostly none
     connection_options: frozenset[bytes]
 
 
@@ -345,6 +353,14 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     line = _REQUEST_LINE.match(head)
     if line is None or line.end() > LIMITS.request_line_bytes:
         raise _request_line_error(head)
+    try:
+        return _request_head(line, head)
+    except ProtocolError as error:
+        error.head = head_of_refused(head)
+        raise
+
+
+def _request_head(line: re.Match[bytes], head: bytes) -> RequestHead:
     method, target, major, minor = line.groups()
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -364,6 +380,18 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     )  # fmt: skip
 
 
+def head_of_refused(received: Bytes) -> RequestHead:
+    """Returns a head with the method and path that ``received`` begins with, for the log."""
+    line = _REQUEST_LINE.match(received)
+    if line is None or line.end() > LIMITS.request_line_bytes:
+        return UNREADABLE_HEAD
+    absolute = _ABSOLUTE_FORM.fullmatch(line[2])
+    path = absolute[2] if absolute else line[2]
+    if not path.startswith(b"/"):  # it may be anything, a URL with a password in it, too
+        path = UNREADABLE_HEAD.target
+    return UNREADABLE_HEAD._replace(method=line[1], target=path)
+
+
 def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     """Removes a response head from the front of ``buffer``; ``None`` when more bytes are needed.
 
@@ -381,7 +409,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     length, is_chunked = _framing(known, minor_version, 502)
     return ResponseHead(
         int(line[2]), line[3] or b"", minor_version, fields, length, is_chunked,
-        _keeps_alive(options, minor_version), b"date" in known, options,
+        _keeps_alive(options, minor_version), b"date" in known, known.get(b"x-request-id", NO_ID)[0], options,
     )  # fmt: skip
 
 
@@ -460,6 +488,9 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 
 
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
+NO_ID: Final = (b"",)
+# What stands in the log for a request whose first line could not be read.
+UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
@@ -790,7 +821,7 @@ HUB_FIELDS: Final = frozenset(
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
-_RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length"}
+_RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
 class Framing(enum.Enum):
@@ -822,11 +853,13 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     return b"".join(parts)
 
 
-def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, now: float) -> bytes:
+def forwarded_response(
+    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b""
+) -> bytes:
     """Returns the head to send to a consumer.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
-    epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1).
+    epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     """
     parts = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
     dropped = _RESPONSE_DROPS | head.connection_options if head.connection_options else _RESPONSE_DROPS
@@ -837,6 +870,8 @@ def forwarded_response(head: ResponseHead, framing: Framing, connection: bytes, 
         parts.append(b"Transfer-Encoding: chunked\r\n")
     elif head.content_length is not None and head.status not in (204, 103):
         parts.append(b"Content-Length: %d\r\n" % head.content_length)
+    if request_id := head.request_id or request_id:
+        parts.append(b"X-Request-Id: %b\r\n" % request_id)
     if not head.has_date and head.status >= 200:
         parts.append(b"Date: %b\r\n" % http_date(int(now)))
     if connection:
@@ -1906,8 +1941,6 @@ class Outcome(enum.Enum):
 
 CONSUMER_GONE_STATUS: Final = 499
 ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-# What stands in the log for a request whose head could not be read.
-UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
 
 
 class Exchange:
@@ -2139,7 +2172,7 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        prefix = forwarded_response(head, self._framing, connection, time.time())
+        prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
         self._relay(body, prefix, is_last=is_last)
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
@@ -2213,6 +2246,7 @@ class Exchange:
         if self.state is State.RESPONDING:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again():
+            self.worker.record.requeues += 1
             self._requeue()
         else:
             self.finish(Outcome.WORKER_LOST, detail)
@@ -2436,7 +2470,8 @@ class Consumer:
             self._set_deadline()
 
     def _refuse(self, error: ProtocolError) -> None:
-        exchange = self.exchange = Exchange(self._hub, self, UNREADABLE_HEAD)
+        head = error.head or head_of_refused(self.stream.inbuf)
+        exchange = self.exchange = Exchange(self._hub, self, head)
         exchange.refuse(error.status, error.detail)
 
     # .. out ..
@@ -2903,6 +2938,13 @@ class Listener(Watched):
         if not self.is_shared:
             _prefer_newer(self._socket, leaves)
 
+    def has_neighbour(self) -> bool:
+        """Whether another socket listens on the same port (SO_REUSEPORT), where the platform can tell."""
+        is_ipv6 = self._socket.family == socket.AF_INET6
+        addresses = _listening_sockets("/proc/net/tcp6" if is_ipv6 else "/proc/net/tcp")
+        own = addresses.get(os.fstat(self.fileno()).st_ino)
+        return own is not None and list(addresses.values()).count(own) > 1
+
     def finish(self) -> None:
         """Accepts what has come already, which the kernel would reset, then closes."""
         poll = select.poll()
@@ -2924,6 +2966,18 @@ class Listener(Watched):
             log.warning("%s: accepting no connections for now: %s", self.address, why)
         self._has_warned = self._rests = True
         self.deadline = self._loop.now + LIMITS.accept_pause_s
+
+
+def _listening_sockets(table: str) -> dict[int, str]:
+    """Returns the addresses of all listening sockets by inode, as Linux tells them."""
+    addresses = {}
+    with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
+        next(lines)
+        for fields in map(str.split, lines):
+            if fields[3] != "0A":  # those that listen come first, and a hub has many other connections
+                break
+            addresses[int(fields[9])] = fields[1]
+    return addresses
 
 
 class Timer(Watched):
@@ -2966,6 +3020,7 @@ class Hub:
         self.paused = False  # nothing is handed to a slot
         self.counters = Counters()
         self.history = History(self.loop.now)
+        self.rate = Rate(self.loop.now)
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
         self._trusted = [
@@ -2980,6 +3035,8 @@ class Hub:
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
         self._handover_timer = Timer(self._finish_listening)
+        self._neighbour_timer = Timer(self._look_for_another_hub)
+        self._neighbour_seen = 0  # times, one after the other
         self.started = self.loop.now
         self.at_end: list[
             Callable[[], None]
@@ -2988,6 +3045,8 @@ class Hub:
         self._has_successor = options.reuse_port or "consumers" in self._passed
         self._listeners: dict[str, Listener] = {}
         self._listen()
+        if options.reuse_port:
+            self._look_for_another_hub()
         self.loop.before_sleep += [self.dispatch, self._note, self._let_spare_slots_go, self._end_drain]
 
     # .. listening ..
@@ -3180,6 +3239,7 @@ class Hub:
         """Counts and logs."""
         self.exchanges.discard(exchange)
         self.counters.on_finished(exchange)
+        self.rate.count(self.loop.now)
         if self.access_log is not None:
             self.access_log(self._format(exchange, time.time(), self.loop.now))
 
@@ -3304,6 +3364,21 @@ class Hub:
         if not listener.is_shared:
             listener.finish()
 
+    @property
+    def has_rival(self) -> bool:
+        """Whether another hub takes a part of the requests without taking over."""
+        return self._neighbour_seen >= LIMITS.neighbour_checks
+
+    def _look_for_another_hub(self) -> None:
+        """Warns, once an episode, when two hubs share the port for longer than a handover takes."""
+        had_rival = self.has_rival
+        is_alone = self.draining or not self._listeners["consumers"].has_neighbour()
+        self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
+        if self.has_rival and not had_rival:
+            log.warning("another hub listens on %s, too, and gets a part of the requests", self.main_address)
+        self._neighbour_timer.deadline = self.loop.now + LIMITS.neighbour_check_s
+        self.loop.touch(self._neighbour_timer)
+
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
         if not self.draining or not (self.options.reuse_port or "workers" in self._passed):
@@ -3337,6 +3412,7 @@ class Counters:
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(Outcome, 0)
         self.requests: dict[tuple[bytes, int, Outcome], int] = {}  # (method, status, outcome) -> how many
+        self.worker_errors: Counter[int] = Counter()  # of what workers answered, by status from 500 on
         self.requeues = 0
         self.breaches = 0
         self.bytes_in = 0
@@ -3344,7 +3420,11 @@ class Counters:
         self.mean_service_s = 0.0  # moving, over about the last 50
         self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
         self.worked = Durations()  # of the last attempt, whether it ended well or not
-        self.failures: deque[dict[str, object]] = deque(maxlen=LIMITS.listed_failures)
+        # By outcome, so that the many consumers who leave do not push out the one worker that was lost.
+        self._failures: dict[Outcome, deque[tuple[int, dict[str, object]]]] = {
+            outcome: deque(maxlen=LIMITS.listed_failures) for outcome in Outcome
+        }
+        self._numbers = itertools.count()
         self._served = 0
 
     def on_served(self, worker_s: float) -> None:
@@ -3364,7 +3444,17 @@ class Counters:
         if exchange.attempts:
             self.worked.add(exchange.worker_s)
         if outcome is not Outcome.COMPLETED:
-            self.failures.append(describe_failure(exchange, outcome))
+            self._note_failure(exchange, outcome)
+        elif exchange.status >= 500:
+            self.worker_errors[exchange.status] += 1
+            self._note_failure(exchange, outcome)
+
+    def _note_failure(self, exchange: Exchange, outcome: Outcome) -> None:
+        self._failures[outcome].append((next(self._numbers), describe_failure(exchange, outcome)))
+
+    def last_failures(self) -> list[dict[str, object]]:
+        """Returns those that are kept, the newest first."""
+        return [row for _, row in sorted(itertools.chain(*self._failures.values()), reverse=True)]
 
 
 # Any other is a word that a consumer chose, and no label.
@@ -3398,12 +3488,13 @@ class Durations:
 class MachineRecord:
     """What is known of a machine that has, or had, workers."""
 
-    __slots__ = ("failures", "left_at", "served", "slots")
+    __slots__ = ("failures", "left_at", "requeues", "served", "slots")
 
     def __init__(self) -> None:
         self.slots = 0  # connected now
         self.served = 0
         self.failures = 0
+        self.requeues = 0  # those of the failures after which the request was tried again
         self.left_at = 0.0  # when the last slot went
 
 
@@ -3468,17 +3559,39 @@ class History:
         self._rows.append((this, (max(peak[0], waiting), max(peak[1], busy), max(peak[2], slots)), level))
         self._level = level
 
-    def read(self, now: float) -> list[Levels | None]:
-        """Returns the peaks, oldest first, the step that is under way last; ``None`` before the start."""
+    def read(self, now: float) -> list[Levels]:
+        """Returns the peaks since the start, oldest first, the step that is under way last."""
         end = int(now / LIMITS.history_step_s) + 1
         start = end - LIMITS.history_steps
         rows = list(self._rows)
-        peaks: list[Levels | None] = [None] * max(0, rows[0][0] - start)
+        peaks: list[Levels] = []
         for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
             if step >= start:
                 peaks.append(peak)
             peaks += [level] * ((end if after is None else after) - max(step + 1, start))
         return peaks
+
+
+class Rate:
+    """How many a second, over about the last minute."""
+
+    def __init__(self, now: float) -> None:
+        self._started = now
+        self._steps: deque[list[int]] = deque(maxlen=LIMITS.rate_steps + 1)  # step, count
+
+    def count(self, now: float) -> None:
+        """One more."""
+        step = int(now / LIMITS.history_step_s)
+        if not self._steps or self._steps[-1][0] != step:
+            self._steps.append([step, 0])
+        self._steps[-1][1] += 1
+
+    def read(self, now: float) -> float:
+        """Returns the rate; that of the first seconds is too low rather than wild."""
+        first = int(now / LIMITS.history_step_s) - LIMITS.rate_steps
+        begun = max(self._started, first * LIMITS.history_step_s)
+        counted = sum(count for step, count in self._steps if step >= first)
+        return counted / max(now - begun, LIMITS.history_step_s)
 
 
 def _always() -> bool:
@@ -3726,7 +3839,7 @@ def readable_json(fields: Mapping[str, object]) -> str:
 
 def describe_hub(hub: Hub) -> dict[str, object]:
     """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
-    now, counters = hub.loop.now, hub.counters
+    now, counters, disk = hub.loop.now, hub.counters, disk_use(hub)
     workers = sorted(hub.workers, key=lambda each: each.since)
     running = [each.exchange for each in workers if each.exchange is not None]
     running.sort(key=lambda each: each.received_at)
@@ -3735,17 +3848,23 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "uptime_seconds": round(now - hub.started, 3),
         "draining": hub.draining,
         "paused": hub.paused,
+        "has_rival": hub.has_rival,
         "queue_length": len(hub.queue),
         "max_queue": hub.options.max_queue,
         "queue_oldest_seconds": round(hub.queue.oldest_wait(now), 3),
         "requests_in_flight": len(running),
         "slots": {"idle": len(hub.idle), "busy": hub.idle.running},
         "demand": len(hub.queue) + len(running),
+        "requests_per_second": round(hub.rate.read(now), 3),
         "mean_service_seconds": round(counters.mean_service_s, 6),
         "retry_after_seconds": hub.retry_after_s(),
         "queued_seconds": counters.queued.summary(),
         "worker_seconds": counters.worked.summary(),
         "spool_memory_bytes": hub.budget.used,
+        "memory_budget_bytes": hub.budget.limit,
+        "spool_disk_bytes": disk.used,
+        "disk_budget_bytes": disk.limit,
+        "worker_errors": dict(sorted(counters.worker_errors.items())),
         "requeues": counters.requeues,
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
@@ -3758,15 +3877,26 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "machines_not_listed": max(0, len(hub.machines) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
-        "failures": list(reversed(counters.failures)),
+        "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
     }
 
 
+class DiskUse(NamedTuple):
+    """Bytes of bodies in files, and how many there may be (``None``: nobody has said so)."""
+
+    used: int
+    limit: int | None
+
+
+def disk_use(hub: Hub) -> DiskUse:
+    """Returns what the spools take of the disk."""
+    return DiskUse(0, None)
+
+
 def describe_history(history: History, now: float) -> dict[str, object]:
-    """Returns a list for each level, oldest first; ``None`` stands for the time before the start."""
-    peaks = history.read(now)
-    columns = zip(*(peak or (None, None, None) for peak in peaks), strict=True)
+    """Returns a list for each level, oldest first, as far back as the start or ten minutes."""
+    columns = zip(*history.read(now), strict=True)
     names = ("queue_length", "slots_busy", "slots")
     return {
         "step_seconds": LIMITS.history_step_s,
@@ -3797,6 +3927,7 @@ def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[d
             "busy": busy[machine],
             "served": record.served,
             "failures": record.failures,
+            "requeues": record.requeues,
             "gone_seconds": None if record.slots else round(now - record.left_at, 3),
         }
         for machine, record in itertools.islice(known, LIMITS.listed_rows)
@@ -3804,7 +3935,7 @@ def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[d
 
 
 def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
-    """Returns what ``/stats`` tells of an exchange that did not end well."""
+    """Returns what ``/stats`` tells of an exchange that did not end well, or with an error of the app's."""
     return {
         "time": timestamp(time.time()),
         "id": exchange.request_id.decode(),
@@ -3814,7 +3945,7 @@ def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
         "status": exchange.status,
         "worker": exchange.worker_address,
         "code": outcome.code,
-        "meaning": outcome.sentence,
+        "meaning": outcome.sentence or "the app answered with an error",
         "detail": exchange.detail,
     }
 
@@ -3871,6 +4002,7 @@ def _metrics(hub: Hub) -> Answer:
         return Answer(501, b"metrics need a package: python3 -m pip install prometheus-client\n")
     registry = prometheus_client.CollectorRegistry()
     registry.register(MetricsCollector(hub))
+    prometheus_client.ProcessCollector(registry=registry)  # what it counts, the kernel keeps
     return Answer(200, prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST)
 
 
@@ -3896,6 +4028,7 @@ class MetricsCollector:
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics as they are now."""
         yield from self._gauges()
+        yield from self._resources()
         yield from self._histograms()
         yield from self._counters()
 
@@ -3924,6 +4057,21 @@ class MetricsCollector:
         build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
         yield build
 
+    def _resources(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        hub, disk = self._hub, disk_use(self._hub)
+        roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
+        connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
+        for kind, role in (("consumers", Consumer), ("workers", Worker), ("admin", Admin)):
+            connections.add_metric([kind], roles[role])
+        yield connections
+        spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
+        spools.add_metric(["memory"], hub.budget.used)
+        spools.add_metric(["disk"], disk.used)
+        yield spools
+        yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk.limit)
+
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.core import HistogramMetricFamily as Histogram
 
@@ -3950,6 +4098,12 @@ class MetricsCollector:
         for (method, status, outcome), count in counters.requests.items():
             requests.add_metric([method.decode(), str(status), outcome.code], count)
         yield requests
+        errors = Counts(
+            "pothead_hub_worker_errors", "Answers of workers with 500 or more.", labels=["status"]
+        )
+        for status, count in counters.worker_errors.items():
+            errors.add_metric([str(status)], count)
+        yield errors
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )
@@ -4459,6 +4613,7 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
   <h1>POTHEAD</h1>
   <p id="state" role="status">Connecting</p>
   <p id="about"></p>
+  <nav aria-label="For programs"><a href="stats">/stats</a> <a href="metrics">/metrics</a></nav>
   <div class="buttons">
     <button id="pause" disabled>Pause</button>
     <button id="drain" disabled>Drain …</button>
@@ -4493,56 +4648,66 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
       <span class="start">10 min ago</span><span class="middle">5 min ago</span><span class="end">now</span>
     </div>
   </section>
-  <section class="panel times" aria-labelledby="queued-title">
-    <h2 id="queued-title">Time queued</h2>
-    <dl>
-      <div><dt>median</dt><dd id="queued-median">–</dd></div>
-      <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
-    </dl>
-    <p class="note" id="queued-note">&nbsp;</p>
-  </section>
-  <section class="panel times" aria-labelledby="worked-title">
-    <h2 id="worked-title">Time worked</h2>
-    <dl>
-      <div><dt>median</dt><dd id="worked-median">–</dd></div>
-      <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
-    </dl>
-    <p class="note" id="worked-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="running-title">
-    <h2 id="running-title">Running</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
-      <table class="stack">
-        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
-          <th><span class="unseen">Action</span></th></tr></thead>
-        <tbody id="running"></tbody>
-      </table>
+  <div class="figures">
+    <section class="panel" aria-labelledby="rate-title">
+      <h2 id="rate-title">Requests ended</h2>
+      <dl>
+        <div><dt>a second</dt><dd id="rate">–</dd></div>
+        <div><dt>since the start</dt><dd id="ended">–</dd></div>
+      </dl>
+      <p class="note">a second: over the last minute</p>
+    </section>
+    <section class="panel" aria-labelledby="queued-title">
+      <h2 id="queued-title">Time queued</h2>
+      <dl>
+        <div><dt>median</dt><dd id="queued-median">–</dd></div>
+        <div><dt>99th percentile</dt><dd id="queued-p99">–</dd></div>
+      </dl>
+      <p class="note" id="queued-note">&nbsp;</p>
+    </section>
+    <section class="panel" aria-labelledby="worked-title">
+      <h2 id="worked-title">Time worked</h2>
+      <dl>
+        <div><dt>median</dt><dd id="worked-median">–</dd></div>
+        <div><dt>99th percentile</dt><dd id="worked-p99">–</dd></div>
+      </dl>
+      <p class="note" id="worked-note">&nbsp;</p>
+    </section>
+    <section class="panel" aria-labelledby="spools-title">
+      <h2 id="spools-title">Bodies kept</h2>
+      <dl>
+        <div><dt>in memory</dt><dd id="memory">–</dd></div>
+        <div><dt>on disk</dt><dd id="disk">–</dd></div>
+      </dl>
+      <p class="note" id="spools-note">&nbsp;</p>
+    </section>
+  </div>
+  <section class="panel failures" aria-labelledby="failures-title">
+    <div class="title">
+      <h2 id="failures-title">Last failures</h2><p class="count" id="failures-count"></p>
     </div>
-    <p class="note" id="running-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="waiting-table-title">
-    <h2 id="waiting-table-title">Waiting</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
-      <table class="stack">
-        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
-          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
-        <tbody id="waiting"></tbody>
-      </table>
-    </div>
-    <p class="note" id="waiting-note">&nbsp;</p>
-  </section>
-  <section class="panel" aria-labelledby="machines-title">
-    <h2 id="machines-title">Workers</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
       <table>
+        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
+        <tbody id="failures"></tbody>
+      </table>
+    </div>
+    <p class="note" id="failures-note">&nbsp;</p>
+  </section>
+  <section class="panel machines" aria-labelledby="machines-title">
+    <div class="title">
+      <h2 id="machines-title">Workers</h2><p class="count" id="machines-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="machines-title">
+      <table class="stack hosts">
         <thead><tr><th>Address</th><th>Slots</th><th class="n">Served</th><th class="n">Failures</th>
-        </tr></thead>
+          <th class="n">Requeued</th></tr></thead>
         <tbody id="machines"></tbody>
       </table>
     </div>
     <p class="note" id="machines-note">&nbsp;</p>
     <details>
-      <summary>Every slot</summary>
+      <summary>Every slot <span class="count" id="workers-count"></span></summary>
       <div class="scroll" tabindex="0" role="region" aria-label="Every slot">
         <table>
           <thead><tr><th>Address</th><th>State</th><th class="n">Served</th><th class="n">Age</th>
@@ -4553,15 +4718,31 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
       <p class="note" id="workers-note">&nbsp;</p>
     </details>
   </section>
-  <section class="panel" aria-labelledby="failures-title">
-    <h2 id="failures-title">Last failures</h2>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="failures-title">
-      <table>
-        <thead><tr><th>Time</th><th>Code</th><th class="grow">What happened to which request</th></tr></thead>
-        <tbody id="failures"></tbody>
+  <section class="panel running" aria-labelledby="running-title">
+    <div class="title">
+      <h2 id="running-title">Running</h2><p class="count" id="running-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="running-title">
+      <table class="stack">
+        <thead><tr><th class="n">Worked</th><th class="n">Queued</th><th class="grow">Request, worker, id</th>
+          <th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="running"></tbody>
       </table>
     </div>
-    <p class="note" id="failures-note">&nbsp;</p>
+    <p class="note" id="running-note">&nbsp;</p>
+  </section>
+  <section class="panel queue" aria-labelledby="waiting-table-title">
+    <div class="title">
+      <h2 id="waiting-table-title">Waiting</h2><p class="count" id="waiting-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="waiting-table-title">
+      <table class="stack">
+        <thead><tr><th class="n">Place</th><th class="n">Age</th><th class="n">Starts in</th>
+          <th class="grow">Request, consumer, id</th><th><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="waiting"></tbody>
+      </table>
+    </div>
+    <p class="note" id="waiting-note">&nbsp;</p>
   </section>
 </main>
 <dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
@@ -4590,7 +4771,7 @@ PAGE_STYLE: Final = r"""
 body {
   background: var(--ground); color: var(--ink); padding: clamp(.75rem, 1.6vw, 1.75rem);
   font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-  font-variant-numeric: tabular-nums; max-width: 120rem; margin: 0 auto;
+  font-variant-numeric: tabular-nums; max-width: 220rem; margin: 0 auto;
 }
 header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin-bottom: 1rem; }
 h1 { font-size: 1.1rem; letter-spacing: .14em; font-weight: 700; }
@@ -4599,7 +4780,10 @@ h2 { font-size: .95rem; font-weight: 600; }
 #state.good { color: var(--good); }
 #state.warn { color: var(--queue); }
 #state.bad { color: var(--bad); }
-#about { color: var(--soft); font-size: .9rem; flex: 1 1 12rem; }
+#about, nav { color: var(--soft); font-size: .9rem; }
+nav { flex: 1; white-space: nowrap; }
+nav a { margin-right: .6rem; }
+a { color: inherit; text-underline-offset: .15em; }
 .buttons { display: flex; gap: .5rem; }
 button {
   font: inherit; font-size: .9rem; color: inherit; background: var(--panel); cursor: pointer;
@@ -4616,21 +4800,27 @@ button.strong { background: var(--bad); border-color: var(--bad); color: var(--o
 }
 #banner.bad { background: var(--bad); }
 #notice { background: var(--panel); color: var(--ink); border: 1.5px solid var(--soft); font-size: 1rem; }
-main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: clamp(.75rem, 1.1vw, 1.25rem); }
+main, .figures { display: grid; gap: clamp(.75rem, 1.1vw, 1.25rem); }
+main { grid-template-columns: repeat(12, minmax(0, 1fr)); }
+main > * { grid-column: span 6; }
+main > .figures { grid-column: span 12; grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .stale main { opacity: .45; }
 .panel { border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.25rem; }
 .panel, th { background: var(--panel); }
-.note { color: var(--soft); font-size: .9rem; }
+.note, .count { color: var(--soft); font-size: .9rem; }
+.title { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 1rem; }
+.level, .figures > * { display: flex; flex-direction: column; }
+.figures > * { justify-content: space-between; }
 .waiting { --tone: var(--queue); }
 .busy { --tone: var(--busy); }
 .big { font-size: clamp(3.5rem, 8vw, 8.5rem); line-height: 1.05; font-weight: 650; letter-spacing: -.035em; }
 .big { color: var(--tone); }
 .big small { color: var(--soft); font-size: .4em; font-weight: 400; letter-spacing: 0; margin-left: .4em; }
 .plot {
-  display: grid; grid-template: 1fr auto / auto repeat(3, 1fr); column-gap: .5rem; margin-top: .75rem;
-  color: var(--soft); font-size: .8rem; line-height: 1.3;
+  display: grid; grid-template: minmax(clamp(5.5rem, 15vh, 11rem), 1fr) auto / auto repeat(3, 1fr);
+  column-gap: .5rem; margin-top: .75rem; flex: 1; color: var(--soft); font-size: .8rem; line-height: 1.3;
 }
-.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: clamp(5.5rem, 15vh, 11rem); overflow: visible; }
+.plot svg { grid-area: 1 / 2 / 2 / 5; width: 100%; height: 0; min-height: 100%; overflow: visible; }
 .plot .top, .plot .zero { grid-area: 1 / 1; text-align: right; min-width: 1.6em; }
 .plot .top { align-self: start; margin-top: -.6em; }
 .plot .zero { align-self: end; margin-bottom: -.6em; }
@@ -4643,15 +4833,17 @@ main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: cla
 .plot .area { fill: var(--tone); opacity: .16; }
 .plot .line { stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
 .plot .limit { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
-.times dl { display: flex; flex-wrap: wrap; gap: 0 clamp(1.5rem, 4vw, 4rem); margin: .15rem 0 .25rem; }
-.times dt { color: var(--soft); font-size: .85rem; }
-.times dd { font-size: clamp(1.5rem, 2.6vw, 2.6rem); font-weight: 600; line-height: 1.15; }
-.times dd, .big { white-space: nowrap; }
-.scroll { overflow: auto; max-height: 24rem; margin: .5rem -.5rem .35rem; }
+dl { display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: .25rem 0; }
+dl div { flex: 1 1 7rem; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { font-size: clamp(1.3rem, 1.9vw, 1.9rem); font-weight: 600; line-height: 1.2; }
+dd, .big { white-space: nowrap; }
+.scroll { overflow: auto; max-height: var(--rows, 24rem); margin: .5rem -.5rem .35rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .32rem .5rem; white-space: nowrap; vertical-align: baseline; }
 th { color: var(--soft); font-weight: 500; font-size: .8rem; position: sticky; top: 0; }
 tbody tr { border-top: 1px solid var(--line); }
+tbody tr:hover { background: var(--ground); }
 .n { text-align: right; }
 .grow { width: 99%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .grow p { overflow: hidden; text-overflow: ellipsis; }
@@ -4663,7 +4855,7 @@ tbody tr { border-top: 1px solid var(--line); }
 .act { text-align: right; padding-block: .1rem; }
 .act button { min-height: 1.7rem; padding: .05rem .6rem; font-size: .8rem; border-color: var(--line); }
 .trouble { color: var(--bad); font-weight: 650; }
-.gone td { color: var(--soft); }
+.gone td, .left { color: var(--soft); }
 .meter { display: inline-block; width: 5rem; height: .55rem; margin-right: .6rem; border-radius: 2px; }
 .meter { background: var(--line); overflow: hidden; }
 .meter i { display: block; height: 100%; background: var(--busy); }
@@ -4677,8 +4869,22 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
 dialog .buttons { justify-content: flex-end; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (min-width: 110rem) {
+  main { --rows: max(38rem, calc(100vh - 39rem)); grid-template-rows: auto auto 1fr; }
+  main > * { grid-column: span 4; }
+  main > .figures { grid-column: span 4; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .failures, .machines { --rows: max(15rem, calc(50vh - 25rem)); }
+  .machines { grid-area: 3 / 1 / auto / span 4; }
+  .running { grid-area: 2 / 5 / span 2 / span 4; }
+  .queue { grid-area: 2 / 9 / span 2 / span 4; }
+}
+@media (min-width: 150rem) {
+  main { --rows: max(30rem, calc(100vh - 39rem)); grid-template-rows: none; }
+  main > :not(.level, .figures) { --rows: inherit; grid-area: auto / auto / auto / span 3; }
+}
 @media (max-width: 60rem) {
-  main { grid-template-columns: minmax(0, 1fr); }
+  main > * { grid-column: 1 / -1; }
+  main > .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .panel { padding: .8rem .9rem; }
   .scroll { max-height: 20rem; }
   .big { font-size: clamp(3.5rem, 20vw, 7rem); }
@@ -4686,6 +4892,7 @@ dialog .buttons { justify-content: flex-end; }
 @media (max-width: 34rem) {
   th, td { padding-inline: .3rem; }
   .big { font-size: 16vw; }
+  .panel { padding-inline: .7rem; }
   th.grow, .grow p { white-space: normal; overflow-wrap: anywhere; }
   .scroll { margin-inline: -.3rem; }
   .meter { display: none; }
@@ -4693,6 +4900,9 @@ dialog .buttons { justify-content: flex-end; }
   .stack td.grow { grid-column: 1 / -1; order: 1; width: auto; max-width: none; padding-top: 0; }
   .stack th.grow { display: none; }
   .stack .act { grid-column: 4; }
+  .hosts tr { grid-template-columns: 1fr repeat(3, 4.6rem); }
+  .hosts tr > :first-child { grid-column: 1 / -1; padding-bottom: 0; }
+  .hosts td.grow { grid-column: 1; order: 0; }
   .buttons { width: 100%; }
   .buttons button { flex: 1; }
   .act button { min-height: 2rem; }
@@ -4732,10 +4942,24 @@ function span(seconds) {
   return `${Math.floor(whole / size)}\u00a0${unit}` + (rest ? ` ${rest}\u00a0${part}` : "");
 }
 
+function size(bytes) {
+  let unit = "B";
+  for (const next of ["KiB", "MiB", "GiB", "TiB"]) {
+    if (bytes < 999.5) break;
+    [bytes, unit] = [bytes / 1024, next];
+  }
+  return `${bytes.toFixed(bytes % 1 && bytes < 9.95 ? 1 : 0)}\u00a0${unit}`;
+}
+function rate(number) {
+  if (number && number < 0.05) return "<\u00a00.1";
+  return number && number < 9.95 ? number.toFixed(1) : count(Math.round(number));
+}
+
 // ---- Tables ----
 
 // A column is [class, what to show of a row]: a text, two lines of text, or nothing if it is done already.
 const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${row.path}`;
+const hasLeft = row => row.code === "CQ" || row.code === "CR";
 // A kept connection brings another request, and its row must not keep the button of the one before.
 const exchange = row => `${row.consumer} ${row.id}`;
 const TABLES = {
@@ -4765,6 +4989,7 @@ const TABLES = {
       ["grow", machineState],
       ["n", row => count(row.served)],
       ["n", row => count(row.failures), row => row.failures ? "trouble" : ""],
+      ["n", row => count(row.requeues)],
     ],
   },
   workers: {
@@ -4780,7 +5005,7 @@ const TABLES = {
     key: row => `${row.time} ${exchange(row)}`, empty: "None.",
     columns: [
       ["", row => new Date(row.time).toLocaleTimeString([], {hour12: false})],
-      ["code mono", row => row.code],
+      ["code mono", row => row.code === "OK" ? `${row.status}` : row.code, row => hasLeft(row) ? "left" : ""],
       ["grow words", row => [
         row.detail ? `${row.meaning} – ${row.detail}` : row.meaning,
         [request(row), row.worker, row.id].filter(part => part !== "-").join(" · "),
@@ -4812,7 +5037,7 @@ function machineState(row, cell) {
   if (cell.lastChild.data !== text) cell.lastChild.data = text;
 }
 
-function fill(name, rows, hidden) {
+function fill(name, rows, total) {
   const body = byId(name), table = TABLES[name];
   const old = new Map([...body.rows].map(row => [row.dataset.key, row]));
   const fresh = rows.map(row => {
@@ -4826,8 +5051,9 @@ function fill(name, rows, hidden) {
     if (body.rows[place] !== line) body.insertBefore(line, body.rows[place] ?? null);
   });
   body.closest(".scroll").hidden = !rows.length;
-  const rest = hidden ? `… and ${count(hidden)} more, which are not listed.` : "";
-  say(`${name}-note`, rows.length ? rest : table.empty);
+  const part = rows.length < total ? `${count(rows.length)} of ` : "";
+  setText(byId(`${name}-count`), total ? part + count(total) : "");
+  say(`${name}-note`, rows.length ? "" : table.empty);
 }
 
 function newLine(key, row, table) {
@@ -4863,25 +5089,24 @@ function update(line, row, table) {
 
 // ---- The plots ----
 
+const STEPS = 120;  // the width of a plot; a young hub has fewer
 function steps(values, top) {
-  let path = "";
-  values.forEach((value, x) => {
-    if (value === null) return;
-    const y = (100 - 100 * value / top).toFixed(2);
-    path += path ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
-  });
-  return path;
+  const start = STEPS - values.length;
+  return values.map((value, place) => {
+    const x = start + place, y = (100 - 100 * value / top).toFixed(2);
+    return place ? `V${y}H${x + 1}` : `M${x} ${y}H${x + 1}`;
+  }).join("");
 }
 
 function plot(id, what, now, values, limits) {
-  const known = values.filter(value => value !== null), peak = Math.max(...known);
+  const peak = Math.max(...values);
   const wanted = Math.max(peak, ...(limits ?? []), 1), power = 10 ** Math.floor(Math.log10(wanted));
   const tops = [1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10].map(each => each * power);
   const top = Math.max(2, tops.find(each => each >= wanted));
-  const figure = byId(id), line = steps(values, top), start = values.length - known.length;
+  const figure = byId(id), line = steps(values, top);
   setText(figure.querySelector(".top"), count(top));
   figure.querySelector(".line").setAttribute("d", line);
-  figure.querySelector(".area").setAttribute("d", `${line}V100H${start}Z`);
+  figure.querySelector(".area").setAttribute("d", `${line}V100H${STEPS - values.length}Z`);
   if (limits) figure.querySelector(".limit").setAttribute("d", steps(limits, top));
   const words = `${what} in the last ten minutes: ${now} now, ${peak} at most`;
   figure.querySelector("svg").setAttribute("aria-label", words);
@@ -4907,20 +5132,36 @@ function show(stats) {
   }
   plot("queue-plot", "Requests waiting", waiting, stats.history.queue_length);
   plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
-  fill("running", stats.running, stats.running_not_listed);
-  fill("waiting", stats.waiting, stats.waiting_not_listed);
-  fill("machines", stats.machines, stats.machines_not_listed);
-  fill("workers", stats.workers, stats.workers_not_listed);
-  fill("failures", stats.failures, 0);
-  const ended = Object.entries(stats.outcomes).filter(([, number]) => number);
-  const tally = ended.map(([code, number]) => `${code}\u00a0${count(number)}`).join(" · ");
-  say("failures-note", (stats.failures.length ? "" : "None. ") + (tally && `Since the start: ${tally}`));
+  for (const name of ["running", "waiting", "machines", "workers"])
+    fill(name, stats[name], stats[name].length + stats[`${name}_not_listed`]);
+  if (stats.machines.some(row => row.requeues))
+    say("machines-note", "Requeued: so many of the failures were tried again.");
+  showEnds(stats);
+  const {memory_budget_bytes: memory, disk_budget_bytes: disk} = stats;
+  setText(byId("memory"), size(stats.spool_memory_bytes));
+  setText(byId("disk"), size(stats.spool_disk_bytes));
+  setText(byId("spools-note"), `of ${size(memory)}` + (disk === null ? " of memory" : ` and ${size(disk)}`));
+  byId("disk").className = disk !== null && stats.spool_disk_bytes > 0.9 * disk ? "trouble" : "";
   setText(byId("about"), `version ${stats.version} · up ${age(stats.uptime_seconds)}`);
   setText(byId("pause"), isPaused ? "Resume" : "Pause");
   byId("pause").classList.toggle("strong", isPaused);
   byId("pause").disabled = byId("drain").disabled = stats.draining;
   document.body.classList.remove("stale");
   showState(stats, slots, waiting);
+}
+
+function showEnds(stats) {
+  const sum = numbers => Object.values(numbers).reduce((all, number) => all + number, 0);
+  const ended = sum(stats.outcomes), errors = sum(stats.worker_errors);
+  setText(byId("rate"), rate(stats.requests_per_second));
+  setText(byId("ended"), count(ended));
+  fill("failures", stats.failures, ended - stats.outcomes.OK + errors);
+  const tally = Object.entries(stats.outcomes).filter(([, number]) => number)
+    .map(([code, number]) => `${code}\u00a0${count(number)}`);
+  if (errors) tally[0] += ` (${plural(errors, "error")} of the app)`;
+  if (stats.requeues) tally.push(`requeued\u00a0${count(stats.requeues)}`);
+  const words = tally.length ? `Since the start: ${tally.join(" · ")}` : "";
+  say("failures-note", (stats.failures.length ? "" : "None. ") + words);
 }
 
 function showState(stats, slots, waiting) {
@@ -4938,6 +5179,8 @@ function showState(stats, slots, waiting) {
     state = ["warn", "○ No workers"];
     banner = helpless;
   }
+  if (stats.has_rival)
+    banner += " Another hub listens on the same port, and gets a part of the requests: end one of them.";
   setState(...state, banner, "");
   const mark = stats.paused ? "‖ " : "";
   document.title = `${mark}${count(waiting)} waiting, ${count(stats.slots.busy)} busy – POTHEAD`;

@@ -211,10 +211,11 @@ class AgainstHub:
 
     def _expect_refusal(self, consumer: wire.Peer, slot: wire.Peer) -> None:
         wait_for(consumer, slot)
-        while (response := consumer.read_response()).status == 100:
+        while (response := consumer.read_response(b"HEAD")).status == 100:
             pass
-        if not 400 <= response.status < 600 or consumer.read_to_end():
-            raise WrongError(f"not refused: {response}")
+        body, length = consumer.read_to_end(), int(response.value(b"Content-Length") or b"0")
+        if not 400 <= response.status < 600 or len(body) not in (0, length):  # none if it was a HEAD
+            raise WrongError(f"not refused: {response}, {body!r}")
 
     def _expect_request(self, consumer: wire.Peer, slot: wire.Peer, reading: Reading) -> None:
         is_asked = reading["expects-continue"] == "yes" and reading["framing"] != "none"

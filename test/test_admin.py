@@ -242,7 +242,50 @@ def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: Hub
         assert machine["gone_seconds"] is None
 
 
-def test_only_the_last_failures_are_kept(hub: HubProcess) -> None:
+def test_errors_of_the_app_are_counted_and_told_as_failures(hub: HubProcess, slot: Peer) -> None:
+    statuses = (b"200 OK", b"404 Not Found", b"500 Oops", b"504 Gateway Timeout", b"500 Oops")
+    with Peer.connect(hub.main) as consumer:
+        for number, status in enumerate(statuses):
+            consumer.send(request(b"/%d" % number))
+            serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+            consumer.read_response()
+    stats = hub.until(lambda stats: stats["outcomes"]["OK"] == len(statuses))
+    assert stats["worker_errors"] == {"500": 2, "504": 1}
+    assert [(row["path"], row["status"], row["code"], row["meaning"]) for row in stats["failures"]] == [
+        (path, status, "OK", "the app answered with an error")
+        for path, status in (("/4", 500), ("/3", 504), ("/2", 500))
+    ]
+
+
+def test_consumers_who_leave_do_not_push_out_the_real_failures(hub: HubProcess, slot: Peer) -> None:
+    with runs(hub, slot, request(b"/lost", method=b"POST")) as consumer:
+        slot.close()
+        assert consumer.read_response().status == 502
+    count = 2 * pothead.LIMITS.listed_failures
+    for number in range(1, count + 1):
+        with waits(hub, request(b"/leaves-%d" % number)):
+            pass
+        hub.until(lambda stats, number=number: stats["outcomes"]["CQ"] == number)
+    *left, lost = hub.stats()["failures"]
+    assert (lost["code"], lost["path"]) == ("WL", "/lost")
+    kept = range(count, pothead.LIMITS.listed_failures, -1)
+    assert [row["path"] for row in left] == [f"/leaves-{number}" for number in kept]
+
+
+def test_failures_of_a_machine_after_which_a_request_was_tried_again_are_told_apart(hub: HubProcess) -> None:
+    with Peer.connect(hub.worker) as first, runs(hub, first, request(b"/again")) as consumer:
+        first.close()
+        with Peer.connect(hub.worker) as second:
+            second.read_request()
+            second.close()
+            assert consumer.read_response().status == 502
+    stats = hub.until(lambda stats: stats["outcomes"]["WL"])
+    assert stats["requeues"] == 1
+    (machine,) = stats["machines"]
+    assert (machine["failures"], machine["requeues"]) == (2, 1)
+
+
+def test_only_the_last_failures_of_each_code_are_kept(hub: HubProcess) -> None:
     count = pothead.LIMITS.listed_failures + 3
     with Peer.connect(hub.main) as consumer:
         for number in range(count):
@@ -264,9 +307,8 @@ def test_history_tells_the_peak_of_a_burst_that_is_over(hub: HubProcess, slot: P
     history = hub.until(lambda stats: stats["demand"] == 0)["history"]
     assert history["step_seconds"] == pothead.LIMITS.history_step_s
     for name in ("queue_length", "slots_busy", "slots"):
-        assert len(history[name]) == pothead.LIMITS.history_steps
-        assert max(filter(None, history[name])) == 1
-        assert history[name][0] is None
+        assert 1 <= len(history[name]) < pothead.LIMITS.history_steps
+        assert max(history[name]) == 1
 
 
 STEP_S = pothead.LIMITS.history_step_s
@@ -278,15 +320,14 @@ def test_history_is_as_before_where_nothing_changed() -> None:
     history.note(1000.0 + 2 * STEP_S, (3, 1, 1))
     history.note(1000.1 + 2 * STEP_S, (2, 1, 1))
     steps = history.read(1000.0 + 4 * STEP_S)
-    assert len(steps) == STEPS
-    assert steps[-6:] == [None, (0, 0, 0), (0, 0, 0), (3, 1, 1), (2, 1, 1), (2, 1, 1)]
+    assert steps == [(0, 0, 0), (0, 0, 0), (3, 1, 1), (2, 1, 1), (2, 1, 1)]
 
 
 def test_history_of_a_step_includes_what_it_began_with() -> None:
     history = pothead.History(0.0)
     history.note(1.0, (5, 2, 2))
     history.note(1.0 + STEP_S, (0, 0, 2))
-    assert history.read(1.0 + 2 * STEP_S)[-3:] == [(5, 2, 2), (5, 2, 2), (0, 0, 2)]
+    assert history.read(1.0 + 2 * STEP_S) == [(5, 2, 2), (5, 2, 2), (0, 0, 2)]
 
 
 def test_history_reaches_back_ten_minutes_and_no_further() -> None:
@@ -296,8 +337,35 @@ def test_history_reaches_back_ten_minutes_and_no_further() -> None:
         history.note(step * STEP_S, (step, 0, 0))
     end = 3 * STEPS - 1
     steps = history.read(end * STEP_S)
-    assert [each and each[0] for each in steps] == list(range(end - STEPS + 1, end + 1))
+    assert [each[0] for each in steps] == list(range(end - STEPS + 1, end + 1))
     assert history.read((end + 10 * STEPS) * STEP_S) == [(end, 0, 0)] * STEPS
+
+
+def test_rate_is_that_of_the_last_minute() -> None:
+    rate = pothead.Rate(1000.0)
+    assert rate.read(1000.0) == 0
+    for _ in range(10):
+        rate.count(1001.0)
+    assert rate.read(1002.0) == 10 / STEP_S, "too low rather than wild"
+    assert rate.read(1030.0) == pytest.approx(10 / 30)
+    for second in range(1060, 1180):
+        rate.count(second)
+        rate.count(second)
+    assert rate.read(1180.0) == pytest.approx(2, rel=0.1)
+    assert rate.read(1300.0) == 0
+
+
+def test_stats_tell_requests_a_second_and_what_bodies_take(hub: HubProcess) -> None:
+    assert hub.stats()["requests_per_second"] == 0
+    with Peer.connect(hub.main) as consumer:
+        consumer.send(b"garbage\r\n\r\n")
+        consumer.read_to_end()
+    with waits(hub, request(b"/", method=b"PUT", body=b"x" * 1000)):
+        stats = hub.until(lambda stats: stats["requests_per_second"])
+        assert 0 < stats["requests_per_second"] <= 1 / STEP_S
+        assert stats["spool_memory_bytes"] == 1000
+        assert stats["memory_budget_bytes"] == pothead.Options().memory_budget
+        assert stats["spool_disk_bytes"] == 0
 
 
 def test_durations_are_put_into_buckets_and_the_last_are_summed_up() -> None:
@@ -334,10 +402,14 @@ NAMES = {
     "pothead_hub_slots": "gauge",
     "pothead_hub_demand": "gauge",
     "pothead_hub_paused": "gauge",
+    "pothead_hub_connections": "gauge",
+    "pothead_hub_spool_bytes": "gauge",
+    "pothead_hub_disk_budget_bytes": "gauge",
     "pothead_build_info": "gauge",
     "pothead_hub_queue_seconds": "histogram",
     "pothead_hub_worker_seconds": "histogram",
     "pothead_hub_requests": "counter",
+    "pothead_hub_worker_errors": "counter",
     "pothead_hub_requeues": "counter",
     "pothead_hub_rejected": "counter",
     "pothead_hub_bytes": "counter",
@@ -358,6 +430,17 @@ class Metrics(dict[str, float]):
                 self[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
 
 
+# What prometheus_client itself tells of a process on Linux.
+PROCESS = {
+    "process_virtual_memory_bytes": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_start_time_seconds": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_open_fds": "gauge",
+    "process_max_fds": "gauge",
+}
+
+
 def scrape(hub: HubProcess) -> Metrics:
     pytest.importorskip("prometheus_client")
     response = ask_admin(hub, b"/metrics")
@@ -367,7 +450,26 @@ def scrape(hub: HubProcess) -> Metrics:
 
 
 def test_metrics_have_the_names_and_types_that_are_promised(hub: HubProcess) -> None:
-    assert scrape(hub).types == NAMES
+    assert scrape(hub).types == {**NAMES, **PROCESS}
+
+
+def test_metrics_of_the_process_are_the_hubs_and_do_not_begin_again(hub: HubProcess) -> None:
+    first, second = scrape(hub), scrape(hub)
+    assert first["process_start_time_seconds"] == second["process_start_time_seconds"]
+    assert 0 < first["process_cpu_seconds_total"] <= second["process_cpu_seconds_total"]
+    assert first["process_resident_memory_bytes"] == pytest.approx(wire.resident_kib(hub.pid) * 1024, rel=0.2)
+
+
+def test_metrics_tell_who_is_connected_and_what_bodies_take(hub: HubProcess) -> None:
+    with Peer.connect(hub.main), Peer.connect(hub.worker), Peer.connect(hub.worker):
+        hub.until(lambda stats: stats["slots"]["idle"] == 2)
+        act(hub, b"/pause")
+        with waits(hub, request(b"/", method=b"PUT", body=b"x" * 1000)):
+            metrics = scrape(hub)
+    kinds = ("consumers", "workers", "admin")
+    assert [metrics[f"pothead_hub_connections{{kind={kind}}}"] for kind in kinds] == [2, 2, 1]
+    assert metrics["pothead_hub_spool_bytes{where=memory}"] == 1000
+    assert metrics["pothead_hub_spool_bytes{where=disk}"] == 0
 
 
 def test_metrics_tell_what_waits_and_what_runs(hub: HubProcess, slot: Peer) -> None:
@@ -408,6 +510,21 @@ def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot:
     assert rejected == {
         f"pothead_hub_rejected_total{{reason={reason}}}": float(reason == "refused")
         for reason in ("queue_full", "queue_timeout", "draining", "refused")
+    }
+
+
+def test_metrics_count_errors_of_the_app_by_status(hub: HubProcess, slot: Peer) -> None:
+    with Peer.connect(hub.main) as consumer:
+        for status in (b"200 OK", b"503 Busy", b"500 Oops", b"503 Busy"):
+            consumer.send(request(b"/"))
+            serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+            consumer.read_response()
+    hub.until(lambda stats: stats["outcomes"]["OK"] == 4)
+    metrics = scrape(hub)
+    errors = {key: value for key, value in metrics.items() if "worker_errors_total" in key}
+    assert errors == {
+        "pothead_hub_worker_errors_total{status=500}": 1,
+        "pothead_hub_worker_errors_total{status=503}": 2,
     }
 
 

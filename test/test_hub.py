@@ -471,10 +471,10 @@ def test_response_arrives_with_every_field_in_order(hub: HubProcess, slot: Peer)
         + b"Content-Length: 5\r\nConnection: X-Private\r\nX-Private: 1\r\nKeep-Alive: timeout=9\r\n"
         + b"Set-Cookie: a=1\r\n\r\nempty"
     )  # fmt: skip
-    with relayed(hub, slot, get(b"/404"), response) as consumer:
+    with relayed(hub, slot, get(b"/404", b"X-Request-Id: r1"), response) as consumer:
         consumer.expect(
             b"HTTP/1.1 404 Nowhere to be seen\r\nSet-Cookie: a=1\r\nX-Odd: \xe9\r\nset-cookie: b=2\r\n" + DATE
-            + b"Set-Cookie: a=1\r\nContent-Length: 5\r\n\r\nempty"
+            + b"Set-Cookie: a=1\r\nContent-Length: 5\r\nX-Request-Id: r1\r\n\r\nempty"
         )  # fmt: skip
     assert logged(hub, path="/404")["status"] == "404"
 
@@ -486,8 +486,24 @@ def test_response_without_a_date_gets_one(hub: HubProcess, slot: Peer) -> None:
 
 
 def test_response_without_a_reason_is_relayed(hub: HubProcess, slot: Peer) -> None:
-    with relayed(hub, slot, get(b"/bare"), b"HTTP/1.1 299\r\n%bContent-Length: 0\r\n\r\n" % DATE) as consumer:
-        consumer.expect(b"HTTP/1.1 299 \r\n%bContent-Length: 0\r\n\r\n" % DATE)
+    response = b"HTTP/1.1 299\r\n%bContent-Length: 0\r\n\r\n" % DATE
+    with relayed(hub, slot, get(b"/bare", b"X-Request-Id: r1"), response) as consumer:
+        consumer.expect(b"HTTP/1.1 299 \r\n%bContent-Length: 0\r\nX-Request-Id: r1\r\n\r\n" % DATE)
+
+
+@pytest.mark.parametrize("given", [b"", b"X-Request-Id: chosen-1"])
+def test_response_tells_the_id_of_its_request(hub: HubProcess, slot: Peer, given: bytes) -> None:
+    with ask(hub, get(b"/told", *filter(None, [given]))) as consumer:
+        id_ = serve(slot).value(b"X-Request-Id")
+        assert id_ and consumer.read_response().value(b"X-Request-Id") == id_
+    assert logged(hub, id=id_.decode())["path"] == "/told"
+
+
+@pytest.mark.parametrize("fields", [b"x-request-id: own\r\n", b"X-Request-Id: own\r\nX-Request-ID: two\r\n"])
+def test_response_keeps_the_id_that_its_worker_gave_it(hub: HubProcess, slot: Peer, fields: bytes) -> None:
+    response = b"HTTP/1.1 200 OK\r\n%bContent-Length: 0\r\n\r\n" % fields
+    with relayed(hub, slot, get(b"/own", b"X-Request-Id: r1"), response) as consumer:
+        assert consumer.read_response().values(b"X-Request-Id") == [b"own"]
 
 
 @pytest.mark.parametrize(
@@ -504,19 +520,20 @@ def test_response_without_a_reason_is_relayed(hub: HubProcess, slot: Peer) -> No
 def test_response_without_a_body_ends_at_its_head(
     hub: HubProcess, slot: Peer, method: bytes, response: bytes, wanted: bytes
 ) -> None:
-    with ask(hub, get(b"/bodiless", method=method)) as consumer:
+    with ask(hub, get(b"/bodiless", b"X-Request-Id: r1", method=method)) as consumer:
         serve(slot, b"HTTP/1.1 %b\r\n%b\r\n" % (response, DATE))
-        consumer.expect(b"HTTP/1.1 %b\r\n\r\n" % (wanted % DATE).removesuffix(b"\r\n"))
+        head = (wanted % DATE).removesuffix(b"\r\n")
+        consumer.expect(b"HTTP/1.1 %b\r\nX-Request-Id: r1\r\n\r\n" % head)
         consumer.send(get(b"/next"))  # both connections are in step
         serve(slot)
         assert consumer.read_response().body == b"ok"
 
 
 def test_body_that_should_not_be_there_reaches_nobody(hub: HubProcess, slot: Peer) -> None:
-    with ask(hub, get(b"/head", method=b"HEAD") + get(b"/next")) as consumer:
+    with ask(hub, get(b"/head", b"X-Request-Id: r1", method=b"HEAD") + get(b"/next")) as consumer:
         serve(slot, b"HTTP/1.1 200 OK\r\n%bContent-Length: 5\r\n\r\nextra" % DATE)
         slot.expect_eof()
-        consumer.expect(b"HTTP/1.1 200 OK\r\n%bContent-Length: 5\r\n\r\n" % DATE)
+        consumer.expect(b"HTTP/1.1 200 OK\r\n%bContent-Length: 5\r\nX-Request-Id: r1\r\n\r\n" % DATE)
         with dial(hub) as another:
             serve(another)
         assert consumer.read_response().body == b"ok"
@@ -568,9 +585,9 @@ def test_chunked_response_is_chunked_for_http_1_1(hub: HubProcess, slot: Peer) -
 
 
 def test_chunked_response_ends_with_the_connection_for_http_1_0(hub: HubProcess, slot: Peer) -> None:
-    request = b"GET /old-chunks HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    request = b"GET /old-chunks HTTP/1.0\r\nConnection: keep-alive\r\nX-Request-Id: r1\r\n\r\n"
     with relayed(hub, slot, request, CHUNKED_RESPONSE + chunked(b"hello", b"!")) as consumer:
-        consumer.expect(b"HTTP/1.1 200 OK\r\n%bConnection: close\r\n\r\nhello!" % DATE)
+        consumer.expect(b"HTTP/1.1 200 OK\r\n%bX-Request-Id: r1\r\nConnection: close\r\n\r\nhello!" % DATE)
         consumer.expect_eof()
         with ask(hub, get(b"/the-slot-stays")) as another:
             serve(slot)
@@ -762,6 +779,43 @@ def test_refused_request_gets_its_status_and_no_worker_sees_anything(
     logged(hub, path="/honest")
     new = [line for line in hub.lines[lines:] if f"id={id_} " in line or "smuggled" in line]
     assert len(new) == 1
+
+
+@pytest.mark.parametrize(
+    "request_bytes, method, path",
+    [
+        (b"PUT /a?secret HTTP/1.1\r\n\r\n", "PUT", "/a"),
+        (get(b"/a?secret", b"Space : 1"), "GET", "/a"),
+        (b"POST /a HTTP/1.1\r\nX: \0", "POST", "/a"),  # the head has not even ended
+        (get(b"/a", b"Long: " + b"x" * 40_000), "GET", "/a"),
+        (b"GET /a HTTP/2.0\r\nHost: h\r\n\r\n", "GET", "/a"),
+        (b"\r\n\r\nGET http://h/a?secret HTTP/1.1\r\nHost: 1\r\nHost: 2\r\n\r\n", "GET", "/a"),
+        (get(b"http://name:secret@h/a"), "GET", "/a"),
+        (get(b"name:secret@h:443", method=b"CONNECT"), "CONNECT", "-"),
+        (get(b"/" + b"x" * 9000), "-", "-"),
+        (b"GET /a\r\n\r\n", "-", "-"),
+    ],
+)
+def test_refused_request_is_logged_with_what_could_be_read_of_it(
+    hub: HubProcess, request_bytes: bytes, method: str, path: str
+) -> None:
+    with ask(hub, request_bytes) as consumer:
+        response = consumer.read_response()
+    entry = logged(hub, id=(response.value(b"X-Request-Id") or b"").decode(), code="RQ")
+    assert (entry["method"], entry["path"]) == (method, path)
+    assert not any("secret" in line for line in hub.lines)
+
+
+def test_request_whose_head_never_ends_is_logged_with_its_first_line() -> None:
+    with hub_process("--head-timeout", "150ms") as hub, ask(hub, b"GET /slow HTTP/1.1\r\nX") as consumer:
+        read_refusal(consumer, 408)
+        assert logged(hub, path="/slow", status=408)["method"] == "GET"
+
+
+def test_refused_head_request_gets_no_body(hub: HubProcess) -> None:
+    with ask(hub, get(b"/a", b"Space : 1", method=b"HEAD")) as consumer:
+        assert consumer.read_response(b"HEAD").status == 400
+        consumer.expect_eof()
 
 
 def test_refusal_reaches_a_consumer_that_goes_on_sending(hub: HubProcess) -> None:

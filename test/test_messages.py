@@ -520,10 +520,12 @@ def forward_request(message: bytes, length: int | None = None, hub_fields: bytes
     return forwarded_request(take_request_head(Inbuf(message)), length, hub_fields).split(b"\r\n")
 
 
-def forward_response(message: bytes, framing: Framing, connection: bytes = b"") -> list[bytes]:
+def forward_response(
+    message: bytes, framing: Framing, connection: bytes = b"", request_id: bytes = b""
+) -> list[bytes]:
     """Return the lines that a consumer gets for a head."""
     head = take_response_head(Inbuf(message))
-    return forwarded_response(head, framing, connection, now=784111777.9).split(b"\r\n")
+    return forwarded_response(head, framing, connection, 784111777.9, request_id).split(b"\r\n")
 
 
 def test_end_to_end_fields_are_forwarded_as_they_came() -> None:
@@ -596,6 +598,16 @@ def test_response_keeps_its_fields_and_every_cookie() -> None:
 def test_response_without_date_gets_one() -> None:
     lines = forward_response(b"HTTP/1.1 200 OK\r\n\r\n", Framing.CLOSE)
     assert lines == [b"HTTP/1.1 200 OK", b"Date: Sun, 06 Nov 1994 08:49:37 GMT", b"", b""]
+
+
+@pytest.mark.parametrize("own", [[], [b""], [b"own"], [b"own", b"own too"]])
+def test_response_has_one_request_id(own: list[bytes]) -> None:
+    fields = b"".join(b"X-REQUEST-ID: %b\r\n" % each for each in own)
+    lines = forward_response(
+        b"HTTP/1.1 200 OK\r\nDate: now\r\n%b\r\n" % fields, Framing.CLOSE, request_id=b"r1"
+    )
+    wanted = b"own" if any(own) else b"r1"
+    assert lines == [b"HTTP/1.1 200 OK", b"Date: now", b"X-Request-Id: " + wanted, b"", b""]
 
 
 def test_fields_of_one_hop_are_not_forwarded_to_the_consumer() -> None:

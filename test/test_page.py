@@ -94,7 +94,7 @@ def test_numbers_change_by_themselves_when_requests_are_queued(page: Browser, hu
             page.wait_for(f"{shows('#queue-length', '1')} && {shows('#busy', '1')}")
             assert (page.text("#slots"), page.text("#state")) == ("of 1", "● Serving")
             assert page.text("#running .grow p") == "GET /a"
-            assert cells(page, "#machines") == ["127.0.0.1", "1 of 1 busy", "0", "0"]
+            assert cells(page, "#machines") == ["127.0.0.1", "1 of 1 busy", "0", "0", "0"]
             slot.send(OK)
             slot.read_request()
             slot.send(OK)
@@ -253,20 +253,96 @@ def test_long_queue_stays_a_short_table(page: Browser, hub: HubProcess) -> None:
     with asked(hub, *[get(b"/%d" % number) for number in range(103)]):
         page.wait_for(shows("#queue-length", "103"))
         assert page.evaluate("document.querySelectorAll('#waiting tr').length") == 100
-        assert page.text("#waiting-note") == "… and 3 more, which are not listed."
+        assert page.text("#waiting-count") == "100 of 103"
+
+
+def test_errors_of_the_app_and_requests_tried_again_are_shown(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    with Peer.connect(hub.worker) as first, asked(hub, get(b"/a", b"X-Request-Id: a1")) as (consumer,):
+        first.read_request()
+        first.close()
+        with Peer.connect(hub.worker) as second:
+            second.read_request()
+            second.send(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+            assert consumer.read_response().status == 503
+            page.wait_for(says("#failures-note", "Since"))
+            note = "Since the start: OK\u00a01 (1 error of the app) · requeued\u00a01"
+            assert page.text("#failures-note") == note
+            assert page.text("#failures .code") == "503"
+            assert page.text("#failures .grow p") == "The app answered with an error"
+            assert cells(page, "#machines")[2:] == ["1", "1", "1"]
+            assert page.text("#machines-note") == "Requeued: so many of the failures were tried again."
+            assert (page.text("#ended"), page.text("#failures-count")) == ("1", "1")
+            page.wait_for("document.querySelector('#rate').innerText != '0'")
+
+
+def test_page_leads_to_the_numbers_for_programs(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    links = page.evaluate("[...document.querySelectorAll('nav a')].map(link => link.href)")
+    assert links == [f"http://127.0.0.1:{hub.admin[1]}/{path}" for path in ("stats", "metrics")]
+
+
+def show_with(page: Browser, changes: str) -> None:
+    """Show what the hub tells with some of it changed, and from then on nothing else."""
+    page.evaluate("kept = window.kept ?? show; show = () => {}")
+    page.evaluate(f"fetch('stats').then(answer => answer.json()).then(now => kept({{...now, ...{changes}}}))")
+
+
+def test_page_tells_what_the_bodies_take_of_memory_and_disk(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    memory = "spool_memory_bytes: 1.5 * 2 ** 20, memory_budget_bytes: 2 ** 26"
+    show_with(page, f"{{{memory}, spool_disk_bytes: 3 * 2 ** 30, disk_budget_bytes: 16 * 2 ** 30}}")
+    assert (page.text("#memory"), page.text("#disk")) == ("1.5\u00a0MiB", "3\u00a0GiB")
+    assert page.text("#spools-note") == "of 64\u00a0MiB and 16\u00a0GiB"
+    assert page.evaluate("document.querySelector('#disk').className") == ""
+    show_with(page, "{spool_disk_bytes: 15 * 2 ** 30, disk_budget_bytes: 16 * 2 ** 30}")
+    assert page.evaluate("document.querySelector('#disk').className") == "trouble"
+    show_with(page, "{spool_disk_bytes: 15 * 2 ** 30, disk_budget_bytes: null}")
+    assert page.text("#spools-note") == "of 64\u00a0MiB of memory"
+
+
+def test_page_warns_of_another_hub_on_the_port(page: Browser, hub: HubProcess, slot: Peer) -> None:
+    look(page, hub)
+    show_with(page, "{has_rival: true}")
+    assert page.text("#banner").startswith(
+        "Another hub listens on the same port, and gets a part of the requests"
+    )
+
+
+def tops(page: Browser, *names: str) -> list[float]:
+    """Return how far down the panels with these tables begin."""
+    top = "document.getElementById('{}').closest('section').getBoundingClientRect().top"
+    return [page.evaluate(top.format(name)) for name in names]
+
+
+TABLES = ("failures", "machines", "running", "waiting")
+
+
+@pytest.mark.parametrize(("width", "height", "abreast"), [(1920, 1080, 3), (2560, 1440, 4)])
+def test_wide_screen_is_used(page: Browser, hub: HubProcess, width: int, height: int, abreast: int) -> None:
+    look(page, hub)
+    page.resize(width, height)
+    assert page.evaluate("document.querySelector('main').getBoundingClientRect().width") > 0.95 * width
+    places = tops(page, *TABLES)
+    assert places.count(places[0]) == abreast
+
+
+def test_phone_shows_failures_before_the_long_tables(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    page.resize(390, 844, mobile=True)
+    first, *others = tops(page, *TABLES)
+    assert first < min(others)
 
 
 def test_large_numbers_fit_a_phone(page: Browser, hub: HubProcess) -> None:
     look(page, hub)
     page.resize(360, 780, mobile=True)
-    page.evaluate("kept = show; show = () => {}")
-    large = "{queue_length: 123456, slots: {idle: 3000, busy: 12340}}"
-    page.evaluate(f"fetch('stats').then(answer => answer.json()).then(now => kept({{...now, ...{large}}}))")
+    show_with(page, "{queue_length: 123456, slots: {idle: 3000, busy: 12340}, requests_per_second: 12345.6}")
     assert page.text("#slots") == "of 15,340"
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
-SCREENS = {"wide": (1920, 1080), "laptop": (1366, 768), "phone": (360, 780)}
+SCREENS = {"huge": (2560, 1440), "wide": (1920, 1080), "laptop": (1366, 768), "phone": (360, 780)}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

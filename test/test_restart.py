@@ -498,6 +498,66 @@ def test_drain_on_a_shared_port_without_a_successor_accepts_what_comes_for_a_mom
         assert hub.wait() == 0
 
 
+# The minute for which two hubs may share a port, cut short.
+IMPATIENT_HUB = """
+import dataclasses, sys
+import pothead
+pothead.LIMITS = dataclasses.replace(pothead.LIMITS, neighbour_check_s=0.05)
+sys.exit(pothead.main())
+"""
+
+
+@contextlib.contextmanager
+def impatient_hub(*options: str) -> Iterator[HubProcess]:
+    command = wire.python("-c", IMPATIENT_HUB, "--worker-port", "0", "--admin-port", "0", *options)
+    environment = {"PYTHONPATH": str(wire.ROOT)}
+    with wire.running(HubProcess(command, wire.ROOT, environment)) as hub:
+        hub.wait_until_ready()
+        yield hub
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_two_hubs_that_share_a_port_for_good_warn_of_each_other(host: str) -> None:
+    with impatient_hub(REUSE, "--main-host", host, "--main-port", "0") as one:
+        assert one.stats()["has_rival"] is False
+        port = str(one.main[1])
+        with impatient_hub(REUSE, "--main-host", host, "--main-port", port) as other:
+            for hub in (one, other):
+                hub.until(lambda stats: stats["has_rival"])
+                hub.wait_for_error(lambda line: "another hub listens on" in line and f":{port}, too" in line)
+            other.terminate()
+            assert other.wait() == 0
+        one.until(lambda stats: not stats["has_rival"])
+        assert one.stderr.count("another hub") == other.stderr.count("another hub") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
+def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
+    with impatient_hub(REUSE, "--main-port", "0") as old, Peer.connect(old.worker) as slot:
+        with Peer.connect(old.main) as consumer, contextlib.ExitStack() as stack:
+            consumer.send(get(b"/runs"))
+            slot.read_request()
+            old.terminate()
+            wait_until(lambda: refuses(old.main))  # it has left the port, and still has work
+            new = stack.enter_context(impatient_hub(REUSE, "--main-port", str(old.main[1])))
+            with pytest.raises(AssertionError, match="nothing in"):
+                new.wait_for_error(lambda line: "another hub" in line, 1.0)
+            assert [hub.stats()["has_rival"] for hub in (old, new)] == [False, False]
+            slot.send(OK)
+            assert consumer.read_response().status == 200
+            assert old.wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
+def test_hub_on_the_same_port_of_another_address_is_no_rival() -> None:
+    with impatient_hub(REUSE, "--main-port", "0") as one:
+        with impatient_hub(REUSE, "--main-host", "127.0.0.2", "--main-port", str(one.main[1])) as other:
+            with pytest.raises(AssertionError, match="nothing in"):
+                other.wait_for_error(lambda line: "another hub" in line, 1.0)
+            assert [hub.stats()["has_rival"] for hub in (one, other)] == [False, False]
+
+
 # ---- Under load --------------------------------------------------------------------------------------
 
 RESTARTS = 3
