@@ -269,7 +269,7 @@ def fed_by_an_idle_loop(environ: dict[str, str]) -> tuple[list[str], float | Non
         pothead.feed_watchdog(loop, heard.append, environ)
         assert not environ, "the variables are for no other program"
         loop._settle()
-        return heard, loop._sleep_s()
+        return heard, loop._sleep_s(loop.clock())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
