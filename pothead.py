@@ -1120,6 +1120,8 @@ class Spool:
     def append(self, data: Bytes) -> None:
         """Adds ``data`` at the end."""
         size = len(data)
+        if not size:
+            return  # an empty part would pass for the end
         self.size += size
         if self._held + size <= self._memory_limit and self._budget.take(size):
             self._append_to_memory(data)
@@ -1133,20 +1135,25 @@ class Spool:
         self._append_to_memory(data)
 
     def spill(self, memory_limit: int) -> None:
-        """Lowers the mark, and moves to the file what is beyond it."""
+        """Lowers the mark, and moves to the file what is beyond it; only without ``keep``.
+
+        What comes before bytes of the file stays in memory, since the file is used in their order: in a
+        circle, what is out of order would be written over.
+        """
         self._memory_limit = memory_limit
-        if self._held <= memory_limit:
-            return
-        parts, self._unread = self._unread, deque()
-        read, self._offset, self.size = self._offset, 0, 0
-        for part in parts:
-            if isinstance(part, _Extent):
-                self._unread.append(_Extent(part.offset + read, part.length - read))
-                self.size += part.length - read
-            else:
-                self._forget(len(part))
-                self.append(memoryview(part)[read:])
-            read = 0
+        tail: list[memoryview] = []
+        while self._held > memory_limit and self._unread:
+            last = self._unread[-1]
+            if isinstance(last, _Extent):
+                break
+            tail.append(memoryview(last))
+            self._unread.pop()
+            self._forget(len(last))
+        if tail and not self._unread:
+            tail[-1], self._offset = tail[-1][self._offset :], 0
+        self.size -= sum(map(len, tail))
+        for piece in reversed(tail):
+            self.append(piece)
 
     def is_over(self, limit: int) -> bool:
         """Whether the spool should take in no more until it has been read."""

@@ -28,13 +28,13 @@ SMALL_FILE = 64 * KIB
 
 
 @contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """The disk is full at SMALL_FILE a file: the kernel refuses writes beyond.
+def small_files(limit: int = SMALL_FILE) -> Iterator[None]:
+    """The disk is full at so many bytes a file: the kernel refuses writes beyond.
 
     It holds for pytest's own output, too, which may be a file: so only within a test, not in a fixture.
     """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         yield
     finally:
@@ -145,39 +145,72 @@ def test_bytes_that_were_read_stay_valid_when_more_come(budget: MemoryBudget, me
     spool.close()
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("memory_limit", [0, 50, 300, 5000])
-@pytest.mark.parametrize("budget_bytes", [0, 200, 100_000])
-@pytest.mark.parametrize("file_limit", [0, 400, math.inf])
-def test_spool_behaves_like_a_byte_string_whatever_is_done_to_it(
-    tmp_path: Path, keep: bool, memory_limit: int, budget_bytes: int, file_limit: float
-) -> None:
-    rng = random.Random(f"{keep} {memory_limit} {budget_bytes} {file_limit}")
-    budget = MemoryBudget(budget_bytes)
-    spool = Spool(budget, memory_limit, str(tmp_path), keep=keep, file_limit=file_limit)
+def test_spool_behaves_like_a_byte_string_whatever_is_done_to_it(tmp_path: Path) -> None:
+    for seed in range(3000):
+        rng = random.Random(seed)
+        budget = MemoryBudget(rng.choice((0, 200, 100_000)))
+        with small_files(rng.choice((300, 1000, MIB))):
+            live_at_random(rng, budget, str(tmp_path), f"history {seed}")
+        assert (budget.used, budget.files) == (0, 0), seed
+
+
+def live_at_random(rng: random.Random, budget: MemoryBudget, directory: str, which: str) -> None:
+    """Hold a spool against all bytes since it was empty, and how many of them were read."""
+    keep, memory_limit = rng.random() < 0.3, rng.choice((0, 50, 300, 5000))
+    file_limit = rng.choice((0, 400, math.inf))
+    spool = Spool(budget, memory_limit, directory, keep=keep, file_limit=file_limit)
     content, read = b"", 0
-    for _ in range(400):
-        action = rng.choice(("append", "append", "read", "read", "read", "rewind"))
+    again = "rewind" if keep else "spill"
+    for _ in range(rng.randint(1, 80)):
+        action = rng.choices(("append", "read", again, "close"), (40, 40, 10, 1))[0]
         if action == "append":
-            data = rng.randbytes(rng.randint(0, 120))
+            data = rng.randbytes(rng.choice((0, rng.randint(1, 30), rng.randint(1, 400))))
             spool.append(data)
             content += data
         elif action == "read":
-            limit = rng.randint(1, 200)
+            limit = rng.randint(1, 500)
             piece = bytes(spool.peek(limit))
-            assert content[read : read + limit].startswith(piece)
-            assert piece or read == len(content)
+            assert content[read : read + limit].startswith(piece), which
+            assert piece or read == len(content), which
             read += (step := rng.randint(0, len(piece)))
             spool.advance(step)
-        elif keep:
+        elif action == "rewind":
             spool.rewind()
             read = 0
-        assert spool.size == len(content) - read
-        # What finds no place in a file that is used in a circle stays in memory.
-        assert budget.used <= min(budget_bytes, memory_limit) or (not keep and file_limit < math.inf)
-    assert read_all(spool) == content[read:]
+        elif action == "spill":
+            spool.spill(memory_limit := rng.randint(0, memory_limit))
+        else:
+            spool.close()
+            content, read = b"", 0
+        assert spool.size == len(content) - read, which
+        # What finds no place in a file that is full, or used in a circle, stays in memory.
+        if keep and spool.disk_error is None:
+            assert budget.used <= min(budget.limit, memory_limit), which
+    assert read_all(spool) == content[read:], which
     spool.close()
-    assert budget.used == 0
+
+
+def test_spilling_keeps_clear_of_what_the_file_holds(budget: MemoryBudget, tmp_path: Path) -> None:
+    """The first bytes are in memory and the next in the file, which is used in a circle."""
+    spool = Spool(budget, 100, str(tmp_path), file_limit=150)
+    pieces = [bytes([letter]) * 100 for letter in b"abcd"]
+    for piece in pieces[:2]:
+        spool.append(piece)
+    spool.spill(0)
+    for piece in pieces[2:]:
+        spool.append(piece)
+    assert read_all(spool) == b"".join(pieces)
+    spool.close()
+
+
+def test_appending_nothing_does_not_look_like_the_end(budget: MemoryBudget, tmp_path: Path) -> None:
+    spool = Spool(budget, 100, str(tmp_path))
+    spool.append(b"")
+    spool.append(b"a" * 200)
+    spool.append(b"")
+    spool.append(b"b")
+    assert read_all(spool) == b"a" * 200 + b"b"
+    spool.close()
 
 
 # ---- Memory and file ---------------------------------------------------------------------------------
