@@ -113,7 +113,7 @@ class Limits:
     slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
-    reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
+    reserved_descriptors: int = 64  # of the limit: not for consumers, and half not for files: workers, admin
     listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
     listed_path_bytes: int = 200  # of a path in these tables
     listed_failures: int = 20  # the last ones
@@ -1052,23 +1052,24 @@ class IdleSlots(Generic[Slot]):
 # ---- The spool --------------------------------------------------------------------------------------------
 
 
-class MemoryBudget:
-    """How much memory all spools together may hold, in bytes."""
+class SpoolBudget:
+    """What all spools together may hold: bytes in memory, and open files."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.files = 0  # that are open because it did not suffice
+    def __init__(self, memory_limit: int, may_open: Callable[[], bool] = lambda: True) -> None:
+        self.memory_limit = memory_limit
+        self.memory_used = 0
+        self.files = 0  # that are open because the memory did not suffice
+        self.may_open = may_open  # another one
 
-    def take(self, size: int) -> bool:
+    def take_memory(self, size: int) -> bool:
         """Claims ``size`` bytes; false if they are not to be had."""
-        if self.used + size > self.limit:
+        if self.memory_used + size > self.memory_limit:
             return False
-        self.used += size
+        self.memory_used += size
         return True
 
-    def give_back(self, size: int) -> None:
-        self.used -= size
+    def give_back_memory(self, size: int) -> None:
+        self.memory_used -= size
 
 
 class _Extent:
@@ -1100,7 +1101,7 @@ class Spool:
     )  # fmt: skip
 
     def __init__(
-        self, budget: MemoryBudget, memory_limit: int, directory: str | None = None, keep: bool = False,
+        self, budget: SpoolBudget, memory_limit: int, directory: str | None = None, keep: bool = False,
         file_limit: float = math.inf,
     ) -> None:  # fmt: skip
         self._budget = budget
@@ -1123,7 +1124,7 @@ class Spool:
         if not size:
             return  # an empty part would pass for the end
         self.size += size
-        if self._held + size <= self._memory_limit and self._budget.take(size):
+        if self._held + size <= self._memory_limit and self._budget.take_memory(size):
             self._append_to_memory(data)
             return
         try:
@@ -1131,7 +1132,7 @@ class Spool:
                 return
         except OSError as exc:
             self.disk_error = exc
-        self._budget.used += size  # it is held all the same, and shall be counted
+        self._budget.memory_used += size  # it is held all the same, and shall be counted
         self._append_to_memory(data)
 
     def spill(self, memory_limit: int) -> None:
@@ -1215,14 +1216,10 @@ class Spool:
         place = self._place(len(data))
         if place is None:
             return False
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
-                prefix="pothead-", dir=self._directory, buffering=0
-            )
-            self._budget.files += 1
+        fd = self._descriptor()
         written = 0
         while written < len(data):
-            written += os.pwrite(self._file.fileno(), data[written:], place + written)
+            written += os.pwrite(fd, data[written:], place + written)
         last = self._unread[-1] if self._unread else None
         if isinstance(last, _Extent) and last.offset + last.length == place:
             last.length += written
@@ -1230,6 +1227,16 @@ class Spool:
             self._unread.append(_Extent(place, written))
         self._file_end = place + written
         return True
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            if not self._budget.may_open():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
+                prefix="pothead-", dir=self._directory, buffering=0
+            )
+            self._budget.files += 1
+        return self._file.fileno()
 
     def _place(self, size: int) -> int | None:
         """Returns where in the file the next ``size`` bytes go, ``None`` if they would meet unread ones."""
@@ -1259,7 +1266,7 @@ class Spool:
 
     def _forget(self, size: int) -> None:
         self._held -= size
-        self._budget.give_back(size)
+        self._budget.give_back_memory(size)
 
 
 # ---- The event loop ---------------------------------------------------------------------------------------
@@ -1664,7 +1671,12 @@ class Stream(Watched):
         if limit < LIMITS.shortcut_bytes or shortcut.target.outbuf is not None:
             return False
         loop = self._loop
-        pipe = loop.pipe = loop.pipe or Pipe()
+        if loop.pipe is None:
+            try:
+                loop.pipe = Pipe()
+            except OSError:  # no descriptors: receiving needs none
+                return False
+        pipe = loop.pipe
         try:
             size = os.splice(self.fileno(), pipe.writer, limit, flags=os.SPLICE_F_NONBLOCK)
             if size:
@@ -2813,7 +2825,7 @@ class Hub:
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
         self.machines = Machines()
-        self.budget = MemoryBudget(options.memory_budget)
+        self.budget = SpoolBudget(options.memory_budget, self._may_open_file)
         self.draining = False
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
@@ -2827,8 +2839,8 @@ class Hub:
         self._trusts_all = "*" in options.forwarded_allow_ips
         self._request_ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex()
-        limit = descriptor_limit()
-        self._descriptors = limit - min(LIMITS.reserved_descriptors, limit // 4)
+        self._descriptor_limit = limit = descriptor_limit()
+        self._descriptor_reserve = min(LIMITS.reserved_descriptors, limit // 4)
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
@@ -2869,15 +2881,21 @@ class Hub:
             accept(self._new_stream(sock, address))
 
         sock = self._passed.get(what) or _bind(what, host, port, reuse_port=self.options.reuse_port)
-        may_accept = self._has_descriptors if what == "consumers" else _always
+        may_accept = self._may_accept_consumer if what == "consumers" else _always
         listener = Listener(self.loop, sock, take, may_accept, is_shared=what in self._passed)
         self._listeners[what] = listener
         self.loop.add(listener)
         if what == "workers" and not self.options.allow_anonymous_workers:
             _refuse_open_worker_port(sock)
 
-    def _has_descriptors(self) -> bool:
-        return len(self.loop.watched) + self.budget.files < self._descriptors
+    def _may_accept_consumer(self) -> bool:
+        return self._free_descriptors() > self._descriptor_reserve
+
+    def _may_open_file(self) -> bool:
+        return self._free_descriptors() > self._descriptor_reserve // 2
+
+    def _free_descriptors(self) -> int:
+        return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
     def _new_stream(self, sock: socket.socket, address: str) -> Stream:
         stream = Stream(self.loop, sock, address, self._new_outbuf)
@@ -3582,7 +3600,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "retry_after_seconds": hub.retry_after_s(),
         "queued_seconds": counters.queued.summary(),
         "worker_seconds": counters.worked.summary(),
-        "spool_memory_bytes": hub.budget.used,
+        "spool_memory_bytes": hub.budget.memory_used,
         "requeues": counters.requeues,
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},

@@ -490,7 +490,7 @@ def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig
     rig.pass_time(61)
     rig.pass_time(61)
     assert codes(rig) == ["CR"]
-    assert rig.hub.budget.used == rig.hub.budget.files == 0
+    assert rig.hub.budget.memory_used == rig.hub.budget.files == 0
 
 
 # ---- From other threads ------------------------------------------------------------------------------

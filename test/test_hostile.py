@@ -702,6 +702,31 @@ def test_hub_with_very_few_descriptors_still_serves(limit: int) -> None:
 
 
 @linux_only
+def test_bodies_in_files_leave_descriptors_for_workers() -> None:
+    with limited_hub(256) as hub, contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(Peer.connect(hub.main)) for _ in range(180)]
+        for consumer in crowd:
+            consumer.send(post(b"/crowd", bytes(100_000)))
+        hub.wait_for_error(lambda line: "cannot spool to a file" in line)
+        slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(5)]
+        for slot in slots:
+            slot.sock.settimeout(3.0)  # less than lingering_s: before those that were refused are let go
+            assert slot.read_request().body == bytes(100_000)
+            slot.sock.settimeout(wire.DEADLINE_S)
+            slot.send(ok(b"served"))
+        threads = [threading.Thread(target=serve_all, args=(slot,)) for slot in slots]
+        for thread in threads:
+            thread.start()
+        statuses = [consumer.read_response().status for consumer in crowd]
+        assert {*statuses} == {200, 503}
+        for slot in slots:
+            slot.sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        assert "Traceback" not in hub.stderr
+
+
+@linux_only
 def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() -> None:
     """C7: under 150 MB, no wake-ups, and a request among them is served."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
