@@ -149,6 +149,7 @@ class Options:
     response_spool: int = 1 * GIB
     spool_memory: int = 64 * KIB
     memory_budget: int = 64 * MIB
+    disk_budget: int = 16 * GIB
     spool_dir: str | None = None
     stream_requests: bool = False
     head_timeout: float = 10.0
@@ -173,7 +174,7 @@ class Options:
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
-        for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget"):
+        for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget", "disk_budget"):
             _check(getattr(self, name) >= 0, name, "cannot be negative")
         if self.spool_dir is not None:
             usable = os.path.isdir(self.spool_dir) and os.access(self.spool_dir, os.W_OK)
@@ -1053,16 +1054,20 @@ class IdleSlots(Generic[Slot]):
 
 
 class SpoolBudget:
-    """What all spools together may hold: bytes in memory, and open files."""
+    """What all spools together may hold: bytes in memory, bytes on the disk, and open files."""
 
-    def __init__(self, memory_limit: int, may_open: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, memory_limit: int, disk_limit: float = math.inf, may_open: Callable[[], bool] = lambda: True
+    ) -> None:
         self.memory_limit = memory_limit
         self.memory_used = 0
+        self.disk_limit = disk_limit
+        self.disk_used = 0  # by the files, as long as each has ever been
         self.files = 0  # that are open because the memory did not suffice
         self.may_open = may_open  # another one
 
     def take_memory(self, size: int) -> bool:
-        """Claims ``size`` bytes; false if they are not to be had."""
+        """Claims ``size`` bytes of memory; false if they are not to be had."""
         if self.memory_used + size > self.memory_limit:
             return False
         self.memory_used += size
@@ -1070,6 +1075,15 @@ class SpoolBudget:
 
     def give_back_memory(self, size: int) -> None:
         self.memory_used -= size
+
+    def take_disk(self, size: int) -> None:
+        """Claims ``size`` bytes of the disk; raises ``OSError`` as a full disk does."""
+        if self.disk_used + size > self.disk_limit:
+            raise OSError(errno.ENOSPC, "the disk budget is used up")
+        self.disk_used += size
+
+    def give_back_disk(self, size: int) -> None:
+        self.disk_used -= size
 
 
 class _Extent:
@@ -1096,8 +1110,8 @@ class Spool:
     """
 
     __slots__ = (
-        "_budget", "_directory", "_file", "_file_end", "_file_limit", "_held", "_keep", "_memory_limit",
-        "_offset", "_read", "_unread", "disk_error", "size",
+        "_budget", "_directory", "_file", "_file_end", "_file_limit", "_file_size", "_held", "_keep",
+        "_memory_limit", "_offset", "_read", "_unread", "disk_error", "size",
     )  # fmt: skip
 
     def __init__(
@@ -1114,6 +1128,7 @@ class Spool:
         self._held = 0  # bytes of memory, as the budget counts them
         self._file: BinaryIO | None = None
         self._file_end = 0  # behind what was written last
+        self._file_size = 0  # as the budget counts it
         self._file_limit = file_limit
         self.size = 0  # unread bytes
         self.disk_error: OSError | None = None
@@ -1216,6 +1231,7 @@ class Spool:
         place = self._place(len(data))
         if place is None:
             return False
+        self._claim(place + len(data))
         fd = self._descriptor()
         written = 0
         while written < len(data):
@@ -1227,6 +1243,11 @@ class Spool:
             self._unread.append(_Extent(place, written))
         self._file_end = place + written
         return True
+
+    def _claim(self, end: int) -> None:
+        if end > self._file_size:
+            self._budget.take_disk(end - self._file_size)
+            self._file_size = end
 
     def _descriptor(self) -> int:
         if self._file is None:
@@ -1261,7 +1282,8 @@ class Spool:
             self._file.close()
             self._budget.files -= 1
             self._file = None
-            self._file_end = 0
+        self._budget.give_back_disk(self._file_size)
+        self._file_end = self._file_size = 0
         self.disk_error = None
 
     def _forget(self, size: int) -> None:
@@ -1928,7 +1950,7 @@ class Exchange:
         self.spool.append(data)
         if self.spool.disk_error is not None and not self._hub.options.stream_requests:
             self._hub.on_disk_error(self.spool.disk_error)
-            self.refuse(503, "no room for the body")
+            self.refuse(503, f"no room for the body: {self.spool.disk_error.strerror}")
         elif self.worker is not None:
             self.pump()
 
@@ -2825,7 +2847,7 @@ class Hub:
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
         self.machines = Machines()
-        self.budget = SpoolBudget(options.memory_budget, self._may_open_file)
+        self.budget = SpoolBudget(options.memory_budget, options.disk_budget, self._may_open_file)
         self.draining = False
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
@@ -3975,6 +3997,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     "response_spool": (size, "SIZE", "of each response: taken from the worker ahead of a slow consumer"),
     "spool_memory": (size, "SIZE", "of each body: kept in memory, the rest in a temporary file"),
     "memory_budget": (size, "SIZE", "of all bodies together: kept in memory"),
+    "disk_budget": (size, "SIZE", "of all bodies together: kept in files; beyond it, as on a full disk"),
     "spool_dir": (str, "DIR", "where those files are made (default: the system's directory for them)"),
     "stream_requests": (bool, "", "hand a request to a worker before its body is there, and relay the body"),
     "head_timeout": (duration, "TIME", "for a consumer to send a request's head, before 408"),

@@ -1338,6 +1338,42 @@ def test_full_disk_does_not_spoil_a_response() -> None:
         assert logged(hub, path="/download")["code"] == "OK"
 
 
+def test_disk_budget_refuses_the_body_beyond_it_until_others_have_gone() -> None:
+    with hub_process("--disk-budget", "500k") as hub, contextlib.ExitStack() as stack:
+        first = stack.enter_context(ask(hub, post(b"/first", noise(400_000))))
+        until_queued(hub, 1)
+        with ask(hub, post(b"/no-room", noise(400_001))) as consumer:
+            response = read_refusal(consumer, 503)
+            assert b"no room for the body: the disk budget is used up" in response.body
+            assert response.value(b"Retry-After")
+        assert logged(hub, path="/no-room")["code"] == "RQ"
+        hub.wait_for_error(lambda line: "cannot spool to a file: [Errno 28] the disk budget is" in line)
+        stack.enter_context(ask(hub, post(b"/fits-into-memory", noise(60_000))))
+        until_queued(hub, 2)
+        first.close()
+        until_queued(hub, 1)
+        stack.enter_context(ask(hub, post(b"/there-is-room-again", noise(400_001))))
+        until_queued(hub, 2)
+        slot = stack.enter_context(dial(hub))
+        assert serve(slot).body == noise(60_000)
+        assert serve(slot).body == noise(400_001)
+
+
+def test_response_beyond_the_disk_budget_holds_the_worker_back() -> None:
+    body = noise(24 * MIB)
+    with hub_process("--disk-budget", "1m") as hub, dial(hub) as slot, ask(hub, get(b"/huge")) as reader:
+        slot.read_request()
+        slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        sent = send_while_taken(slot, memoryview(body))
+        assert sent < len(body)
+        assert hub.stats()["spool_memory_bytes"] < 2 * MIB
+        sender = threading.Thread(target=slot.send, args=(memoryview(body)[sent:],))
+        sender.start()
+        assert reader.read_response().body == body
+        sender.join()
+        assert logged(hub, path="/huge")["code"] == "OK"
+
+
 def test_spool_directory_is_used_and_left_empty(tmp_path: Path) -> None:
     with hub_process("--spool-dir", str(tmp_path)) as hub:
         with ask(hub, post(b"/", noise(400_000))) as consumer:

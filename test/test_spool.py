@@ -148,10 +148,10 @@ def test_bytes_that_were_read_stay_valid_when_more_come(budget: SpoolBudget, mem
 def test_spool_behaves_like_a_byte_string_whatever_is_done_to_it(tmp_path: Path) -> None:
     for seed in range(3000):
         rng = random.Random(seed)
-        budget = SpoolBudget(rng.choice((0, 200, 100_000)))
+        budget = SpoolBudget(rng.choice((0, 200, 100_000)), rng.choice((0, 700, math.inf)))
         with small_files(rng.choice((300, 1000, MIB))):
             live_at_random(rng, budget, str(tmp_path), f"history {seed}")
-        assert (budget.memory_used, budget.files) == (0, 0), seed
+        assert (budget.memory_used, budget.disk_used, budget.files) == (0, 0, 0), seed
 
 
 def live_at_random(rng: random.Random, budget: SpoolBudget, directory: str, which: str) -> None:
@@ -183,6 +183,7 @@ def live_at_random(rng: random.Random, budget: SpoolBudget, directory: str, whic
             spool.close()
             content, read = b"", 0
         assert spool.size == len(content) - read, which
+        assert 0 <= budget.disk_used <= budget.disk_limit, which
         # What finds no place in a file that is full, or used in a circle, stays in memory.
         if keep and spool.disk_error is None:
             assert budget.memory_used <= min(budget.memory_limit, memory_limit), which
@@ -301,6 +302,35 @@ def test_file_is_used_in_a_circle_and_does_not_hold_what_was_read(
     assert (spool.disk_error, budget.memory_used) == (None, 0)
     assert read + read_all(spool) == sent
     spool.close()
+
+
+def test_disk_budget_counts_the_file_as_long_as_it_has_been(tmp_path: Path) -> None:
+    budget = SpoolBudget(0)
+    spool = Spool(budget, 0, str(tmp_path), file_limit=200)
+    for size in (100, 100):
+        spool.append(b"x" * size)
+    spool.advance(100)
+    spool.append(b"y" * 50)  # goes where the first hundred have been
+    assert budget.disk_used == 200
+    assert len(read_all(spool)) == 150
+    assert budget.disk_used == 0
+    spool.append(b"z" * 10)
+    assert budget.disk_used == 10
+    spool.close()
+    assert (budget.disk_used, budget.memory_used, budget.files) == (0, 0, 0)
+
+
+def test_disk_budget_bounds_all_spools_together_as_a_full_disk_does(tmp_path: Path) -> None:
+    budget = SpoolBudget(0, 150)
+    first, second = Spool(budget, 0, str(tmp_path)), Spool(budget, 0, str(tmp_path))
+    first.append(b"a" * 100)
+    second.append(b"b" * 100)
+    assert (first.disk_error, budget.disk_used, budget.files) == (None, 100, 1)
+    assert second.disk_error is not None and second.disk_error.strerror == "the disk budget is used up"
+    assert (read_all(first), read_all(second)) == (b"a" * 100, b"b" * 100)
+    second.append(b"c" * 100)
+    assert (second.disk_error, budget.disk_used, budget.memory_used) == (None, 100, 0)
+    second.close()
 
 
 # ---- Keeping -----------------------------------------------------------------------------------------
