@@ -221,7 +221,12 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~
 _FIELD_LINE: Final = re.compile(rb"^(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _DIGITS: Final = re.compile(rb"[0-9]+")
-_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_QUOTED: Final = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+# Each byte decides how it goes on, so that a line that fails at its end costs linear time.
+_CHUNK_SIZE: Final = re.compile(
+    rb"([0-9A-Fa-f]{1,15})"
+    rb"(?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*"
+)
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
 # "." and ".." would be lost in the path that cancels a request: browsers and curl resolve them.
@@ -230,7 +235,7 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key",
+        b"idempotency-key", b"max-forwards",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
     )
 )  # fmt: skip
@@ -289,6 +294,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     connection_options: frozenset[bytes]
+    max_forwards: int | None = None  # of an OPTIONS: how many more proxies may pass it on
 
     @property
     def path(self) -> bytes:
@@ -349,9 +355,11 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
         target, host = _origin_form(method, target, host)
     options = _connection_options(known)
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
+    counts_down = method == b"OPTIONS" and b"max-forwards" in known
     return RequestHead(
         method, target, minor_version, host, fields, known, length, is_chunked,
         _keeps_alive(options, minor_version), expects_continue, options,
+        _max_forwards(known[b"max-forwards"]) if counts_down else None,
     )  # fmt: skip
 
 
@@ -533,6 +541,16 @@ def _expects_continue(values: list[bytes], minor_version: int) -> bool:
     if any(value.lower() != b"100-continue" for value in values):
         raise ProtocolError(417, "an expectation other than 100-continue")
     return True
+
+
+def _max_forwards(values: list[bytes]) -> int:
+    """Returns the number, or less if it is beyond all measure (RFC 9110 §7.6.2).
+
+    What cannot be counted down must not be passed on, and so is refused.
+    """
+    if len(values) != 1 or not _DIGITS.fullmatch(values[0]):
+        raise ProtocolError(400, "a malformed Max-Forwards, or several")
+    return int(values[0].lstrip(b"0")[: LIMITS.length_digits] or b"0")
 
 
 # .. bodies ..
@@ -730,11 +748,13 @@ HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     )
 )  # fmt: skip
-# Fields of a request that the hub makes itself; what a consumer sends under these names is dropped.
+# Fields of a request that the hub makes itself, or that are meant for it; what a consumer sends under these
+# names is dropped.
 HUB_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
+        b"proxy-authorization", b"http2-settings",
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
@@ -758,6 +778,9 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     """
     parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host or b"", b"\r\n"]
     dropped = _REQUEST_DROPS | head.connection_options if head.connection_options else _REQUEST_DROPS
+    if head.max_forwards is not None:
+        dropped |= {b"max-forwards"}
+        parts.append(b"Max-Forwards: %d\r\n" % (head.max_forwards - 1))
     for name, value in head.fields:
         # X_Forwarded_For is X-Forwarded-For to every program that reads fields as CGI variables.
         if name.lower().replace(b"_", b"-") not in dropped:
@@ -1920,6 +1943,8 @@ class Exchange:
         self.received = not has_body
         if hub.refuses:
             self.finish(Outcome.DRAINING)
+        elif head.max_forwards == 0:
+            self._answer_options()
         elif length > hub.options.max_request_body:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not hub.has_room():
@@ -1932,6 +1957,14 @@ class Exchange:
                 self.consumer.write(CONTINUE)
             if hub.options.stream_requests:
                 self._enqueue()
+
+    def _answer_options(self) -> None:
+        """Answers as the last recipient what may be passed on to nobody (RFC 9110 §7.6.2)."""
+        self.status = 200
+        self._keeps_consumer = self.keeps_consumer
+        fields = [(b"X-Request-Id", self.request_id), (b"Allow", ALLOWED_METHODS)]
+        self.consumer.write(own_response(200, b"", fields=fields, keep_alive=self._keeps_consumer))
+        self.finish(Outcome.COMPLETED)
 
     def may_receive(self) -> bool:
         """Whether the body has room; a streamed one waits for its worker."""

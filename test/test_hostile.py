@@ -193,6 +193,8 @@ def check_forwarded(case: Case, request: wire.Request) -> None:
     assert lengths in ([[b"%d" % len(request.body)]] if has_body else [[], [b"0"]])
     if "host" in wanted:
         assert request.value(b"Host") == wanted["host"]
+    if "max-forwards" in wanted:
+        assert request.values(b"Max-Forwards") == [wanted["max-forwards"]]
     assert len(request.values(b"Host")) == len(request.values(b"X-Request-Id")) == 1
     kept = [field for field in request.fields if field[0].lower() not in OF_ONE_HOP]
     assert kept == end_to_end(case.message)
@@ -200,6 +202,7 @@ def check_forwarded(case: Case, request: wire.Request) -> None:
 
 OF_ONE_HOP = {
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    b"proxy-authorization", b"http2-settings", b"max-forwards",
     b"content-length", b"host", b"expect", b"via", b"x-forwarded-for", b"x-forwarded-proto",
     b"x-forwarded-host", b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
 }  # fmt: skip

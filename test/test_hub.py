@@ -969,6 +969,31 @@ def test_response_before_the_body_was_taken_is_relayed_and_ends_the_slot(hub: Hu
     assert logged(hub, path="/early")["code"] == "OK"
 
 
+# ---- Requests that go no further ---------------------------------------------------------------------
+
+
+def test_options_that_may_not_be_passed_on_is_answered_by_the_hub(hub: HubProcess, slot: Peer) -> None:
+    nearest = get(b"/nearest", b"Max-Forwards: 0", method=b"OPTIONS")
+    with ask(hub, nearest) as consumer:
+        response = consumer.read_response()
+        assert (response.status, response.value(b"Content-Length"), response.body) == (200, b"0", b"")
+        assert b"OPTIONS" in (response.value(b"Allow") or b"").split(b", ")
+        entry = logged(hub, path="/nearest")
+        assert (entry["status"], entry["code"], entry["attempts"], entry["worker"]) == ("200", "OK", "0", "-")
+        consumer.send(get(b"/next", b"Max-Forwards: 1", method=b"OPTIONS"))  # on the same connection
+        request = serve(slot)
+        assert (request.target, request.value(b"Max-Forwards")) == (b"/next", b"0")
+        assert consumer.read_response().body == b"ok"
+
+
+def test_options_with_a_body_that_may_not_be_passed_on_is_answered_at_its_head(hub: HubProcess) -> None:
+    fields = (b"Max-Forwards: 0", b"Expect: 100-continue")
+    with ask(hub, post(b"/body", b"12345", *fields, method=b"OPTIONS")[:-5]) as consumer:
+        response = consumer.read_response()
+        assert (response.status, response.value(b"Connection")) == (200, b"close")
+        consumer.expect_eof()
+
+
 # ---- The queue's limits ------------------------------------------------------------------------------
 
 
