@@ -143,6 +143,7 @@ class Options:
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
+    retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
     response_timeout: float = math.inf
     max_attempts: int = 2
     max_request_body: int = 1 * GIB
@@ -171,6 +172,7 @@ class Options:
             _check(getattr(self, name) != "", name, "is empty")
         for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
+        _check(0 < self.retry_after < math.inf, "retry_after", "must be longer than nothing, and have an end")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
@@ -974,9 +976,11 @@ class RequestQueue(Generic[Item]):
         return since
 
 
-def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int:
-    """Returns after how many seconds a refused request may hope for a place: the Retry-After."""
-    return max(1, math.ceil(queued / max(slots, 1) * mean_service_s))
+def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
+    """Returns after how many seconds a refused request may hope for a place; ``None`` if nothing tells."""
+    if not slots or not mean_service_s:
+        return None
+    return max(1, math.ceil(queued / slots * mean_service_s))
 
 
 class SlotLike(Protocol):
@@ -2262,7 +2266,8 @@ class Exchange:
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
         if status == 503 and self.outcome is not Outcome.CANCELLED:
-            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
+            has_waited = self.outcome is Outcome.QUEUE_TIMEOUT
+            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s(has_waited=has_waited)))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
         request_id = self.request_id.decode()
@@ -3037,10 +3042,16 @@ class Hub:
         self.counters.breaches += 1
         self.on_worker_left(worker)
 
-    def retry_after_s(self) -> int:
-        """Returns after how many seconds a refused consumer may hope for a place."""
+    def retry_after_s(self, *, has_waited: bool = False) -> int:
+        """Returns after how many seconds a refused consumer may hope for a place.
+
+        One that has waited in vain is not told to be back in a moment, whatever the estimate.
+        """
         slots = len(self.idle) + self.idle.running
-        return wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+        estimate_s = wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+        if estimate_s is None or has_waited:
+            return max(estimate_s or 0, math.ceil(self.options.retry_after))
+        return estimate_s
 
     # .. what exchanges ask and report ..
 
@@ -4024,6 +4035,7 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     ),
     "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
+    "retry_after": (duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"),
     "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
     "max_attempts": (number, "N", "how often a request is started when workers die before they answer"),
     "max_request_body": (size, "SIZE", "longer bodies are refused with 413"),

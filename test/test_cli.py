@@ -64,6 +64,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "admin_allowed_hosts": ("hub.example, hub", ("hub.example", "hub")),
     "max_queue": ("1", 1),
     "queue_timeout": ("250ms", 0.25),
+    "retry_after": ("2m", 120.0),
     "response_timeout": ("1.5m", 90.0),
     "max_attempts": ("3", 3),
     "max_request_body": ("0", 0),
@@ -169,6 +170,8 @@ SENSELESS_OF_THE_HUB = [
         ("--queue-timeout", text)
         for text in ("0", "0s", "1_0s", "+1s", "1 s", "1d", "s", ".5s", "1e3", "nan", "inf", "")
     ],
+    ("--retry-after", "off"),
+    ("--retry-after", "0s"),
     ("--response-timeout", "0ms"),
     ("--head-timeout", "never"),
     ("--keep-alive", "0"),

@@ -104,6 +104,11 @@ class Rig:
         return peer
 
 
+def address(rig: Rig) -> wire.Address:
+    host, _, port = rig.hub.main_address.rpartition(":")
+    return host, int(port)
+
+
 def has_bytes(peer: Peer) -> bool:
     peer.sock.setblocking(False)
     try:
@@ -379,10 +384,43 @@ def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callabl
     for number in range(4):
         rig.consumer(get(b"/%d" % number))
     rig.until(lambda: len(rig.hub.queue) == 3)
-    refused = Peer.connect(consumer.sock.getpeername()[:2])
-    with refused:
+    with Peer.connect(address(rig)) as refused:
         refused.send(get(b"/refused"))
         assert rig.response(refused).value(b"Retry-After") == b"21"
+
+
+def test_retry_after_is_fixed_while_nothing_tells_how_long_it_takes(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_queue=1, retry_after=44.3)
+    rig.consumer(get(b"/waits"))
+    rig.until(lambda: len(rig.hub.queue) == 1)
+    with Peer.connect(address(rig)) as refused:
+        refused.send(get(b"/no-slot"))
+        assert rig.response(refused).value(b"Retry-After") == b"45"
+        rig.slot()  # it takes the one that waits, and nobody knows for how long
+        rig.consumer(get(b"/waits-too"))
+        rig.until(lambda: len(rig.hub.queue) == 1)
+        refused.send(get(b"/nothing-served-yet"))
+        assert rig.response(refused).value(b"Retry-After") == b"45"
+
+
+@pytest.mark.parametrize(("service_s", "seconds"), [(7, b"30"), (70, b"70")])
+def test_retry_after_is_not_short_for_who_has_waited_in_vain(
+    new_rig: Callable[..., Rig], service_s: int, seconds: bytes
+) -> None:
+    rig = new_rig(queue_timeout=60.0)
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    rig.pass_time(service_s)
+    slot.send(OK)
+    rig.response(consumer)
+    rig.consumer(get(b"/runs"))
+    waits = rig.consumer(get(b"/waits"))
+    rig.pass_time(30)
+    rig.consumer(get(b"/waits-too"))
+    rig.until(lambda: len(rig.hub.queue) == 2)
+    rig.pass_time(30)
+    assert rig.response(waits).value(b"Retry-After") == seconds
 
 
 def test_response_timeout_ends_the_attempt(new_rig: Callable[..., Rig]) -> None:

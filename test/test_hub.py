@@ -1004,7 +1004,7 @@ def test_full_queue_refuses_at_once_and_the_connection_is_kept() -> None:
             with ask(hub, get(b"/3")) as third:
                 response = third.read_response()
                 assert response.status == 503
-                assert response.value(b"Retry-After") == b"1"
+                assert response.value(b"Retry-After") == b"30"
                 entry = logged(hub, path="/3")
                 assert (entry["status"], entry["code"], entry["attempts"]) == ("503", "QF", "0")
                 second.close()
@@ -1023,14 +1023,15 @@ def test_queue_that_fills_during_an_upload_refuses_it() -> None:
             until_queued(hub, 1)
             uploader.send(b"y")
             response = uploader.read_response()
-            assert (response.status, response.value(b"Retry-After")) == (503, b"1")
+            assert (response.status, response.value(b"Retry-After")) == (503, b"30")
     assert logged(hub, path="/upload")["code"] == "QF"
 
 
 def test_queue_timeout_is_503_with_retry_after() -> None:
-    with hub_process("--queue-timeout", "150ms") as hub, ask(hub, get(b"/waits")) as consumer:
+    options = ("--queue-timeout", "150ms", "--retry-after", "1.5m")
+    with hub_process(*options) as hub, ask(hub, get(b"/waits")) as consumer:
         response = consumer.read_response()
-        assert (response.status, response.value(b"Retry-After")) == (503, b"1")
+        assert (response.status, response.value(b"Retry-After")) == (503, b"90")
         entry = logged(hub, path="/waits")
         assert entry["code"] == "QT"
         assert 150 <= float(entry["queued_ms"]) < 5000
