@@ -869,11 +869,12 @@ Item = TypeVar("Item")
 class _Entry(Generic[Item]):
     """A place in the queue; a cancelled one stays in the deque, without its item, until it is swept."""
 
-    __slots__ = ("item", "number", "since", "waits")
+    __slots__ = ("item", "number", "returned_as", "since", "waits")
 
     def __init__(self, item: Item, number: int, since: float) -> None:
         self.item: Item | None = item
         self.number = number
+        self.returned_as = number  # another number, if it has come back
         self.since = since
         self.waits = True
 
@@ -885,7 +886,10 @@ class RequestQueue(Generic[Item]):
         self._max_length = max_length
         self._timeout_s = timeout_s
         self._deque: deque[_Entry[Item]] = deque()
-        self._returned: deque[_Entry[Item]] = deque()  # by arrival, too; all of them came before the others
+        # Heaps of those that were put back: by arrival, which was before that of all in the deque, and by how
+        # long they have waited. What has been taken or cancelled since stays there until it comes up.
+        self._returned: list[tuple[int, _Entry[Item]]] = []
+        self._aged: list[tuple[float, int, _Entry[Item]]] = []
         self._entries: dict[Item, _Entry[Item]] = {}  # those that wait, and those that may come back
         self._numbers = itertools.count()
         self.length = 0  # of those that wait
@@ -894,7 +898,8 @@ class RequestQueue(Generic[Item]):
         return self.length
 
     def __iter__(self) -> Iterator[Item]:
-        for entry in itertools.chain(self._returned, self._deque):
+        returned = (entry for _, entry in sorted(self._returned))
+        for entry in itertools.chain(returned, self._deque):
             if entry.item is not None:
                 yield entry.item
 
@@ -921,38 +926,46 @@ class RequestQueue(Generic[Item]):
         entry.since += away_s
         entry.waits = True
         self.length += 1
-        place = len(self._returned)
-        while place and self._returned[place - 1].number > entry.number:
-            place -= 1
-        self._returned.insert(place, entry)
+        entry.returned_as = next(self._numbers)
+        heapq.heappush(self._returned, (entry.number, entry))
+        heapq.heappush(self._aged, (entry.since, entry.returned_as, entry))
+        self._sweep()
 
     def take(self) -> Item | None:
         """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
-        for line in (self._returned, self._deque):
-            while line:
-                entry = line.popleft()
-                if entry.item is not None:
-                    entry.waits = False
-                    self.length -= 1
-                    return entry.item
+        while self._returned or self._deque:
+            entry = heapq.heappop(self._returned)[1] if self._returned else self._deque.popleft()
+            if entry.item is not None:
+                entry.waits = False
+                self.length -= 1
+                return entry.item
         return None
 
     def cancel(self, item: Item) -> None:
         """Forgets the item, wherever it is; does nothing if it is not known."""
         entry = self._entries.pop(item, None)
-        if entry is None or not entry.waits:
+        if entry is None:
             return
-        entry.item = None
-        self.length -= 1
-        if len(self._deque) + len(self._returned) > 2 * self.length + 16:
-            self._deque = deque(entry for entry in self._deque if entry.item is not None)
-            self._returned = deque(entry for entry in self._returned if entry.item is not None)
+        self.length -= entry.waits
+        entry.item, entry.waits = None, False
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Drops what waits no more, when it is more than what does."""
+        if len(self._deque) + len(self._aged) > 2 * self.length + 16:
+            self._deque = deque(entry for entry in self._deque if entry.waits)
+            self._returned = [each for each in self._returned if each[1].waits]
+            self._aged = [each for each in self._aged if _is_of_now(each)]
+            heapq.heapify(self._returned)
+            heapq.heapify(self._aged)
 
     def expire(self, now: float) -> list[Item]:
         """Removes and returns all that have waited for the time limit or longer."""
         latest = now - self._timeout_s
-        # Those that came back may have waited less than those behind them: all are looked at.
-        late = [entry for entry in self._returned if entry.since <= latest]
+        returned = set()
+        while self._returned_since() <= latest:
+            returned.add(heapq.heappop(self._aged)[2])
+        late = sorted(returned, key=lambda entry: entry.number)
         late += itertools.takewhile(lambda entry: entry.since <= latest, self._deque)
         expired = [entry.item for entry in late if entry.item is not None]
         for item in expired:
@@ -971,9 +984,18 @@ class RequestQueue(Generic[Item]):
         while self._deque and self._deque[0].item is None:
             self._deque.popleft()
         since = self._deque[0].since if self._deque else math.inf
-        if self._returned:
-            since = min([since, *(entry.since for entry in self._returned if entry.item is not None)])
-        return since
+        return min(since, self._returned_since())
+
+    def _returned_since(self) -> float:
+        while self._aged and not _is_of_now(self._aged[0]):
+            heapq.heappop(self._aged)
+        return self._aged[0][0] if self._aged else math.inf
+
+
+def _is_of_now(aged: tuple[float, int, _Entry[Item]]) -> bool:
+    """Whether the entry waits, and has not been away again."""
+    _, number, entry = aged
+    return entry.waits and entry.returned_as == number
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
