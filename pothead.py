@@ -1669,6 +1669,8 @@ class Stream(Watched):
         if abort and not self.closed:
             linger = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close sends RST
             self._try(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if self.outbuf is not None:
+            self.outbuf.close()  # nobody waits for its end any more
         self.closed = True
         self._loop.touch(self)
 
@@ -2452,10 +2454,12 @@ class Consumer:
         stream = self.stream
         if not keep_alive:
             if stream.inbuf or stream.outbuf is not None or self._phase is not Phase.RESPONSE:
+                self._hub.needy.discard(self)
                 Farewell(self._hub.loop, stream)
             else:
-                stream.close()
+                self._close()
             return
+        self._hub.needy.add(self)
         self._phase = Phase.IDLE
         self._set_deadline()
         if stream.inbuf:
@@ -2464,7 +2468,11 @@ class Consumer:
     def cut(self) -> None:
         """Breaks the connection, so that what was sent cannot be taken for a whole response."""
         self.exchange = self._reader = None
-        self.stream.close(abort=True)
+        self._close(abort=True)
+
+    def _close(self, *, abort: bool = False) -> None:
+        self._hub.needy.discard(self)
+        self.stream.close(abort=abort)
 
     # .. the rest ..
 
@@ -2475,23 +2483,17 @@ class Consumer:
         if not self._hub.refuses:
             self._set_deadline()
         elif not self.stream.has_news():  # one that has just come is refused in words
-            self.stream.close()
-
-    @property
-    def may_need_a_slot(self) -> bool:
-        """Whether a request that no worker has been given yet is there, or may come."""
-        if self.stream.closed:
-            return False
-        return self.exchange is None or self.exchange.state in (State.RECEIVING, State.QUEUED)
+            self._close()
 
     def on_hangup(self, *, reset: bool) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_gone()
-        self.stream.close()
+        self._close()
 
     def on_fault(self) -> None:
         if self.exchange is not None:
             self.exchange.finish(Outcome.HUB_FAULT)
+        self._close()
 
     def on_deadline(self) -> None:
         options, exchange = self._hub.options, self.exchange
@@ -2500,7 +2502,7 @@ class Consumer:
         elif self.stream.outbuf is not None:
             if exchange is not None:
                 exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
-            self.stream.close(abort=True)
+            self._close(abort=True)
         elif not self.may_read():
             if self.stream.has_hung_up_behind_bytes():
                 self.on_hangup(reset=False)
@@ -2512,7 +2514,7 @@ class Consumer:
         elif self.stream.has_news():
             self._set_deadline()  # a request has come this very moment: the next turn reads it
         else:
-            self.stream.close()
+            self._close()
 
     def _set_deadline(self) -> None:
         """Every phase that waits for the consumer has a limit; those that wait for the hub have none."""
@@ -2906,6 +2908,8 @@ class Hub:
         self.idle: IdleSlots[Worker] = IdleSlots()
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
+        # Consumers whose next request, or the one that they have sent, no slot has been given yet.
+        self.needy: set[Consumer] = set()
         self.machines = Machines()
         self.budget = SpoolBudget(options.memory_budget, options.disk_budget, self._may_open_file)
         self.draining = False
@@ -2986,7 +2990,7 @@ class Hub:
         return stream
 
     def _accept_consumer(self, stream: Stream) -> None:
-        Consumer(self, stream)
+        self.needy.add(Consumer(self, stream))
 
     def _accept_worker(self, stream: Stream) -> None:
         worker = Worker(self, stream)
@@ -3019,6 +3023,7 @@ class Hub:
                 continue
             exchange = self.queue.take()
             assert exchange is not None
+            self.needy.discard(exchange.consumer)
             self.loop.deliver(worker.stream, exchange.start, worker)
         if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
             self._queue_timer.deadline = expiry
@@ -3038,6 +3043,7 @@ class Hub:
     def requeue(self, exchange: Exchange) -> None:
         """Puts a request whose worker was lost back to the head of the queue."""
         self.counters.requeues += 1
+        self.needy.add(exchange.consumer)
         self.queue.put_back(exchange, exchange.worker_s)
 
     def release(self, worker: Worker, *, reusable: bool) -> None:
@@ -3215,14 +3221,10 @@ class Hub:
             self._hand_over()
         else:
             self._finish_listening()
-        for consumer in self._consumers():
+        for consumer in list(self.needy):
             consumer.on_drain()
         self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
         self.loop.touch(self._drain_timer)
-
-    def _consumers(self) -> list[Consumer]:
-        streams = [each for each in self.loop.watched if isinstance(each, Stream) and not each.closed]
-        return [each.role for each in streams if isinstance(each.role, Consumer)]
 
     def _hand_over(self) -> None:
         """Leaves new consumers to the hub that takes over.
@@ -3251,7 +3253,7 @@ class Hub:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
         if not self.draining or not (self.options.reuse_port or "workers" in self._passed):
             return
-        needed = self.queue.length or sum(each.may_need_a_slot for each in self._consumers())
+        needed = self.queue.length or len(self.needy)
         self._listeners["workers"].leave_to_successor(len(self.idle) >= needed)
         while len(self.idle) > needed and (worker := self.idle.take()):
             self.release(worker, reusable=False)
@@ -3259,11 +3261,12 @@ class Hub:
     def _end_drain(self) -> None:
         if not self.draining or self.exchanges or self._has_unsent_bytes():
             return
-        if not self._has_successor or not (self._consumers() or self._handover_timer.deadline < math.inf):
+        if not self._has_successor or not (self.needy or self._handover_timer.deadline < math.inf):
             self.loop.stop()
 
     def _has_unsent_bytes(self) -> bool:
-        return any(isinstance(each, Stream) and each.outbuf is not None for each in self.loop.watched)
+        """Whether answers are still on their way: without an exchange, no spool holds anything else."""
+        return bool(self.budget.memory_used or self.budget.disk_used)
 
     def stats(self) -> dict[str, object]:
         """Returns what goes on, ready for JSON; durations in seconds."""

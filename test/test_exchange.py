@@ -14,7 +14,7 @@ import pytest
 
 import pothead
 import wire
-from pothead import Hub, Options, Outcome, State
+from pothead import Hub, Options, Outcome, State, Stream
 from wire import Peer
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -91,7 +91,17 @@ class Rig:
         finally:
             peer.sock.settimeout(wire.DEADLINE_S)
 
+    def consumers(self) -> list[pothead.Consumer]:
+        roles = [each.role for each in self.hub.loop.watched if isinstance(each, Stream) and not each.closed]
+        return [each for each in roles if isinstance(each, pothead.Consumer)]
+
+    def may_need_a_slot(self) -> set[pothead.Consumer]:
+        """Return what the hub keeps in `needy`, by looking at everything."""
+        unserved = (State.RECEIVING, State.QUEUED)
+        return {each for each in self.consumers() if not each.exchange or each.exchange.state in unserved}
+
     def close(self) -> None:
+        assert self.hub.needy == self.may_need_a_slot()
         self.hub.loop.close()
         for peer in self._peers:
             peer.close()
@@ -503,17 +513,21 @@ def test_consumer_that_leaves_behind_unread_bytes_is_noticed(rig: Rig) -> None:
     assert len(rig.hub.queue) == 0
 
 
+def send_slowly(rig: Rig, peer: Peer, data: bytes) -> None:
+    """Send what the hub takes only bit by bit, while time passes."""
+    sender = threading.Thread(target=peer.send, args=(data,))
+    sender.start()
+    while sender.is_alive():
+        rig.pass_time(0.01)
+        sender.join(0.001)
+
+
 def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(stall_timeout=60.0)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
-    size = 24 << 20
-    sender = threading.Thread(target=slot.send, args=(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(size),))
-    sender.start()
-    while sender.is_alive():
-        rig.pass_time(0.01)
-        sender.join(0.001)
+    send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
     slot.close()
     rig.until(lambda: not rig.hub.workers)
     for _ in range(3):
@@ -529,6 +543,44 @@ def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig
     rig.pass_time(61)
     assert codes(rig) == ["CR"]
     assert rig.hub.budget.memory_used == rig.hub.budget.files == 0
+
+
+# ---- Drains ------------------------------------------------------------------------------------------
+
+
+def test_drain_ends_with_the_turn_in_which_its_last_consumer_is_given_up(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(stall_timeout=60.0, graceful_timeout=3600.0)
+    slot = rig.slot()
+    rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
+    rig.hub.drain_now()
+    while not rig.lines:
+        assert rig.hub.loop._running
+        rig.pass_time(61)
+    assert codes(rig) == ["CR"]
+    assert not rig.hub.loop._running
+
+
+def test_turn_of_a_drain_does_not_look_at_every_connection(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(reuse_port=True)
+    for number in range(200):
+        rig.slot()
+        rig.consumer(get(b"/%d" % number))
+    rig.until(lambda: rig.hub.idle.running == 200)
+    costs_s = [cpu_of_turns(rig)]
+    rig.hub.drain_now()
+    costs_s.append(cpu_of_turns(rig))
+    assert costs_s[1] < 4 * costs_s[0]
+
+
+def cpu_of_turns(rig: Rig) -> float:
+    rig.turn()
+    began = time.process_time()
+    for _ in range(2000):
+        rig.turn()
+    return time.process_time() - began
 
 
 # ---- From other threads ------------------------------------------------------------------------------

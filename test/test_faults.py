@@ -1038,7 +1038,7 @@ class Ledger:
 
         self.rig.until(is_clean)
         assert (hub.budget.memory_used, hub.budget.files) == (0, 0)
-        assert not hub.exchanges and not len(hub.queue) and len(hub.workers) == 2
+        assert not hub.exchanges and not len(hub.queue) and not hub.needy and len(hub.workers) == 2
         assert sum(hub.counters.outcomes.values()) == len(self.rig.lines)
 
 
