@@ -124,7 +124,7 @@ class Limits:
     slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
-    reserved_descriptors: int = 64  # of the process's limit, kept free of consumers: workers, files, admin
+    reserved_descriptors: int = 64  # of the limit: not for consumers, and half not for files: workers, admin
     listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
     listed_path_bytes: int = 200  # of a path in these tables
     listed_failures: int = 10  # the last ones of each code
@@ -155,12 +155,14 @@ class Options:
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
+    retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
     response_timeout: float = math.inf
     max_attempts: int = 2
     max_request_body: int = 1 * GIB
     response_spool: int = 1 * GIB
     spool_memory: int = 64 * KIB
     memory_budget: int = 64 * MIB
+    disk_budget: int = 16 * GIB
     spool_dir: str | None = None
     stream_requests: bool = False
     head_timeout: float = 10.0
@@ -182,10 +184,11 @@ class Options:
             _check(getattr(self, name) != "", name, "is empty")
         for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
+        _check(0 < self.retry_after < math.inf, "retry_after", "must be longer than nothing, and have an end")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
-        for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget"):
+        for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget", "disk_budget"):
             _check(getattr(self, name) >= 0, name, "cannot be negative")
         if self.spool_dir is not None:
             usable = os.path.isdir(self.spool_dir) and os.access(self.spool_dir, os.W_OK)
@@ -233,7 +236,12 @@ _FIELD_LINE: Final = re.compile(rb"^(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n",
 _HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _DIGITS: Final = re.compile(rb"[0-9]+")
 _PLAIN_CHUNK: Final = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
-_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_QUOTED: Final = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+# Each byte decides how it goes on, so that a line that fails at its end costs linear time.
+_CHUNK_SIZE: Final = re.compile(
+    rb"([0-9A-Fa-f]{1,15})"
+    rb"(?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*"
+)
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE_FORM: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
 # "." and ".." would be lost in the path that cancels a request: browsers and curl resolve them.
@@ -242,7 +250,7 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key",
+        b"idempotency-key", b"max-forwards",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
     )
 )  # fmt: skip
@@ -305,6 +313,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     connection_options: frozenset[bytes]
+    max_forwards: int | None = None  # of an OPTIONS: how many more proxies may pass it on
 
     @property
     def path(self) -> bytes:
@@ -374,9 +383,11 @@ def _request_head(line: re.Match[bytes], head: bytes) -> RequestHead:
         target, host = _origin_form(method, target, host)
     options = _connection_options(known)
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
+    counts_down = method == b"OPTIONS" and b"max-forwards" in known
     return RequestHead(
         method, target, minor_version, host, fields, known, length, is_chunked,
         _keeps_alive(options, minor_version), expects_continue, options,
+        _max_forwards(known[b"max-forwards"]) if counts_down else None,
     )  # fmt: skip
 
 
@@ -573,6 +584,16 @@ def _expects_continue(values: list[bytes], minor_version: int) -> bool:
     if any(value.lower() != b"100-continue" for value in values):
         raise ProtocolError(417, "an expectation other than 100-continue")
     return True
+
+
+def _max_forwards(values: list[bytes]) -> int:
+    """Returns the number, or less if it is beyond all measure (RFC 9110 §7.6.2).
+
+    What cannot be counted down must not be passed on, and so is refused.
+    """
+    if len(values) != 1 or not _DIGITS.fullmatch(values[0]):
+        raise ProtocolError(400, "a malformed Max-Forwards, or several")
+    return int(values[0].lstrip(b"0")[: LIMITS.length_digits] or b"0")
 
 
 # .. bodies ..
@@ -813,11 +834,13 @@ HOP_BY_HOP: Final = frozenset(
         b"upgrade",
     )
 )  # fmt: skip
-# Fields of a request that the hub makes itself; what a consumer sends under these names is dropped.
+# Fields of a request that the hub makes itself, or that are meant for it; what a consumer sends under these
+# names is dropped.
 HUB_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
+        b"proxy-authorization", b"http2-settings",
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
@@ -841,6 +864,9 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     """
     parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host or b"", b"\r\n"]
     dropped = _REQUEST_DROPS | head.connection_options if head.connection_options else _REQUEST_DROPS
+    if head.max_forwards is not None:
+        dropped |= {b"max-forwards"}
+        parts.append(b"Max-Forwards: %d\r\n" % (head.max_forwards - 1))
     for name, value in head.fields:
         # X_Forwarded_For is X-Forwarded-For to every program that reads fields as CGI variables.
         if name.lower().replace(b"_", b"-") not in dropped:
@@ -931,11 +957,12 @@ Item = TypeVar("Item")
 class _Entry(Generic[Item]):
     """A place in the queue; a cancelled one stays in the deque, without its item, until it is swept."""
 
-    __slots__ = ("item", "number", "since", "waits")
+    __slots__ = ("item", "number", "returned_as", "since", "waits")
 
     def __init__(self, item: Item, number: int, since: float) -> None:
         self.item: Item | None = item
         self.number = number
+        self.returned_as = number  # another number, if it has come back
         self.since = since
         self.waits = True
 
@@ -947,7 +974,10 @@ class RequestQueue(Generic[Item]):
         self._max_length = max_length
         self._timeout_s = timeout_s
         self._deque: deque[_Entry[Item]] = deque()
-        self._returned: deque[_Entry[Item]] = deque()  # by arrival, too; all of them came before the others
+        # Heaps of those that were put back: by arrival, which was before that of all in the deque, and by how
+        # long they have waited. What has been taken or cancelled since stays there until it comes up.
+        self._returned: list[tuple[int, _Entry[Item]]] = []
+        self._aged: list[tuple[float, int, _Entry[Item]]] = []
         self._entries: dict[Item, _Entry[Item]] = {}  # those that wait, and those that may come back
         self._numbers = itertools.count()
         self.length = 0  # of those that wait
@@ -956,7 +986,8 @@ class RequestQueue(Generic[Item]):
         return self.length
 
     def __iter__(self) -> Iterator[Item]:
-        for entry in itertools.chain(self._returned, self._deque):
+        returned = (entry for _, entry in sorted(self._returned))
+        for entry in itertools.chain(returned, self._deque):
             if entry.item is not None:
                 yield entry.item
 
@@ -983,38 +1014,46 @@ class RequestQueue(Generic[Item]):
         entry.since += away_s
         entry.waits = True
         self.length += 1
-        place = len(self._returned)
-        while place and self._returned[place - 1].number > entry.number:
-            place -= 1
-        self._returned.insert(place, entry)
+        entry.returned_as = next(self._numbers)
+        heapq.heappush(self._returned, (entry.number, entry))
+        heapq.heappush(self._aged, (entry.since, entry.returned_as, entry))
+        self._sweep()
 
     def take(self) -> Item | None:
         """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
-        for line in (self._returned, self._deque):
-            while line:
-                entry = line.popleft()
-                if entry.item is not None:
-                    entry.waits = False
-                    self.length -= 1
-                    return entry.item
+        while self._returned or self._deque:
+            entry = heapq.heappop(self._returned)[1] if self._returned else self._deque.popleft()
+            if entry.item is not None:
+                entry.waits = False
+                self.length -= 1
+                return entry.item
         return None
 
     def cancel(self, item: Item) -> None:
         """Forgets the item, wherever it is; does nothing if it is not known."""
         entry = self._entries.pop(item, None)
-        if entry is None or not entry.waits:
+        if entry is None:
             return
-        entry.item = None
-        self.length -= 1
-        if len(self._deque) + len(self._returned) > 2 * self.length + 16:
-            self._deque = deque(entry for entry in self._deque if entry.item is not None)
-            self._returned = deque(entry for entry in self._returned if entry.item is not None)
+        self.length -= entry.waits
+        entry.item, entry.waits = None, False
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Drops what waits no more, when it is more than what does."""
+        if len(self._deque) + len(self._aged) > 2 * self.length + 16:
+            self._deque = deque(entry for entry in self._deque if entry.waits)
+            self._returned = [each for each in self._returned if each[1].waits]
+            self._aged = [each for each in self._aged if _is_of_now(each)]
+            heapq.heapify(self._returned)
+            heapq.heapify(self._aged)
 
     def expire(self, now: float) -> list[Item]:
         """Removes and returns all that have waited for the time limit or longer."""
         latest = now - self._timeout_s
-        # Those that came back may have waited less than those behind them: all are looked at.
-        late = [entry for entry in self._returned if entry.since <= latest]
+        returned = set()
+        while self._returned_since() <= latest:
+            returned.add(heapq.heappop(self._aged)[2])
+        late = sorted(returned, key=lambda entry: entry.number)
         late += itertools.takewhile(lambda entry: entry.since <= latest, self._deque)
         expired = [entry.item for entry in late if entry.item is not None]
         for item in expired:
@@ -1033,14 +1072,25 @@ class RequestQueue(Generic[Item]):
         while self._deque and self._deque[0].item is None:
             self._deque.popleft()
         since = self._deque[0].since if self._deque else math.inf
-        if self._returned:
-            since = min([since, *(entry.since for entry in self._returned if entry.item is not None)])
-        return since
+        return min(since, self._returned_since())
+
+    def _returned_since(self) -> float:
+        while self._aged and not _is_of_now(self._aged[0]):
+            heapq.heappop(self._aged)
+        return self._aged[0][0] if self._aged else math.inf
 
 
-def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int:
-    """Returns after how many seconds a refused request may hope for a place: the Retry-After."""
-    return max(1, math.ceil(queued / max(slots, 1) * mean_service_s))
+def _is_of_now(aged: tuple[float, int, _Entry[Item]]) -> bool:
+    """Whether the entry waits, and has not been away again."""
+    _, number, entry = aged
+    return entry.waits and entry.returned_as == number
+
+
+def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
+    """Returns after how many seconds a refused request may hope for a place; ``None`` if nothing tells."""
+    if not slots or not mean_service_s:
+        return None
+    return max(1, math.ceil(queued / slots * mean_service_s))
 
 
 class SlotLike(Protocol):
@@ -1140,23 +1190,37 @@ class IdleSlots(Generic[Slot]):
 # ---- The spool --------------------------------------------------------------------------------------------
 
 
-class MemoryBudget:
-    """How much memory all spools together may hold, in bytes."""
+class SpoolBudget:
+    """What all spools together may hold: bytes in memory, bytes on the disk, and open files."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.files = 0  # that are open because it did not suffice
+    def __init__(
+        self, memory_limit: int, disk_limit: float = math.inf, may_open: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.memory_limit = memory_limit
+        self.memory_used = 0
+        self.disk_limit = disk_limit
+        self.disk_used = 0  # by the files, as long as each has ever been
+        self.files = 0  # that are open because the memory did not suffice
+        self.may_open = may_open  # another one
 
-    def take(self, size: int) -> bool:
-        """Claims ``size`` bytes; false if they are not to be had."""
-        if self.used + size > self.limit:
+    def take_memory(self, size: int) -> bool:
+        """Claims ``size`` bytes of memory; false if they are not to be had."""
+        if self.memory_used + size > self.memory_limit:
             return False
-        self.used += size
+        self.memory_used += size
         return True
 
-    def give_back(self, size: int) -> None:
-        self.used -= size
+    def give_back_memory(self, size: int) -> None:
+        self.memory_used -= size
+
+    def take_disk(self, size: int) -> None:
+        """Claims ``size`` bytes of the disk; raises ``OSError`` as a full disk does."""
+        if self.disk_used + size > self.disk_limit:
+            raise OSError(errno.ENOSPC, "the disk budget is used up")
+        self.disk_used += size
+
+    def give_back_disk(self, size: int) -> None:
+        self.disk_used -= size
 
 
 class _Extent:
@@ -1183,12 +1247,12 @@ class Spool:
     """
 
     __slots__ = (
-        "_budget", "_directory", "_file", "_file_end", "_file_limit", "_held", "_keep", "_memory_limit",
-        "_offset", "_read", "_unread", "disk_error", "size",
+        "_budget", "_directory", "_file", "_file_end", "_file_limit", "_file_size", "_held", "_keep",
+        "_memory_limit", "_offset", "_read", "_unread", "disk_error", "size",
     )  # fmt: skip
 
     def __init__(
-        self, budget: MemoryBudget, memory_limit: int, directory: str | None = None, keep: bool = False,
+        self, budget: SpoolBudget, memory_limit: int, directory: str | None = None, keep: bool = False,
         file_limit: float = math.inf,
     ) -> None:  # fmt: skip
         self._budget = budget
@@ -1201,6 +1265,7 @@ class Spool:
         self._held = 0  # bytes of memory, as the budget counts them
         self._file: BinaryIO | None = None
         self._file_end = 0  # behind what was written last
+        self._file_size = 0  # as the budget counts it
         self._file_limit = file_limit
         self.size = 0  # unread bytes
         self.disk_error: OSError | None = None
@@ -1208,8 +1273,10 @@ class Spool:
     def append(self, data: Bytes) -> None:
         """Adds ``data`` at the end."""
         size = len(data)
+        if not size:
+            return  # an empty part would pass for the end
         self.size += size
-        if self._held + size <= self._memory_limit and self._budget.take(size):
+        if self._held + size <= self._memory_limit and self._budget.take_memory(size):
             self._append_to_memory(data)
             return
         try:
@@ -1217,24 +1284,29 @@ class Spool:
                 return
         except OSError as exc:
             self.disk_error = exc
-        self._budget.used += size  # it is held all the same, and shall be counted
+        self._budget.memory_used += size  # it is held all the same, and shall be counted
         self._append_to_memory(data)
 
     def spill(self, memory_limit: int) -> None:
-        """Lowers the mark, and moves to the file what is beyond it."""
+        """Lowers the mark, and moves to the file what is beyond it; only without ``keep``.
+
+        What comes before bytes of the file stays in memory, since the file is used in their order: in a
+        circle, what is out of order would be written over.
+        """
         self._memory_limit = memory_limit
-        if self._held <= memory_limit:
-            return
-        parts, self._unread = self._unread, deque()
-        read, self._offset, self.size = self._offset, 0, 0
-        for part in parts:
-            if isinstance(part, _Extent):
-                self._unread.append(_Extent(part.offset + read, part.length - read))
-                self.size += part.length - read
-            else:
-                self._forget(len(part))
-                self.append(memoryview(part)[read:])
-            read = 0
+        tail: list[memoryview] = []
+        while self._held > memory_limit and self._unread:
+            last = self._unread[-1]
+            if isinstance(last, _Extent):
+                break
+            tail.append(memoryview(last))
+            self._unread.pop()
+            self._forget(len(last))
+        if tail and not self._unread:
+            tail[-1], self._offset = tail[-1][self._offset :], 0
+        self.size -= sum(map(len, tail))
+        for piece in reversed(tail):
+            self.append(piece)
 
     def is_over(self, limit: int) -> bool:
         """Whether the spool should take in no more until it has been read."""
@@ -1296,14 +1368,11 @@ class Spool:
         place = self._place(len(data))
         if place is None:
             return False
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
-                prefix="pothead-", dir=self._directory, buffering=0
-            )
-            self._budget.files += 1
+        self._claim(place + len(data))
+        fd = self._descriptor()
         written = 0
         while written < len(data):
-            written += os.pwrite(self._file.fileno(), data[written:], place + written)
+            written += os.pwrite(fd, data[written:], place + written)
         last = self._unread[-1] if self._unread else None
         if isinstance(last, _Extent) and last.offset + last.length == place:
             last.length += written
@@ -1311,6 +1380,21 @@ class Spool:
             self._unread.append(_Extent(place, written))
         self._file_end = place + written
         return True
+
+    def _claim(self, end: int) -> None:
+        if end > self._file_size:
+            self._budget.take_disk(end - self._file_size)
+            self._file_size = end
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            if not self._budget.may_open():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (it lives as long as the spool)
+                prefix="pothead-", dir=self._directory, buffering=0
+            )
+            self._budget.files += 1
+        return self._file.fileno()
 
     def _place(self, size: int) -> int | None:
         """Returns where in the file the next ``size`` bytes go, ``None`` if they would meet unread ones."""
@@ -1335,12 +1419,13 @@ class Spool:
             self._file.close()
             self._budget.files -= 1
             self._file = None
-            self._file_end = 0
+        self._budget.give_back_disk(self._file_size)
+        self._file_end = self._file_size = 0
         self.disk_error = None
 
     def _forget(self, size: int) -> None:
         self._held -= size
-        self._budget.give_back(size)
+        self._budget.give_back_memory(size)
 
 
 # ---- The event loop ---------------------------------------------------------------------------------------
@@ -1699,6 +1784,8 @@ class Stream(Watched):
         if abort and not self.closed:
             linger = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close sends RST
             self._try(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if self.outbuf is not None:
+            self.outbuf.close()  # nobody waits for its end any more
         self.closed = True
         self._loop.touch(self)
 
@@ -1777,7 +1864,12 @@ class Stream(Watched):
         if limit < LIMITS.shortcut_bytes or shortcut.target.outbuf is not None:
             return False
         loop = self._loop
-        pipe = loop.pipe = loop.pipe or Pipe()
+        if loop.pipe is None:
+            try:
+                loop.pipe = Pipe()
+            except OSError:  # no descriptors: receiving needs none
+                return False
+        pipe = loop.pipe
         try:
             size = os.splice(self.fileno(), pipe.writer, limit, flags=os.SPLICE_F_NONBLOCK)
             if size:
@@ -2002,6 +2094,8 @@ class Exchange:
         self.received = not has_body
         if hub.refuses:
             self.finish(Outcome.DRAINING)
+        elif head.max_forwards == 0:
+            self._answer_options()
         elif length > hub.options.max_request_body:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not hub.has_room():
@@ -2023,6 +2117,14 @@ class Exchange:
         self._hub.upload_bytes += size - self._upload_bytes
         self._upload_bytes = size
 
+    def _answer_options(self) -> None:
+        """Answers as the last recipient what may be passed on to nobody (RFC 9110 §7.6.2)."""
+        self.status = 200
+        self._keeps_consumer = self.keeps_consumer
+        fields = [(b"X-Request-Id", self.request_id), (b"Allow", ALLOWED_METHODS)]
+        self.consumer.write(own_response(200, b"", fields=fields, keep_alive=self._keeps_consumer))
+        self.finish(Outcome.COMPLETED)
+
     def may_receive(self) -> bool:
         """Whether the body has room; a streamed one waits for its worker."""
         if self.spool is None or not self._hub.options.stream_requests:
@@ -2040,7 +2142,7 @@ class Exchange:
         self.spool.append(data)
         if self.spool.disk_error is not None and not self._hub.options.stream_requests:
             self._hub.on_disk_error(self.spool.disk_error)
-            self.refuse(503, "no room for the body")
+            self.refuse(503, f"no room for the body: {self.spool.disk_error.strerror}")
         elif self.worker is not None:
             self.pump()
 
@@ -2330,7 +2432,8 @@ class Exchange:
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
         if status == 503 and self.outcome is not Outcome.CANCELLED:
-            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s()))
+            has_waited = self.outcome is Outcome.QUEUE_TIMEOUT
+            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s(has_waited=has_waited)))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
         request_id = self.request_id.decode()
@@ -2506,10 +2609,12 @@ class Consumer:
         stream = self.stream
         if not keep_alive:
             if stream.inbuf or stream.outbuf is not None or self._phase is not Phase.RESPONSE:
+                self._hub.needy.discard(self)
                 Farewell(self._hub.loop, stream)
             else:
-                stream.close()
+                self._close()
             return
+        self._hub.needy.add(self)
         self._phase = Phase.IDLE
         self._set_deadline()
         if stream.inbuf:
@@ -2518,7 +2623,11 @@ class Consumer:
     def cut(self) -> None:
         """Breaks the connection, so that what was sent cannot be taken for a whole response."""
         self.exchange = self._reader = None
-        self.stream.close(abort=True)
+        self._close(abort=True)
+
+    def _close(self, *, abort: bool = False) -> None:
+        self._hub.needy.discard(self)
+        self.stream.close(abort=abort)
 
     # .. the rest ..
 
@@ -2529,23 +2638,17 @@ class Consumer:
         if not self._hub.refuses:
             self._set_deadline()
         elif not self.stream.has_news():  # one that has just come is refused in words
-            self.stream.close()
-
-    @property
-    def may_need_a_slot(self) -> bool:
-        """Whether a request that no worker has been given yet is there, or may come."""
-        if self.stream.closed:
-            return False
-        return self.exchange is None or self.exchange.state in (State.RECEIVING, State.QUEUED)
+            self._close()
 
     def on_hangup(self, *, reset: bool) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_gone()
-        self.stream.close()
+        self._close()
 
     def on_fault(self) -> None:
         if self.exchange is not None:
             self.exchange.finish(Outcome.HUB_FAULT)
+        self._close()
 
     def on_deadline(self) -> None:
         options, exchange = self._hub.options, self.exchange
@@ -2554,7 +2657,7 @@ class Consumer:
         elif self.stream.outbuf is not None:
             if exchange is not None:
                 exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
-            self.stream.close(abort=True)
+            self._close(abort=True)
         elif self.room() <= 0:
             if self.stream.has_hung_up():
                 self.on_hangup(reset=False)
@@ -2566,7 +2669,7 @@ class Consumer:
         elif self.stream.has_news():
             self._set_deadline()  # a request has come this very moment: the next turn reads it
         else:
-            self.stream.close()
+            self._close()
 
     def _set_deadline(self) -> None:
         """Every phase that waits for the consumer has a limit; those that wait for the hub have none."""
@@ -3012,8 +3115,10 @@ class Hub:
         self.idle: IdleSlots[Worker] = IdleSlots()
         self.exchanges: set[Exchange] = set()
         self.workers: set[Worker] = set()
+        # Consumers whose next request, or the one that they have sent, no slot has been given yet.
+        self.needy: set[Consumer] = set()
         self.machines = Machines()
-        self.budget = MemoryBudget(options.memory_budget)
+        self.budget = SpoolBudget(options.memory_budget, options.disk_budget, self._may_open_file)
         self.upload_bytes = 0  # of memory that requests take whose bodies are coming, beside the bodies
         self.draining = False
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
@@ -3029,8 +3134,8 @@ class Hub:
         self._trusts_all = "*" in options.forwarded_allow_ips
         self._request_ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex()
-        limit = descriptor_limit()
-        self._descriptors = limit - min(LIMITS.reserved_descriptors, limit // 4)
+        self._descriptor_limit = limit = descriptor_limit()
+        self._descriptor_reserve = min(LIMITS.reserved_descriptors, limit // 4)
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
@@ -3075,15 +3180,21 @@ class Hub:
             accept(self._new_stream(sock, address))
 
         sock = self._passed.get(what) or _bind(what, host, port, reuse_port=self.options.reuse_port)
-        may_accept = self._has_descriptors if what == "consumers" else _always
+        may_accept = self._may_accept_consumer if what == "consumers" else _always
         listener = Listener(self.loop, sock, take, may_accept, is_shared=what in self._passed)
         self._listeners[what] = listener
         self.loop.add(listener)
         if what == "workers" and not self.options.allow_anonymous_workers:
             _refuse_open_worker_port(sock)
 
-    def _has_descriptors(self) -> bool:
-        return len(self.loop.watched) + self.budget.files < self._descriptors
+    def _may_accept_consumer(self) -> bool:
+        return self._free_descriptors() > self._descriptor_reserve
+
+    def _may_open_file(self) -> bool:
+        return self._free_descriptors() > self._descriptor_reserve // 2
+
+    def _free_descriptors(self) -> int:
+        return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
     def _new_stream(self, sock: socket.socket, address: str) -> Stream:
         stream = Stream(self.loop, sock, address, self._new_outbuf)
@@ -3092,7 +3203,7 @@ class Hub:
         return stream
 
     def _accept_consumer(self, stream: Stream) -> None:
-        Consumer(self, stream)
+        self.needy.add(Consumer(self, stream))
 
     def _accept_worker(self, stream: Stream) -> None:
         worker = Worker(self, stream)
@@ -3127,6 +3238,7 @@ class Hub:
             if exchange is None:
                 self.idle.release(worker, park=True)
                 break
+            self.needy.discard(exchange.consumer)
             self.loop.deliver(worker.stream, exchange.start, worker)
         if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
             self._queue_timer.deadline = expiry
@@ -3160,6 +3272,7 @@ class Hub:
     def requeue(self, exchange: Exchange) -> None:
         """Puts a request whose worker was lost back to the head of the queue."""
         self.counters.requeues += 1
+        self.needy.add(exchange.consumer)
         self.queue.put_back(exchange, exchange.worker_s)
 
     def release(self, worker: Worker, *, reusable: bool) -> None:
@@ -3186,10 +3299,16 @@ class Hub:
         self.counters.breaches += 1
         worker.on_hangup(reset=False)
 
-    def retry_after_s(self) -> int:
-        """Returns after how many seconds a refused consumer may hope for a place."""
+    def retry_after_s(self, *, has_waited: bool = False) -> int:
+        """Returns after how many seconds a refused consumer may hope for a place.
+
+        One that has waited in vain is not told to be back in a moment, whatever the estimate.
+        """
         slots = len(self.idle) + self.idle.running
-        return wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+        estimate_s = wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+        if estimate_s is None or has_waited:
+            return max(estimate_s or 0, math.ceil(self.options.retry_after))
+        return estimate_s
 
     # .. what exchanges ask and report ..
 
@@ -3332,14 +3451,10 @@ class Hub:
             self._hand_over()
         else:
             self._finish_listening()
-        for consumer in self._consumers():
+        for consumer in list(self.needy):
             consumer.on_drain()
         self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
         self.loop.touch(self._drain_timer)
-
-    def _consumers(self) -> list[Consumer]:
-        streams = [each for each in self.loop.watched if isinstance(each, Stream) and not each.closed]
-        return [each.role for each in streams if isinstance(each.role, Consumer)]
 
     def _hand_over(self) -> None:
         """Leaves new consumers to the hub that takes over.
@@ -3383,7 +3498,7 @@ class Hub:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
         if not self.draining or not (self.options.reuse_port or "workers" in self._passed):
             return
-        needed = self.queue.length or sum(each.may_need_a_slot for each in self._consumers())
+        needed = self.queue.length or len(self.needy)
         self._listeners["workers"].leave_to_successor(len(self.idle) >= needed)
         while len(self.idle) > needed and (worker := self.idle.take()):
             self.release(worker, reusable=False)
@@ -3391,11 +3506,12 @@ class Hub:
     def _end_drain(self) -> None:
         if not self.draining or self.exchanges or self._has_unsent_bytes():
             return
-        if not self._has_successor or not (self._consumers() or self._handover_timer.deadline < math.inf):
+        if not self._has_successor or not (self.needy or self._handover_timer.deadline < math.inf):
             self.loop.stop()
 
     def _has_unsent_bytes(self) -> bool:
-        return any(isinstance(each, Stream) and each.outbuf is not None for each in self.loop.watched)
+        """Whether answers are still on their way: without an exchange, no spool holds anything else."""
+        return bool(self.budget.memory_used or self.budget.disk_used)
 
     def stats(self) -> dict[str, object]:
         """Returns what goes on, ready for JSON; durations in seconds."""
@@ -3839,7 +3955,7 @@ def readable_json(fields: Mapping[str, object]) -> str:
 
 def describe_hub(hub: Hub) -> dict[str, object]:
     """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
-    now, counters, disk = hub.loop.now, hub.counters, disk_use(hub)
+    now, counters = hub.loop.now, hub.counters
     workers = sorted(hub.workers, key=lambda each: each.since)
     running = [each.exchange for each in workers if each.exchange is not None]
     running.sort(key=lambda each: each.received_at)
@@ -3860,10 +3976,10 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "retry_after_seconds": hub.retry_after_s(),
         "queued_seconds": counters.queued.summary(),
         "worker_seconds": counters.worked.summary(),
-        "spool_memory_bytes": hub.budget.used,
-        "memory_budget_bytes": hub.budget.limit,
-        "spool_disk_bytes": disk.used,
-        "disk_budget_bytes": disk.limit,
+        "spool_memory_bytes": hub.budget.memory_used,
+        "memory_budget_bytes": hub.budget.memory_limit,
+        "spool_disk_bytes": hub.budget.disk_used,
+        "disk_budget_bytes": hub.budget.disk_limit,
         "worker_errors": dict(sorted(counters.worker_errors.items())),
         "requeues": counters.requeues,
         "breaches": counters.breaches,
@@ -3880,18 +3996,6 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
     }
-
-
-class DiskUse(NamedTuple):
-    """Bytes of bodies in files, and how many there may be (``None``: nobody has said so)."""
-
-    used: int
-    limit: int | None
-
-
-def disk_use(hub: Hub) -> DiskUse:
-    """Returns what the spools take of the disk."""
-    return DiskUse(0, None)
 
 
 def describe_history(history: History, now: float) -> dict[str, object]:
@@ -4060,17 +4164,18 @@ class MetricsCollector:
     def _resources(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
-        hub, disk = self._hub, disk_use(self._hub)
+        hub = self._hub
         roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
         connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
         for kind, role in (("consumers", Consumer), ("workers", Worker), ("admin", Admin)):
             connections.add_metric([kind], roles[role])
         yield connections
         spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
-        spools.add_metric(["memory"], hub.budget.used)
-        spools.add_metric(["disk"], disk.used)
+        spools.add_metric(["memory"], hub.budget.memory_used)
+        spools.add_metric(["disk"], hub.budget.disk_used)
         yield spools
-        yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk.limit)
+        disk_limit = hub.budget.disk_limit
+        yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk_limit)
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.core import HistogramMetricFamily as Histogram
@@ -4268,12 +4373,14 @@ OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
     ),
     "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
+    "retry_after": (duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"),
     "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
     "max_attempts": (number, "N", "how often a request is started when workers die before they answer"),
     "max_request_body": (size, "SIZE", "longer bodies are refused with 413"),
     "response_spool": (size, "SIZE", "of each response: taken from the worker ahead of a slow consumer"),
     "spool_memory": (size, "SIZE", "of each body: kept in memory, the rest in a temporary file"),
     "memory_budget": (size, "SIZE", "of all bodies together: kept in memory"),
+    "disk_budget": (size, "SIZE", "of all bodies together: kept in files; beyond it, as on a full disk"),
     "spool_dir": (str, "DIR", "where those files are made (default: the system's directory for them)"),
     "stream_requests": (bool, "", "hand a request to a worker before its body is there, and relay the body"),
     "head_timeout": (duration, "TIME", "for a consumer to send a request's head, before 408"),

@@ -417,8 +417,13 @@ class FixedBody(RequestBody):
 class ChunkedBody(RequestBody):
     """A body in chunks (RFC 9112 §7.1); extensions and trailers are dropped."""
 
-    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-    TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+    NAME = TOKEN.encode()
+    QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+    # Each byte decides how it goes on, so that a line that fails at its end costs linear time.
+    SIZE_LINE = re.compile(
+        rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*" % (NAME, NAME, QUOTED)
+    )
+    TRAILER_LINE = re.compile(rb"%b:[\t\x20-\x7e\x80-\xff]*" % NAME)
 
     def __init__(self, intake: Intake) -> None:
         super().__init__(intake)

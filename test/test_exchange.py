@@ -15,7 +15,7 @@ import pytest
 
 import pothead
 import wire
-from pothead import Hub, Options, Outcome, State
+from pothead import Hub, Options, Outcome, State, Stream
 from wire import Peer
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -93,7 +93,17 @@ class Rig:
         finally:
             peer.sock.settimeout(wire.DEADLINE_S)
 
+    def consumers(self) -> list[pothead.Consumer]:
+        roles = [each.role for each in self.hub.loop.watched if isinstance(each, Stream) and not each.closed]
+        return [each for each in roles if isinstance(each, pothead.Consumer)]
+
+    def may_need_a_slot(self) -> set[pothead.Consumer]:
+        """Return what the hub keeps in `needy`, by looking at everything."""
+        unserved = (State.RECEIVING, State.QUEUED)
+        return {each for each in self.consumers() if not each.exchange or each.exchange.state in unserved}
+
     def close(self) -> None:
+        assert self.hub.needy == self.may_need_a_slot()
         for exchange in list(self.hub.exchanges):
             exchange.finish(Outcome.DRAINING)
         self.hub.loop.close()
@@ -106,6 +116,11 @@ class Rig:
         peer = Peer.connect((host, int(port)))
         self._peers.append(peer)
         return peer
+
+
+def address(rig: Rig) -> wire.Address:
+    host, _, port = rig.hub.main_address.rpartition(":")
+    return host, int(port)
 
 
 def has_bytes(peer: Peer) -> bool:
@@ -383,10 +398,43 @@ def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callabl
     for number in range(4):
         rig.consumer(get(b"/%d" % number))
     rig.until(lambda: len(rig.hub.queue) == 3)
-    refused = Peer.connect(consumer.sock.getpeername()[:2])
-    with refused:
+    with Peer.connect(address(rig)) as refused:
         refused.send(get(b"/refused"))
         assert rig.response(refused).value(b"Retry-After") == b"21"
+
+
+def test_retry_after_is_fixed_while_nothing_tells_how_long_it_takes(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_queue=1, retry_after=44.3)
+    rig.consumer(get(b"/waits"))
+    rig.until(lambda: len(rig.hub.queue) == 1)
+    with Peer.connect(address(rig)) as refused:
+        refused.send(get(b"/no-slot"))
+        assert rig.response(refused).value(b"Retry-After") == b"45"
+        rig.slot()  # it takes the one that waits, and nobody knows for how long
+        rig.consumer(get(b"/waits-too"))
+        rig.until(lambda: len(rig.hub.queue) == 1)
+        refused.send(get(b"/nothing-served-yet"))
+        assert rig.response(refused).value(b"Retry-After") == b"45"
+
+
+@pytest.mark.parametrize(("service_s", "seconds"), [(7, b"30"), (70, b"70")])
+def test_retry_after_is_not_short_for_who_has_waited_in_vain(
+    new_rig: Callable[..., Rig], service_s: int, seconds: bytes
+) -> None:
+    rig = new_rig(queue_timeout=60.0)
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    rig.pass_time(service_s)
+    slot.send(OK)
+    rig.response(consumer)
+    rig.consumer(get(b"/runs"))
+    waits = rig.consumer(get(b"/waits"))
+    rig.pass_time(30)
+    rig.consumer(get(b"/waits-too"))
+    rig.until(lambda: len(rig.hub.queue) == 2)
+    rig.pass_time(30)
+    assert rig.response(waits).value(b"Retry-After") == seconds
 
 
 def test_response_timeout_ends_the_attempt(new_rig: Callable[..., Rig]) -> None:
@@ -469,17 +517,21 @@ def test_consumer_that_leaves_behind_unread_bytes_is_noticed(rig: Rig) -> None:
     assert len(rig.hub.queue) == 0
 
 
+def send_slowly(rig: Rig, peer: Peer, data: bytes) -> None:
+    """Send what the hub takes only bit by bit, while time passes."""
+    sender = threading.Thread(target=peer.send, args=(data,))
+    sender.start()
+    while sender.is_alive():
+        rig.pass_time(0.01)
+        sender.join(0.001)
+
+
 def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(stall_timeout=60.0)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
-    size = 24 << 20
-    sender = threading.Thread(target=slot.send, args=(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(size),))
-    sender.start()
-    while sender.is_alive():
-        rig.pass_time(0.01)
-        sender.join(0.001)
+    send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
     slot.close()
     rig.until(lambda: not rig.hub.workers)
     for _ in range(3):
@@ -494,7 +546,45 @@ def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig
     rig.pass_time(61)
     rig.pass_time(61)
     assert codes(rig) == ["CR"]
-    assert rig.hub.budget.used == rig.hub.budget.files == 0
+    assert rig.hub.budget.memory_used == rig.hub.budget.files == 0
+
+
+# ---- Drains ------------------------------------------------------------------------------------------
+
+
+def test_drain_ends_with_the_turn_in_which_its_last_consumer_is_given_up(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(stall_timeout=60.0, graceful_timeout=3600.0)
+    slot = rig.slot()
+    rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
+    rig.hub.drain_now()
+    while not rig.lines:
+        assert rig.hub.loop._running
+        rig.pass_time(61)
+    assert codes(rig) == ["CR"]
+    assert not rig.hub.loop._running
+
+
+def test_turn_of_a_drain_does_not_look_at_every_connection(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(reuse_port=True)
+    for number in range(200):
+        rig.slot()
+        rig.consumer(get(b"/%d" % number))
+    rig.until(lambda: rig.hub.idle.running == 200)
+    costs_s = [cpu_of_turns(rig)]
+    rig.hub.drain_now()
+    costs_s.append(cpu_of_turns(rig))
+    assert costs_s[1] < 4 * costs_s[0]
+
+
+def cpu_of_turns(rig: Rig) -> float:
+    rig.turn()
+    began = time.process_time()
+    for _ in range(2000):
+        rig.turn()
+    return time.process_time() - began
 
 
 # ---- What one peer may cost the others ------------------------------------------------------------------
@@ -538,15 +628,15 @@ def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]
     rig = new_rig(max_queue=1)
     rig.consumer(get(b"/waits"))
     eager = rig.consumer(b"")
-    rig.until(lambda: len(rig.hub._consumers()) == 2)
-    (stream,) = [each.stream for each in rig.hub._consumers() if each.exchange is None]
+    rig.until(lambda: len(rig.consumers()) == 2)
+    (stream,) = [each.stream for each in rig.consumers() if each.exchange is None]
     stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sender = send_in_background(eager, get(b"/refused") * 100_000)
     turns_until(rig, lambda: stream.outbuf is not None)
     answered = len(rig.lines)
     turns_until(rig, lambda: stream.role.room() <= 0)  # it is not even heard any more
     assert len(rig.lines) == answered
-    assert rig.hub.budget.used < 1 << 20 and rig.hub.budget.files == 0
+    assert rig.hub.budget.memory_used < 1 << 20 and rig.hub.budget.files == 0
     assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
     while len(rig.lines) < answered + 100:  # when it reads, it goes on
         take(eager)
@@ -558,7 +648,7 @@ def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]
 def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/waits"))
     sender = send_in_background(consumer, get(b"/next") * 40_000)
-    (stream,) = [each.stream for each in rig.hub._consumers()]
+    (stream,) = [each.stream for each in rig.consumers()]
     turns_until(rig, lambda: stream.role.room() == 0)
     assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
     consumer.sock.shutdown(socket.SHUT_RDWR)
@@ -638,7 +728,7 @@ def test_bodies_on_their_way_are_bounded_in_what_their_heads_take(
 def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/"))
     consumer.send(b"x" * 100_000)
-    (stream,) = [each.stream for each in rig.hub._consumers()]
+    (stream,) = [each.stream for each in rig.consumers()]
     turns_until(rig, lambda: stream.role.room() == 0)
     rig.pass_time(0.1)
     consumer.close()
@@ -703,7 +793,7 @@ def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
-    (stream,) = [each.stream for each in rig.hub._consumers()]
+    (stream,) = [each.stream for each in rig.consumers()]
     stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     hint = b"HTTP/1.1 103 Early Hints\r\nLink: <%b>\r\n\r\n" % (b"x" * 30_000)
     count = 0

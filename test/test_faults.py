@@ -825,7 +825,7 @@ class FaultySocket:
 def faulty_system(plan: Plan) -> Iterator[None]:
     """Let the functions of `os` that the hub moves bytes with go by the plan too."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pread", "pwrite"):
+        for name in ("pread", "pwrite", "pipe"):
             patch.setattr(os, name, planned(plan, name))
         if pothead.CAN_SPLICE:
             splice = planned(plan, "splice")
@@ -1037,8 +1037,8 @@ class Ledger:
             return len(hub.loop.watched) == left and len(hub.idle) == 2
 
         self.rig.until(is_clean)
-        assert (hub.budget.used, hub.budget.files) == (0, 0)
-        assert not hub.exchanges and not len(hub.queue) and len(hub.workers) == 2
+        assert (hub.budget.memory_used, hub.budget.files) == (0, 0)
+        assert not hub.exchanges and not len(hub.queue) and not hub.needy and len(hub.workers) == 2
         assert sum(hub.counters.outcomes.values()) == len(self.rig.lines)
 
 
@@ -1104,6 +1104,11 @@ def test_splice_that_fails_costs_one_exchange_at_most(error: str) -> None:
     assert fail_every_call("splice", error, may_fail=error != "EAGAIN") >= 2
 
 
+@pytest.mark.skipif(not pothead.CAN_SPLICE, reason="no splice here")
+def test_pipe_that_is_not_to_be_had_costs_nothing() -> None:
+    assert fail_every_call("pipe", "EMFILE", may_fail=0) >= 1
+
+
 @pytest.mark.parametrize(("function", "error"), [("pwrite", "ENOSPC"), ("pwrite", "EIO"), ("pread", "EIO")])
 def test_disk_that_fails_costs_one_exchange_at_most(function: str, error: str) -> None:
     assert fail_every_call(function, error) >= 1
@@ -1145,7 +1150,7 @@ def test_consumer_that_stops_after_any_byte_of_its_request_is_forgotten(
         rig.turn()
         leave(consumer)
         rig.until(lambda: len(hub.loop.watched) == len(hub._listeners) and not hub.exchanges)
-        assert len(hub.queue) == hub.budget.used == 0
+        assert len(hub.queue) == hub.budget.memory_used == 0
     assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CQ"}
 
 

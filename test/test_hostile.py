@@ -194,6 +194,8 @@ def check_forwarded(case: Case, request: wire.Request) -> None:
     assert lengths in ([[b"%d" % len(request.body)]] if has_body else [[], [b"0"]])
     if "host" in wanted:
         assert request.value(b"Host") == wanted["host"]
+    if "max-forwards" in wanted:
+        assert request.values(b"Max-Forwards") == [wanted["max-forwards"]]
     assert len(request.values(b"Host")) == len(request.values(b"X-Request-Id")) == 1
     kept = [field for field in request.fields if field[0].lower() not in OF_ONE_HOP]
     assert kept == end_to_end(case.message)
@@ -201,6 +203,7 @@ def check_forwarded(case: Case, request: wire.Request) -> None:
 
 OF_ONE_HOP = {
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    b"proxy-authorization", b"http2-settings", b"max-forwards",
     b"content-length", b"host", b"expect", b"via", b"x-forwarded-for", b"x-forwarded-proto",
     b"x-forwarded-host", b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
 }  # fmt: skip
@@ -684,6 +687,31 @@ def test_hub_with_very_few_descriptors_still_serves(limit: int) -> None:
     with limited_hub(limit) as hub, contextlib.closing(Pair(hub)) as pair:
         for _ in range(10):
             pair.probe()
+
+
+@linux_only
+def test_bodies_in_files_leave_descriptors_for_workers() -> None:
+    with limited_hub(256) as hub, contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(Peer.connect(hub.main)) for _ in range(180)]
+        for consumer in crowd:
+            consumer.send(post(b"/crowd", bytes(100_000)))
+        hub.wait_for_error(lambda line: "cannot spool to a file" in line)
+        slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(5)]
+        for slot in slots:
+            slot.sock.settimeout(3.0)  # less than lingering_s: before those that were refused are let go
+            assert slot.read_request().body == bytes(100_000)
+            slot.sock.settimeout(wire.DEADLINE_S)
+            slot.send(ok(b"served"))
+        threads = [threading.Thread(target=serve_all, args=(slot,)) for slot in slots]
+        for thread in threads:
+            thread.start()
+        statuses = [consumer.read_response().status for consumer in crowd]
+        assert {*statuses} == {200, 503}
+        for slot in slots:
+            slot.sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        assert "Traceback" not in hub.stderr
 
 
 @linux_only

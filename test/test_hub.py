@@ -1024,6 +1024,31 @@ def test_response_before_the_body_was_taken_is_relayed_and_ends_the_slot(hub: Hu
     assert logged(hub, path="/early")["code"] == "OK"
 
 
+# ---- Requests that go no further ---------------------------------------------------------------------
+
+
+def test_options_that_may_not_be_passed_on_is_answered_by_the_hub(hub: HubProcess, slot: Peer) -> None:
+    nearest = get(b"/nearest", b"Max-Forwards: 0", method=b"OPTIONS")
+    with ask(hub, nearest) as consumer:
+        response = consumer.read_response()
+        assert (response.status, response.value(b"Content-Length"), response.body) == (200, b"0", b"")
+        assert b"OPTIONS" in (response.value(b"Allow") or b"").split(b", ")
+        entry = logged(hub, path="/nearest")
+        assert (entry["status"], entry["code"], entry["attempts"], entry["worker"]) == ("200", "OK", "0", "-")
+        consumer.send(get(b"/next", b"Max-Forwards: 1", method=b"OPTIONS"))  # on the same connection
+        request = serve(slot)
+        assert (request.target, request.value(b"Max-Forwards")) == (b"/next", b"0")
+        assert consumer.read_response().body == b"ok"
+
+
+def test_options_with_a_body_that_may_not_be_passed_on_is_answered_at_its_head(hub: HubProcess) -> None:
+    fields = (b"Max-Forwards: 0", b"Expect: 100-continue")
+    with ask(hub, post(b"/body", b"12345", *fields, method=b"OPTIONS")[:-5]) as consumer:
+        response = consumer.read_response()
+        assert (response.status, response.value(b"Connection")) == (200, b"close")
+        consumer.expect_eof()
+
+
 # ---- The queue's limits ------------------------------------------------------------------------------
 
 
@@ -1034,7 +1059,7 @@ def test_full_queue_refuses_at_once_and_the_connection_is_kept() -> None:
             with ask(hub, get(b"/3")) as third:
                 response = third.read_response()
                 assert response.status == 503
-                assert response.value(b"Retry-After") == b"1"
+                assert response.value(b"Retry-After") == b"30"
                 entry = logged(hub, path="/3")
                 assert (entry["status"], entry["code"], entry["attempts"]) == ("503", "QF", "0")
                 second.close()
@@ -1053,14 +1078,15 @@ def test_queue_that_fills_during_an_upload_refuses_it() -> None:
             until_queued(hub, 1)
             uploader.send(b"y")
             response = uploader.read_response()
-            assert (response.status, response.value(b"Retry-After")) == (503, b"1")
+            assert (response.status, response.value(b"Retry-After")) == (503, b"30")
     assert logged(hub, path="/upload")["code"] == "QF"
 
 
 def test_queue_timeout_is_503_with_retry_after() -> None:
-    with hub_process("--queue-timeout", "150ms") as hub, ask(hub, get(b"/waits")) as consumer:
+    options = ("--queue-timeout", "150ms", "--retry-after", "1.5m")
+    with hub_process(*options) as hub, ask(hub, get(b"/waits")) as consumer:
         response = consumer.read_response()
-        assert (response.status, response.value(b"Retry-After")) == (503, b"1")
+        assert (response.status, response.value(b"Retry-After")) == (503, b"90")
         entry = logged(hub, path="/waits")
         assert entry["code"] == "QT"
         assert 150 <= float(entry["queued_ms"]) < 5000
@@ -1391,6 +1417,42 @@ def test_full_disk_does_not_spoil_a_response() -> None:
         assert consumer.read_response().body == body
         sender.join()
         assert logged(hub, path="/download")["code"] == "OK"
+
+
+def test_disk_budget_refuses_the_body_beyond_it_until_others_have_gone() -> None:
+    with hub_process("--disk-budget", "500k") as hub, contextlib.ExitStack() as stack:
+        first = stack.enter_context(ask(hub, post(b"/first", noise(400_000))))
+        until_queued(hub, 1)
+        with ask(hub, post(b"/no-room", noise(400_001))) as consumer:
+            response = read_refusal(consumer, 503)
+            assert b"no room for the body: the disk budget is used up" in response.body
+            assert response.value(b"Retry-After")
+        assert logged(hub, path="/no-room")["code"] == "RQ"
+        hub.wait_for_error(lambda line: "cannot spool to a file: [Errno 28] the disk budget is" in line)
+        stack.enter_context(ask(hub, post(b"/fits-into-memory", noise(60_000))))
+        until_queued(hub, 2)
+        first.close()
+        until_queued(hub, 1)
+        stack.enter_context(ask(hub, post(b"/there-is-room-again", noise(400_001))))
+        until_queued(hub, 2)
+        slot = stack.enter_context(dial(hub))
+        assert serve(slot).body == noise(60_000)
+        assert serve(slot).body == noise(400_001)
+
+
+def test_response_beyond_the_disk_budget_holds_the_worker_back() -> None:
+    body = noise(24 * MIB)
+    with hub_process("--disk-budget", "1m") as hub, dial(hub) as slot, ask(hub, get(b"/huge")) as reader:
+        slot.read_request()
+        slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        sent = send_while_taken(slot, memoryview(body))
+        assert sent < len(body)
+        assert hub.stats()["spool_memory_bytes"] < 2 * MIB
+        sender = threading.Thread(target=slot.send, args=(memoryview(body)[sent:],))
+        sender.start()
+        assert reader.read_response().body == body
+        sender.join()
+        assert logged(hub, path="/huge")["code"] == "OK"
 
 
 def test_spool_directory_is_used_and_left_empty(tmp_path: Path) -> None:

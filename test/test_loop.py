@@ -18,7 +18,7 @@ from typing import IO
 import pytest
 
 import pothead
-from pothead import LIMITS, EventLoop, Listener, MemoryBudget, Spool, Stream, Timer, Watched
+from pothead import LIMITS, EventLoop, Listener, Spool, SpoolBudget, Stream, Timer, Watched
 
 DEADLINE_S = 10.0
 MIB = 1 << 20
@@ -99,7 +99,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.clock = Clock()
         self.loop = EventLoop(self.clock)
-        self.budget = MemoryBudget(100 * MIB)
+        self.budget = SpoolBudget(100 * MIB)
         self.spool_memory = 64 * 1024
         self.directory = str(directory)
         self._cleanup = contextlib.ExitStack()
@@ -519,7 +519,7 @@ def test_stream_can_be_closed_twice(rig: Rig) -> None:
     for _ in range(2):
         stream.close()
         rig.turn()
-    assert rig.budget.used == 0
+    assert rig.budget.memory_used == 0
     assert role_of_another.events == []
     peer.close()
 
@@ -743,14 +743,14 @@ def test_what_does_not_fit_arrives_in_order_by_way_of_memory_and_file(rig: Rig, 
             received += take_now(peer, 50_000)
     assert has_unsent(stream)
     assert rig.budget.files == (1 if spool_memory < MIB else 0)
-    assert rig.budget.used <= spool_memory
+    assert rig.budget.memory_used <= spool_memory
     while len(received) < len(data):
         received += take_now(peer, MIB)
         rig.turn()
     assert received == data
     assert stream.written == len(data)
     assert role.events.count("drained") >= 1 and set(role.events) == {"drained"}
-    assert (rig.budget.files, rig.budget.used) == (0, 0)
+    assert (rig.budget.files, rig.budget.memory_used) == (0, 0)
 
 
 def test_drained_is_told_once_when_everything_has_gone(rig: Rig) -> None:

@@ -38,7 +38,7 @@ from pothead import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-ESCAPED = ("method", "target", "host", "body", "rest")
+ESCAPED = ("method", "target", "host", "body", "rest", "max-forwards")
 Reading = dict[str, object]
 
 
@@ -137,6 +137,9 @@ def describe_head(head: object) -> Reading:
     if isinstance(head, pothead.ResponseHead):
         return reading | {"status": str(head.status)}
     reading |= {"method": head.method, "target": head.target, "host": head.host}
+    sent = re.search(rb"\r\nMax-Forwards: (.*)\r\n", forwarded_request(head, None, b""))
+    if sent is not None:
+        reading["max-forwards"] = sent[1]
     return reading | {"expects-continue": "yes" if head.expects_continue else "no"}
 
 
@@ -512,6 +515,18 @@ def test_chunks_of_a_reasonable_size_may_go_on_for_ever() -> None:
         assert take_all(body, Inbuf(chunk * 1000)) == b"12345678" * 1000
 
 
+@pytest.mark.parametrize(
+    "extension", [b";a", b";a=b", b' ; a = "b"', b";" + b"a" * 300, b' ; a = "' + b"\\a" * 100, b"  \t" * 99]
+)
+def test_malformed_extensions_cost_linear_time(extension: bytes) -> None:
+    line = (b"1" + extension * (1000 // len(extension)))[:1000] + b"@\r\n"
+    began = time.process_time()
+    for _ in range(300):
+        with pytest.raises(ProtocolError):
+            ChunkedBody().take(Inbuf(line))
+    assert time.process_time() - began < 2.0
+
+
 # ---- What is forwarded -------------------------------------------------------------------------------
 
 
@@ -543,6 +558,8 @@ def test_end_to_end_fields_are_forwarded_as_they_came() -> None:
         b"Trailer: X-Digest",
         b"Upgrade: h2c",
         b"Expect: 100-continue",
+        b"Proxy-Authorization: Basic eHg=",
+        b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
         b"X-Forwarded-For: 192.0.2.1",
         b"X-FORWARDED-PROTO: https",
         b"X-Forwarded-Host: b",

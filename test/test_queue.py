@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import tracemalloc
 from dataclasses import dataclass
 
 import pytest
@@ -151,6 +152,38 @@ def test_cancelling_many_requests_costs_linear_time() -> None:
     assert list(queue) == [0]
 
 
+def test_putting_many_requests_back_costs_linear_time() -> None:
+    """A rack of workers dies at once: its requests come back in any order, and are looked at every turn."""
+    queue: RequestQueue[int] = RequestQueue(100_000, 60.0)
+    for item in range(20_000):
+        queue.put(item, float(item))
+        queue.take()
+    began = time.process_time()
+    for item in range(19_999, -1, -1):
+        queue.put_back(item, 0.0)
+        assert queue.next_expiry() == item + 60.0
+    for item in range(20_000):
+        assert queue.take() == item
+        assert queue.next_expiry() == (item + 61.0 if item < 19_999 else math.inf)
+    assert time.process_time() - began < 2.0
+
+
+@pytest.mark.parametrize("away_s", [0.0, 1.0])
+def test_request_that_comes_back_again_and_again_leaves_nothing_behind(away_s: float) -> None:
+    queue = filled("a", "b", timeout_s=math.inf)
+    queue.take()
+    queue.take()
+    queue.put_back("b", 0.0)  # has waited for longest, and is never taken
+    tracemalloc.start()
+    for _ in range(10_000):
+        queue.put_back("a", away_s)
+        assert queue.take() == "a"
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 10_000
+    assert take_all(queue) == "b"
+
+
 # ---- Expiry ------------------------------------------------------------------------------------------
 
 
@@ -263,13 +296,13 @@ def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> N
         pytest.param(3, 2, 1.0, 2, id="rounded up"),
         pytest.param(0, 4, 30.0, 1, id="at least a second"),
         pytest.param(5, 4, 0.001, 1, id="short requests"),
-        pytest.param(5, 0, 2.0, 10, id="no slots count as one"),
-        pytest.param(5, 1, 0.0, 1, id="nothing known yet"),
+        pytest.param(5, 0, 2.0, None, id="no slots"),
+        pytest.param(5, 1, 0.0, None, id="nothing served yet"),
     ],
 )
-def test_estimated_wait(queued: int, slots: int, mean_service_s: float, seconds: int) -> None:
+def test_estimated_wait(queued: int, slots: int, mean_service_s: float, seconds: int | None) -> None:
     estimate = wait_estimate(queued, slots, mean_service_s)
-    assert (estimate, type(estimate)) == (seconds, int)
+    assert (estimate, type(estimate)) == (seconds, type(seconds))
 
 
 # ---- Waiting slots -----------------------------------------------------------------------------------
