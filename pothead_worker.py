@@ -977,6 +977,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         if data is None:
             self.close_connection = True
             return
+        if data.startswith(b"HTTP/"):
+            self.close_connection = True
+            self.slot.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
+            return
         head = parse_head(data)
         self.is_busy = self.has_served = True
         self.wants_close = "close" in connection_options(head.fields)
@@ -3202,6 +3206,9 @@ def set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
+
+
 class Backoff:
     """How long to wait before the next try: doubling, at random, so that slots come apart."""
 
@@ -3218,7 +3225,11 @@ class Backoff:
 
 
 class Reachability:
-    """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try."""
+    """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try.
+
+    What can be connected to need not be a hub. Nothing may be sent to find out, since a slot is silent while
+    it waits; but a web server gives itself away, by an error or by how it ends what says nothing.
+    """
 
     def __init__(self, address: Address, slots: int, description: str) -> None:
         self._address = address
@@ -3229,6 +3240,9 @@ class Reachability:
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
+        self._is_doubted = False  # and this has been said
+        self._unused_until = -math.inf  # when the last connection that no request came on was closed,
+        self._unused_s = -math.inf  # and how long it had been open
 
     @property
     def is_reached(self) -> bool:
@@ -3248,9 +3262,33 @@ class Reachability:
 
     def on_failed(self, reason: OSError) -> None:
         with self._lock:
+            self._unused_s = -math.inf
             if not self._is_unreachable:
                 self._is_unreachable = True
                 log.warning("hub %s unreachable, trying again: %s", self._address, reason.strerror or reason)
+
+    def on_request(self) -> None:
+        """A request has come, so it is a hub."""
+        self._is_doubted = False
+        self._unused_s = -math.inf
+
+    def on_response(self, status_line: str) -> None:
+        """A response has come."""
+        with self._lock:
+            if not self._is_doubted:
+                self._is_doubted = True
+                log.warning("a web server answers at %s: %r; %s", self._address, status_line, HINT)
+
+    def on_unused(self, opened_at: float, closed_at: float) -> None:
+        """A connection was closed without a request: by chance, or each time after the same time?"""
+        with self._lock:
+            if opened_at < self._unused_until:  # another slot's, at the same time
+                return
+            waited_s, before_s = closed_at - opened_at, self._unused_s
+            self._unused_until, self._unused_s = closed_at, waited_s
+            if waited_s > 1 and abs(waited_s - before_s) < waited_s / 10 and not self._is_doubted:
+                self._is_doubted = True
+                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
@@ -3299,7 +3337,11 @@ class Slot:
         with sock:
             self._reachability.on_connected(self)
             handler = self._handle(sock)
-        return bool(handler and handler.has_served) or time.monotonic() - opened_at > BACKOFF_LAST_S
+        closed_at = time.monotonic()
+        has_served = bool(handler and handler.has_served)
+        if handler and not has_served and not self.halt.is_set():
+            self._reachability.on_unused(opened_at, closed_at)
+        return has_served or closed_at - opened_at > BACKOFF_LAST_S
 
     def _handle(self, sock: socket.socket) -> RequestHandler | None:
         handler_class: type[RequestHandler] = RequestHandler
@@ -3328,7 +3370,12 @@ class Slot:
     def on_request(self, environ: WSGIEnvironment) -> None:
         """A request has come, and the app is about to be called with `environ`."""
 
+    def on_response(self, status_line: str) -> None:
+        """A response has come where there should be a request."""
+        self._reachability.on_response(status_line)
+
     def on_exchange_begin(self) -> None:
+        self._reachability.on_request()
         self._metrics.on_request()
 
     def on_exchange_end(self, status: str, seconds: float) -> None:
