@@ -4287,7 +4287,7 @@ def check_line(text: str, log_format: str) -> str:
     return json.dumps({"check": text}) if log_format == "json" else text
 
 
-def check(given: Given) -> None:
+def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
     """Tells what would run.  Raises what a start would raise; nothing listens, so that nobody connects."""
     options = given.options
     wanted = {
@@ -4296,7 +4296,6 @@ def check(given: Given) -> None:
         "admin": (options.admin_host, options.admin_port),
     }
     lines = list(given.describe())
-    passed = take_sockets(os.environ)
     for name, (host, port) in wanted.items():
         if port is not None or name in passed:
             with passed.get(name) or _bind(name, host, port or 0, reuse_port=options.reuse_port) as sock:
@@ -4422,12 +4421,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         given = Given(words, os.environ)
+        passed = take_sockets(os.environ)  # before anything else is opened, perhaps by a number of theirs
         err = configure_logging(given.options)
         warn_of_unknown_variables(os.environ)
         if given.is_check:
-            check(given)
+            check(given, passed)
             return 0
-        return _serve(given.options, given.command, err)
+        return _serve(given, passed, err)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 2
     except KeyboardInterrupt:
@@ -4446,10 +4446,11 @@ def configure_logging(options: Options) -> Output:
     return err
 
 
-def _serve(options: Options, command: list[str], err: Output) -> int:
+def _serve(given: Given, passed: Mapping[str, socket.socket], err: Output) -> int:
     # 1. Everything that can be refused is refused here.
+    options, command = given.options, given.command
     notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
-    hub = Hub(options, sockets=take_sockets(os.environ))
+    hub = Hub(options, sockets=passed)
     hub.notify = notify
     out = Output(1, options.log_format, LIMITS.log_backlog_bytes)
     hub.access_log = out.write

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -882,6 +883,21 @@ def test_output_into_a_terminal_does_not_wait(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("module", [pothead, pothead_worker])
+def test_output_that_cannot_open_the_pipe_looks_whether_there_is_room(module: ModuleType) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Output(module, "text") as pipe:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            pipe.output = module.Output(pipe.writer, "text", pothead.LIMITS.log_backlog_bytes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        pipe.output.write("x" * 200_000 + "\n")
+        pipe.output.flush()
+        assert len(pipe.output.pending) > 100_000
+        assert len(pipe.read_all()) == 200_001
+
+
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
 def test_output_into_a_file_goes_to_its_end(module: ModuleType, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w+b") as file:
         output = module.Output(file.fileno(), "text", pothead.LIMITS.log_backlog_bytes)
@@ -982,6 +998,17 @@ def test_reason_why_a_program_does_not_start_is_json_too(
 def test_log_format_of_the_command_is_not_that_of_the_hub() -> None:
     ended = run(HUB, "--max-que", "5", "--", "worker", "--log-format", "json")
     assert ended.stderr.startswith("pothead: ")
+
+
+def test_log_of_the_gates_is_the_workers_log(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(
+        "import logging\n"
+        "logging.getLogger('pothead.gating').warning('no /proc')\n"
+        "def app(environ, start_response): ...\n"
+    )
+    ended = run(WORKER, "--check", "--log-format", "json", "gated", cwd=tmp_path)
+    entry = json.loads(ended.stderr)
+    assert (entry["logger"], entry["message"]) == ("pothead.gating", "no /proc")
 
 
 def test_json_of_the_hub_can_be_asked_for_in_the_environment() -> None:
