@@ -67,7 +67,7 @@ import time
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -3947,6 +3947,11 @@ class OutputHandler(logging.Handler):
         self._output.flush()
 
 
+def log_uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    """Logs what ends the program, in the place of ``sys.excepthook``."""
+    log.error("this is a fault of the program, which ends", exc_info=(kind, exc, trace))
+
+
 def flush_each_turn(output: Output, loop: EventLoop) -> None:
     """Has the loop write what is written to the output, and turn again while not all of it was taken."""
     timer = Timer(lambda: None)  # that the loop turns is enough
@@ -4443,6 +4448,7 @@ def configure_logging(options: Options) -> Output:
     log.addHandler(OutputHandler(err, options.log_format))
     log.setLevel(options.log_level.upper())
     log.propagate = False
+    sys.excepthook = log_uncaught
     return err
 
 

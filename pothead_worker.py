@@ -77,7 +77,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
@@ -4497,6 +4497,11 @@ class OutputHandler(logging.Handler):
         self._output.flush()
 
 
+def log_uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    """Logs what ends the program, in the place of ``sys.excepthook``."""
+    log.error("this is a fault of the program, which ends", exc_info=(kind, exc, trace))
+
+
 def configure_logging(level: int | str, log_format: str) -> None:
     """Log to stderr with a handler of our own: how the app sets up its own logging changes nothing here."""
     handler: logging.Handler = logging.NullHandler()
@@ -4698,6 +4703,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = given.options
             signals = stack.enter_context(contextlib.closing(Signals()))
             configure_logging(options.log_level.upper(), options.log_format)
+            sys.excepthook = log_uncaught
             warn_of_unknown_variables(os.environ)
             if given.is_check:
                 check(given, stack)

@@ -1000,6 +1000,26 @@ def test_log_format_of_the_command_is_not_that_of_the_hub() -> None:
     assert ended.stderr.startswith("pothead: ")
 
 
+@pytest.mark.parametrize(
+    ("module", "owner", "words"),
+    [
+        ("pothead", "Hub", ("--admin-port=off", "--main-port=0", "--worker-port=0")),
+        ("pothead_worker", "WorkerPool", ()),
+    ],
+)
+def test_fault_that_ends_a_program_is_json_too(module: str, owner: str, words: tuple[str, ...]) -> None:
+    source = f"import sys, {module} as it\nit.{owner}.__init__ = lambda *_, **__: 1 / 0\n"
+    source += "sys.exit(it.main(sys.argv[1:]))\n"
+    ended = subprocess.run(
+        wire.python("-c", source, "--log-format=json", *words),
+        cwd=wire.ROOT, capture_output=True, text=True, timeout=wire.DEADLINE_S,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    entry = json.loads(ended.stderr)
+    assert entry["message"] == "this is a fault of the program, which ends"
+    assert entry["traceback"].endswith("ZeroDivisionError: division by zero")
+
+
 def test_log_of_the_gates_is_the_workers_log(tmp_path: Path) -> None:
     (tmp_path / "gated.py").write_text(
         "import logging\n"
@@ -1199,7 +1219,7 @@ def test_check_in_json_is_json() -> None:
 
 # What both programs have of the log and of the options.
 SHARED = (
-    *("json_message", "LogFormatter", "Output", "write_if_there_is_room", "OutputHandler"),
+    *("log_uncaught", "json_message", "LogFormatter", "Output", "write_if_there_is_room", "OutputHandler"),
     *("UsageError", "OptionParser", "parse_duration", "parse_port", "parse_port_or_off", "parse_switch"),
     *("parse_log_format", "parse_log_level", "flag_of", "add_options", "join_negatives", "describe_unknown"),
     *("suggest", "warn_of_unknown_variables", "parse_or_refuse", "find_log_format", "check_line"),
