@@ -40,6 +40,7 @@ import base64
 import bisect
 import contextlib
 import dataclasses
+import difflib
 import enum
 import errno
 import fcntl
@@ -57,6 +58,7 @@ import os
 import re
 import select
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -68,8 +70,8 @@ import time
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -123,7 +125,8 @@ class Limits:
     large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
     slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
-    log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read
+    log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read ...
+    log_retry_s: float = 0.1  # ... and how soon it is tried again
     reserved_descriptors: int = 64  # of the limit: not for consumers, and half not for files: workers, admin
     listed_rows: int = 100  # of each table of /stats: more than anybody reads, and 10,000 cost as much
     listed_path_bytes: int = 200  # of a path in these tables
@@ -199,11 +202,10 @@ class Options:
         _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
         for name in self.admin_allowed_hosts:
             _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
-        _check(self.log_format in ("text", "json"), "log_format", "is text or json")
+        _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
 
-LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -4246,178 +4248,337 @@ ACTIONS: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
 # ---- The command line -------------------------------------------------------------------------------------
 
 
-class Output(Watched):
+# .. lines of the log: the same in ``pothead_worker.py``, as a test holds ..
+
+LOG_TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def json_message(epoch_s: float, level: str, name: str, message: str, trace: str = "") -> str:
+    """Returns a message as an object of JSON."""
+    fields = {"time": timestamp(epoch_s), "level": level, "logger": name, "message": message}
+    return json.dumps({**fields, "traceback": trace} if trace else fields)
+
+
+class LogFormatter(logging.Formatter):
+    """Makes text or JSON of log records; their times are in UTC, whatever becomes of the zone."""
+
+    def __init__(self, log_format: str) -> None:
+        super().__init__(LOG_TEXT)
+        self._is_json = log_format == "json"
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return timestamp(record.created)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._is_json:
+            return text
+        return json_message(
+            record.created, record.levelname, record.name, record.message, record.exc_text or ""
+        )
+
+
+class Output:
     """Lines for a descriptor, written without ever waiting for who reads them.
 
     What does not fit is kept, up to a limit; beyond it lines are dropped and counted: a log that nobody
     reads must not stop the service.
     """
 
-    def __init__(self, loop: EventLoop, fd: int) -> None:
-        super().__init__()
-        self._loop = loop
-        self._fd = fd
-        self._pending = bytearray()
+    def __init__(self, fd: int, log_format: str, backlog_bytes: int) -> None:
+        self.pending = bytearray()
         self._lost = 0
-        self._piece = sys.maxsize if _is_file(fd) else select.PIPE_BUF  # what a writable pipe takes for sure
-        loop.before_sleep.append(self.flush)
+        self._is_json = log_format == "json"
+        self._backlog_bytes = backlog_bytes
+        self._fd = fd
+        self._piece_bytes = select.PIPE_BUF  # what a pipe takes undivided: lines of two programs do not mix
+        self._own = contextlib.ExitStack()
+        self._take = self._open()
+
+    def _open(self) -> Callable[[bytearray], int]:
+        """Returns what writes as much as is taken at once, even if others write to the same descriptor.
+
+        A look whether there is room says nothing about the next moment, in which the companion may fill it;
+        and O_NONBLOCK would be the companion's as well.  So a pipe or a terminal is opened once more.  Where
+        that is forbidden (a pipe that another user has made), the look must do.
+        """
+        try:
+            mode = os.fstat(self._fd).st_mode
+            if stat.S_ISREG(mode):
+                self._piece_bytes = sys.maxsize
+                return functools.partial(os.write, self._fd)
+            if stat.S_ISSOCK(mode):
+                sock = self._own.enter_context(socket.socket(fileno=os.dup(self._fd)))
+                return lambda piece: sock.send(piece, socket.MSG_DONTWAIT)
+            own_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:
+            return functools.partial(write_if_there_is_room, self._fd)
+        self._own.callback(os.close, own_fd)
+        return functools.partial(os.write, own_fd)
+
+    def __del__(self) -> None:
+        self._own.close()
 
     def write(self, line: str) -> None:
         """Takes a line, with its line end."""
-        if len(self._pending) > LIMITS.log_backlog_bytes:
-            self._lost += 1
+        if len(self.pending) > self._backlog_bytes:
+            self._lost += line.count("\n")
             return
         if self._lost:
-            self._pending += b"(%d log lines were lost: nobody read them)\n" % self._lost
+            self.pending += self._lost_lines().encode()
             self._lost = 0
-        self._pending += line.encode("utf-8", "backslashreplace")
+        self.pending += line.encode("utf-8", "backslashreplace")
+
+    def _lost_lines(self) -> str:
+        text = f"{self._lost} log lines were lost: nobody read them"
+        if self._is_json:
+            return json_message(time.time(), "WARNING", log.name, text) + "\n"
+        return f"({text})\n"
 
     def flush(self) -> None:
-        """Writes what can be written now, and comes again if there is more."""
-        while self._pending and self._is_writable():
-            self._write_piece()
-        if self._pending:
-            self.deadline = self._loop.now + 0.1
-            self._loop.touch(self)
+        """Writes what can be written now; the rest is ``pending``."""
+        while self.pending and (taken := self._write_piece()):
+            del self.pending[:taken]
 
-    def on_deadline(self) -> None:
-        """Nothing: that the loop turns is enough, ``flush`` is one of its steps."""
-
-    def _is_writable(self) -> bool:
-        if self._piece == sys.maxsize:
-            return True
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        return bool(poll.poll(0))
-
-    def _write_piece(self) -> None:
+    def _write_piece(self) -> int:
+        """Returns how many bytes were taken: whole lines, as long as these are not too long for a pipe."""
+        end = self.pending.rfind(b"\n", 0, self._piece_bytes) + 1
+        piece = self.pending[: end or self._piece_bytes]
         try:
-            written = os.write(self._fd, self._pending[: self._piece])
+            return self._take(piece)
+        except BlockingIOError:
+            return 0
         except OSError:  # closed, or a full disk
-            self._lost += self._pending.count(b"\n")
-            written = len(self._pending)
-        del self._pending[:written]
+            self._lost += self.pending.count(b"\n")
+            return len(self.pending)
 
 
-def _is_file(fd: int) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
-        return True  # closed: writing will tell
+def write_if_there_is_room(fd: int, piece: bytearray) -> int:
+    """Returns how many bytes were taken."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    return os.write(fd, piece) if poller.poll(0) else 0
 
 
 class OutputHandler(logging.Handler):
     """Passes log records to an ``Output``."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, log_format: str) -> None:
         super().__init__()
         self._output = output
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setFormatter(LogFormatter(log_format))
 
     def emit(self, record: logging.LogRecord) -> None:
         self._output.write(self.format(record) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        self._output.flush()
 
 
-_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-_UNITS_BYTES: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB}
+def log_uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    """Logs what ends the program, in the place of ``sys.excepthook``."""
+    log.error("this is a fault of the program, which ends", exc_info=(kind, exc, trace))
 
 
-def duration(text: str) -> float:
-    """Returns seconds: ``250ms``, ``10s``, ``5m``, ``1h``; ``off`` is forever."""
-    if text == "off":
+def flush_each_turn(output: Output, loop: EventLoop) -> None:
+    """Has the loop write what is written to the output, and turn again while not all of it was taken."""
+    timer = Timer(lambda: None)  # that the loop turns is enough
+
+    def flush() -> None:
+        output.flush()
+        if output.pending:
+            timer.deadline = loop.now + LIMITS.log_retry_s
+            loop.touch(timer)
+
+    loop.before_sleep.append(flush)
+
+
+def complain(message: str, log_format: str) -> None:
+    """Says on stderr why the hub does not start."""
+    line = f"pothead: {message}"
+    if log_format == "json":
+        line = json_message(time.time(), "ERROR", log.name, message)
+    print(line, file=sys.stderr)
+
+
+# .. the options: the same in ``pothead_worker.py``, but for what there is ..
+
+
+class UsageError(Exception):
+    """The command line or the environment makes no sense; the text is for the user."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)")
+UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+LOG_FORMATS: Final = ("text", "json")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def parse_duration(text: str) -> float:
+    """Returns seconds: ``250ms``, ``10s``, ``5m``, ``1h``; ``off`` is forever.  Raises ``ValueError``."""
+    if text.lower() == "off":
         return math.inf
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|)", text, re.ASCII)
+    match = DURATION.fullmatch(text.lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 250ms, 10s, 5m, 1h or off")
-    return float(match[1]) * _UNITS_S[match[2]]
+        raise ValueError(f"{text!r} is not a duration like 250ms, 10s, 5m, 1h or off")
+    return float(match[1]) * UNITS_S[match[2]]
 
 
-def size(text: str) -> int:
-    """Returns bytes: ``4096``, ``64k``, ``1m``, ``2g``."""
+UNITS_BYTES: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB}
+
+
+def parse_size(text: str) -> int:
+    """Returns bytes: ``4096``, ``64k``, ``1m``, ``2g``.  Raises ``ValueError``."""
     match = re.fullmatch(r"([0-9]{1,15})([kmg]?)", text.lower(), re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4096, 64k, 1m or 2g")
-    return int(match[1]) * _UNITS_BYTES[match[2]]
+        raise ValueError(f"{text!r} is not a size like 4096, 64k, 1m or 2g")
+    return int(match[1]) * UNITS_BYTES[match[2]]
 
 
-def number(text: str) -> int:
-    """Returns a whole number."""
-    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+def parse_count(text: str) -> int:
+    """Returns a number of 1 or more.  Raises ``ValueError``."""
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) == 0:
+        raise ValueError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
-def port_or_off(text: str) -> int | None:
-    """Returns a port, ``None`` for off."""
-    return None if text == "off" else number(text)
-
-
-def addresses(text: str) -> tuple[str, ...]:
+def parse_list(text: str) -> tuple[str, ...]:
     """Returns the members of a comma-separated list."""
     return tuple(each.strip() for each in text.split(",") if each.strip())
 
 
+def parse_port(text: str) -> int:
+    """Returns a port; 0 is any free one.  Raises ``ValueError``."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_port_or_off(text: str) -> int | None:
+    """Returns a port, ``None`` for off.  Raises ``ValueError``."""
+    return None if text.lower() == "off" else parse_port(text)
+
+
+def parse_switch(text: str) -> bool:
+    """Returns what is said in the environment for an option without a value.  Raises ``ValueError``."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither yes nor no")
+
+
+def parse_log_format(text: str) -> str:
+    """Returns one of ``LOG_FORMATS``.  Raises ``ValueError``."""
+    if text.lower() not in LOG_FORMATS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LOG_FORMATS)}")
+    return text.lower()
+
+
+def parse_log_level(text: str) -> str:
+    """Returns one of ``LOG_LEVELS``.  Raises ``ValueError``."""
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
+    return text.lower()
+
+
 ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
 
-# option of Options: (reader, placeholder, what it is)
-OPTION_HELP: Final[Mapping[str, tuple[Callable[[str], object], str, str]]] = {
-    "main_host": (str, "HOST", "address for consumers"),
-    "main_port": (number, "PORT", "port for consumers; 0: any free one"),
-    "worker_host": (str, "HOST", "address for workers"),
-    "worker_port": (number, "PORT", "port for workers; 0: any free one"),
-    "admin_host": (str, "HOST", "address of the status page, /stats, /metrics, /livez and /readyz"),
-    "admin_port": (port_or_off, "PORT", "their port; 0: any free one, off: none"),
+# option of Options: (group, reader, placeholder (none: it is a switch), what it is)
+OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] = {
+    "main_host": ("ports", str, "HOST", "address for consumers"),
+    "main_port": ("ports", parse_port, "PORT", "port for consumers; 0: any free one"),
+    "worker_host": ("ports", str, "HOST", "address for workers"),
+    "worker_port": ("ports", parse_port, "PORT", "port for workers; 0: any free one"),
+    "admin_host": ("ports", str, "HOST", "address of the status page, /stats, /metrics, /livez and /readyz"),
+    "admin_port": ("ports", parse_port_or_off, "PORT", "their port; 0: any free one, off: none"),
     "admin_allowed_hosts": (
-        addresses, "NAMES", "names by which they may be asked for, with commas between them, beside IP "
-        "addresses, localhost and HOST (default: none)"
+        "ports", parse_list, "NAMES", "names by which they may be asked for, with commas between them, "
+        "beside IP addresses, localhost and HOST (default: none)"
     ),
-    "max_queue": (number, "N", "requests that may wait; more are refused with 503 at once"),
-    "queue_timeout": (duration, "TIME", "how long a request may wait for a slot before it gets 503"),
-    "retry_after": (duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"),
-    "response_timeout": (duration, "TIME", "how long a worker may take to begin its response before 504"),
-    "max_attempts": (number, "N", "how often a request is started when workers die before they answer"),
-    "max_request_body": (size, "SIZE", "longer bodies are refused with 413"),
-    "response_spool": (size, "SIZE", "of each response: taken from the worker ahead of a slow consumer"),
-    "spool_memory": (size, "SIZE", "of each body: kept in memory, the rest in a temporary file"),
-    "memory_budget": (size, "SIZE", "of all bodies together: kept in memory"),
-    "disk_budget": (size, "SIZE", "of all bodies together: kept in files; beyond it, as on a full disk"),
-    "spool_dir": (str, "DIR", "where those files are made (default: the system's directory for them)"),
-    "stream_requests": (bool, "", "hand a request to a worker before its body is there, and relay the body"),
-    "head_timeout": (duration, "TIME", "for a consumer to send a request's head, before 408"),
-    "keep_alive": (duration, "TIME", "how long an idle consumer's connection is kept"),
-    "stall_timeout": (duration, "TIME", "how long a consumer may stop in the middle of a body, either way"),
-    "graceful_timeout": (duration, "TIME", "for running and waiting requests to end after TERM"),
-    "forwarded_allow_ips": (addresses, "IPS", "consumers whose X-Forwarded-* are believed; networks, or *"),
-    "log_format": (str, "text|json", "of the access log on stdout"),
-    "log_level": (str, "LEVEL", f"of the messages on stderr: {', '.join(LOG_LEVELS)}"),
-    "allow_anonymous_workers": (bool, "", "let any machine that reaches the worker port be a worker"),
-    "reuse_port": (bool, "", "share the ports with the hub that takes over when this one drains"),
+    "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
+    "queue_timeout": (
+        "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
+    ),
+    "retry_after": (
+        "the queue", parse_duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"
+    ),
+    "response_timeout": (
+        "the queue", parse_duration, "TIME", "how long a worker may take to begin its response before 504"
+    ),
+    "max_attempts": (
+        "the queue", parse_count, "N", "how often a request is started when workers die before they answer"
+    ),
+    "max_request_body": ("bodies", parse_size, "SIZE", "longer bodies are refused with 413"),
+    "response_spool": (
+        "bodies", parse_size, "SIZE", "of each response: taken from the worker ahead of a slow consumer"
+    ),
+    "spool_memory": (
+        "bodies", parse_size, "SIZE", "of each body: kept in memory, the rest in a temporary file"
+    ),
+    "memory_budget": ("bodies", parse_size, "SIZE", "of all bodies together: kept in memory"),
+    "disk_budget": (
+        "bodies", parse_size, "SIZE", "of all bodies together: kept in files; beyond it, as on a full disk"
+    ),
+    "spool_dir": (
+        "bodies", str, "DIR", "where those files are made (default: the system's directory for them)"
+    ),
+    "stream_requests": (
+        "bodies", parse_switch, "", "hand a request to a worker before its body is there, and relay the body"
+    ),
+    "head_timeout": (
+        "consumers", parse_duration, "TIME", "for a consumer to send a request's head, before 408"
+    ),
+    "keep_alive": ("consumers", parse_duration, "TIME", "how long an idle consumer's connection is kept"),
+    "stall_timeout": (
+        "consumers", parse_duration, "TIME", "how long a consumer may stop in the middle of a body, "
+        "either way"
+    ),
+    "graceful_timeout": (
+        "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM"
+    ),
+    "forwarded_allow_ips": (
+        "consumers", parse_list, "IPS", "consumers whose X-Forwarded-* are believed; networks, or *"
+    ),
+    "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
+    "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
+    "allow_anonymous_workers": (
+        "ports", parse_switch, "", "let any machine that reaches the worker port be a worker"
+    ),
+    "reuse_port": (
+        "ports", parse_switch, "", "share the ports with the hub that takes over when this one drains"
+    ),
 }  # fmt: skip
 
 
-def _default_text(name: str) -> str:
-    """Returns the default as a user would write it."""
-    value = getattr(Options(), name)
-    reader = OPTION_HELP[name][0]
+def write_value(value: object, parse: Callable[[str], object]) -> str:
+    """Returns a value as a user would write it; nothing for none."""
     if value is None:
-        return ""
-    if reader is duration:
+        return "off" if parse is parse_port_or_off else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
         return "off" if value == math.inf else f"{value:g}s"
-    if reader is size:
-        for unit in ("g", "m", "k"):
-            if value and value % _UNITS_BYTES[unit] == 0:
-                return f"{value // _UNITS_BYTES[unit]}{unit}"
+    if isinstance(value, int) and parse is parse_size:
+        fitting = [unit for unit in "gmk" if value and value % UNITS_BYTES[unit] == 0]
+        return f"{value // UNITS_BYTES[fitting[0]]}{fitting[0]}" if fitting else str(value)
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong in one line, without the list of all options."""
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def build_parser() -> OptionParser:
+    parser = OptionParser(
         prog="pothead",
         usage="%(prog)s [options] [-- command ...]",
         description="The hub: queues HTTP requests for workers that connect to it.",
@@ -4426,45 +4587,26 @@ def _parser() -> argparse.ArgumentParser:
         f"sizes k, m, g. Each option can be set in the environment too: {ENVIRONMENT_PREFIX}MAX_QUEUE=50.",
         allow_abbrev=False,
     )
-    for name, (reader, placeholder, text) in OPTION_HELP.items():
-        flag = f"--{name.replace('_', '-')}"
-        if reader is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            default = _default_text(name)
-            suffix = f" (default: {default})" if default else ""
-            parser.add_argument(
-                flag, type=reader, metavar=placeholder, default=argparse.SUPPRESS, help=text + suffix
-            )
+    add_options(parser)
     parser.add_argument("--version", action="version", version=f"pothead {__version__}")
     return parser
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
-    """Returns the options and the command to run; exits with 2 and one line when they are wrong."""
-    words, command = list(argv), []
-    if "--" in words:
-        split = words.index("--")
-        words, command = words[:split], words[split + 1 :]
-        if not command:
-            _parser().error("after -- there must be a command")
-    parser = _parser()
-    given = vars(parser.parse_args(_join_negatives(words)))
-    for name, (reader, _, _) in OPTION_HELP.items():
-        variable = ENVIRONMENT_PREFIX + name.upper()
-        text = environ.get(variable, "")
-        if name not in given and text:
-            try:
-                given[name] = _truth(text) if reader is bool else reader(text)
-            except argparse.ArgumentTypeError as exc:
-                parser.error(f"{variable}: {exc}")
-    try:
-        return Options(**given), command
-    except ValueError as exc:
-        parser.error(str(exc))
+def add_options(parser: OptionParser) -> None:
+    """Adds the options of the table, group by group."""
+    parser.add_argument("--check", action="store_true", help="tell what would run, and exit")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, (title, parse, placeholder, text) in OPTION_HELP.items():
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        default = write_value(getattr(Options(), name), parse)
+        if not placeholder:
+            group.add_argument(flag_of(name), action="store_const", const="yes", help=text)
+        else:
+            suffix = f" (default: {default})" if default and "(default: " not in text else ""
+            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix)
 
 
-def _join_negatives(words: list[str]) -> list[str]:
+def join_negatives(words: Sequence[str]) -> list[str]:
     """Joins ``--option -1`` into one word: argparse would take -1 for an option and not say what is wrong."""
     joined: list[str] = []
     for word in words:
@@ -4475,12 +4617,137 @@ def _join_negatives(words: list[str]) -> list[str]:
     return joined
 
 
-def _truth(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+def describe_unknown(words: Sequence[str]) -> str:
+    """Returns a sentence about words that are no options."""
+    word = next((each for each in words if each.startswith("-")), words[0]).partition("=")[0]
+    if not word.startswith("-"):
+        return f"{word!r} is no option; see --help"
+    known = [*map(flag_of, OPTION_HELP), "--check", "--help", "--version"]
+    return f"there is no option {word}" + suggest(word.lower().replace("_", "-"), known)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Returns a question after the one of the known words that may have been meant."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else "; see --help"
+
+
+# What Kubernetes and Docker tell of a service that happens to be called pothead-hub or pothead-worker.
+SERVICE_LINK: Final = re.compile(
+    r"\w+_(?:SERVICE_HOST|SERVICE_PORT\w*|PORT_[0-9]+_\w+)=.*|\w+_PORT=(?:tcp|udp|sctp)://.*"
+)
+
+
+def warn_of_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Warns of variables that look like options of this program."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in OPTION_HELP]
+    for name, value in environ.items():
+        if not value or not name.startswith(ENVIRONMENT_PREFIX) or SERVICE_LINK.fullmatch(f"{name}={value}"):
+            continue
+        if name not in known:
+            log.warning("%s is the variable of no option%s", name, suggest(name, known))
+
+
+def parse_or_refuse(parse: Callable[[str], object], text: str, prefix: str) -> object:
+    try:
+        return parse(text)
+    except ValueError as exc:
+        raise UsageError(f"{prefix}{exc}") from None
+
+
+def find_log_format(words: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Returns the log's format before the options are understood, for what may be wrong with them."""
+    given = re.findall(r"(?<!\S)--log-format[= ](\S+)", " ".join(words).partition(" -- ")[0])
+    text = given[-1] if given else environ.get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT", "")
+    return text.lower() if text.lower() in LOG_FORMATS else "text"
+
+
+class Given:
+    """What the user has said, on the command line and in the environment.  Raises ``UsageError``."""
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        words, self.command = split_command(argv)
+        self._arguments, unknown = build_parser().parse_known_args(join_negatives(words))
+        if unknown:
+            raise UsageError(describe_unknown(unknown))
+        self._environ = environ
+        self.is_check: bool = self._arguments.check
+        self.sources: dict[str, str] = {}  # of the options that are given: the flag or the variable
+        self.options = self._make_options()
+
+    def _make_options(self) -> Options:
+        values: dict[str, Any] = {}
+        for name, (_, parse, _, _) in OPTION_HELP.items():
+            for source, text in itertools.islice(self._said(name), 1):
+                self.sources[name] = source
+                values[name] = parse_or_refuse(parse, text, f"{source}: ")
+        try:
+            return Options(**values)
+        except ValueError as exc:
+            raise UsageError(str(exc)) from None
+
+    def _said(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yields where the option is given, and what is said there; the first one counts."""
+        if (text := getattr(self._arguments, name)) is not None:
+            yield flag_of(name), text
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if text := self._environ.get(variable):
+            yield variable, text
+
+    def describe(self) -> Iterator[str]:
+        """Yields a line for each option in force."""
+        for name, (_, parse, _, _) in OPTION_HELP.items():
+            text = write_value(getattr(self.options, name), parse)
+            source = self.sources.get(name, "default")
+            if self.options.log_format == "json":
+                yield json.dumps({"option": flag_of(name), "value": text, "from": source})
+            else:
+                yield f"{flag_of(name)} {text or '-'} ({source})"
+
+
+def split_command(argv: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """Returns the words before and behind the first ``--``.  Raises ``UsageError``."""
+    words = list(argv)
+    if "--" not in words:
+        return words, []
+    split = words.index("--")
+    if split + 1 == len(words):
+        raise UsageError("after -- there must be a command")
+    return words[:split], words[split + 1 :]
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
+    """Returns the options and the command to run.  Raises ``UsageError``."""
+    given = Given(argv, environ)
+    return given.options, given.command
+
+
+def check_line(text: str, log_format: str) -> str:
+    """Returns a line of what ``--check`` tells."""
+    return json.dumps({"check": text}) if log_format == "json" else text
+
+
+def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
+    """Tells what would run.  Raises what a start would raise; nothing listens, so that nobody connects."""
+    options = given.options
+    wanted = {
+        "consumers": (options.main_host, options.main_port),
+        "workers": (options.worker_host, options.worker_port),
+        "admin": (options.admin_host, options.admin_port),
+    }
+    lines = list(given.describe())
+    for name, (host, port) in wanted.items():
+        if port is not None or name in passed:
+            with passed.get(name) or _bind(name, host, port or 0, reuse_port=options.reuse_port) as sock:
+                if name == "workers" and not options.allow_anonymous_workers:
+                    _refuse_open_worker_port(sock)
+                text = f"would listen {name}={address_text(sock.getsockname())}"
+                lines.append(check_line(text, options.log_format))
+    if given.command and not shutil.which(given.command[0]):
+        raise OSError(f"cannot start {given.command[0]}: {os.strerror(errno.ENOENT)}")
+    if given.command:
+        lines.append(check_line(f"would start {given.command[0]}", options.log_format))
+    print("\n".join(lines))
 
 
 # .. the service manager, such as systemd ..
@@ -4609,29 +4876,46 @@ class Companion:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the hub; returns the exit status: 0 drained, 1 work was cut off or an error, 2 usage."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options, command = parse_args(sys.argv[1:] if argv is None else argv)
-        return _serve(options, command)
+        given = Given(words, os.environ)
+        passed = take_sockets(os.environ)  # before anything else is opened, perhaps by a number of theirs
+        err = configure_logging(given.options)
+        warn_of_unknown_variables(os.environ)
+        if given.is_check:
+            check(given, passed)
+            return 0
+        return _serve(given, passed, err)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 2
     except KeyboardInterrupt:
         return 1
-    except (OSError, ValueError) as exc:  # of the start: a port in use, a command that is not there
-        print(f"pothead: {exc}", file=sys.stderr)
+    except (OSError, ValueError, UsageError) as exc:  # of the start: a port in use, a command not there
+        complain(str(exc), find_log_format(words, os.environ))
         return 2
 
 
-def _serve(options: Options, command: list[str]) -> int:
-    # 1. Everything that can be refused is refused here.
-    notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
-    hub = Hub(options, sockets=take_sockets(os.environ))
-    hub.notify = notify
-    feed_watchdog(hub.loop, notify, os.environ)
-    out, err = Output(hub.loop, 1), Output(hub.loop, 2)
-    hub.access_log = out.write
-    log.addHandler(OutputHandler(err))
+def configure_logging(options: Options) -> Output:
+    """Logs to stderr; returns what writes there."""
+    err = Output(2, options.log_format, LIMITS.log_backlog_bytes)
+    log.addHandler(OutputHandler(err, options.log_format))
     log.setLevel(options.log_level.upper())
     log.propagate = False
+    sys.excepthook = log_uncaught
+    return err
+
+
+def _serve(given: Given, passed: Mapping[str, socket.socket], err: Output) -> int:
+    # 1. Everything that can be refused is refused here.
+    options, command = given.options, given.command
+    notify = notifier(os.environ.pop("NOTIFY_SOCKET", ""))  # what is for the hub is not for the companion
+    hub = Hub(options, sockets=passed)
+    hub.notify = notify
+    feed_watchdog(hub.loop, notify, os.environ)
+    out = Output(1, options.log_format, LIMITS.log_backlog_bytes)
+    hub.access_log = out.write
+    for output in (out, err):
+        flush_each_turn(output, hub.loop)
     signals = SignalHandler(hub)
     companion = _start_companion(command, hub) if command else None
     # 2. Ready.
@@ -4642,7 +4926,7 @@ def _serve(options: Options, command: list[str]) -> int:
         hub.at_end += [companion.terminate, lambda: signals.on_impatience.append(companion.kill)]
     for name, address in hub.addresses.items():
         if address is not None:
-            out.write(f"listening {name}={address}\n")
+            out.write(_listening_line(name, address, options.log_format))
     notify(f"READY=1\nSTATUS=serving consumers on {hub.main_address}, workers on {hub.worker_address}")
     # 3. Serve; then wait for what has been started.
     status = hub.run()
@@ -4651,6 +4935,12 @@ def _serve(options: Options, command: list[str]) -> int:
     out.flush()
     err.flush()
     return 1 if status else 0
+
+
+def _listening_line(name: str, address: str, log_format: str) -> str:
+    if log_format == "json":
+        return json.dumps({"time": timestamp(time.time()), "listening": name, "address": address}) + "\n"
+    return f"listening {name}={address}\n"
 
 
 def _start_companion(command: list[str], hub: Hub) -> Companion:

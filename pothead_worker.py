@@ -45,6 +45,7 @@ if __name__ == "__main__":
 import argparse
 import array
 import contextlib
+import difflib
 import email.utils
 import errno
 import functools
@@ -66,6 +67,7 @@ import secrets
 import select
 import selectors
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -76,10 +78,10 @@ import traceback
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
-from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
@@ -142,6 +144,8 @@ MAX_WAITING_OFFERS = 256  # connections that wait for a request at the same time
 GATE_GRACE_S = 2.0  # how long a gate may take to notice that the worker is stopping
 
 PROGRESS_INTERVAL_S = 0.1
+
+LOG_BACKLOG_BYTES = 1 << 20  # log lines kept while the log's reader does not read
 
 
 class ProtocolError(Exception):
@@ -980,6 +984,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         data = self.intake.take_head()
         if data is None:
             self.close_connection = True
+            return
+        if data.startswith(b"HTTP/"):
+            self.close_connection = True
+            self.slot.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
             return
         head = parse_head(data)
         self.is_busy = self.has_served = True
@@ -2040,9 +2048,15 @@ class ForkServer:
     ever release, and the worker has threads by the time that it must be started again.
     """
 
-    def __init__(self, app: str | None, on_process_end: Callable[[int], object] = lambda pid: None) -> None:
+    def __init__(
+        self,
+        app: str | None,
+        on_process_end: Callable[[int], object] = lambda pid: None,
+        log_format: str = "text",
+    ) -> None:
         """`app` is MODULE:APP, or None for the demo. `on_process_end` is called with each ended one's pid."""
         self.on_process_end = on_process_end
+        self._log_format = log_format
         self._app = app
         self._changed = threading.Condition()
         self._process: subprocess.Popen[bytes] | None = None
@@ -2135,6 +2149,7 @@ class ForkServer:
             "path": sys.path,
             "arguments": sys.argv,
             "level": log.getEffectiveLevel(),
+            "log_format": self._log_format,
         }
         try:
             answer = ask_fork_server(orders, order)
@@ -2143,7 +2158,7 @@ class ForkServer:
                 raise LoadError(f"cannot load {self._app!r}: importing it ended the process: it {ending}")
             if "failure" in answer:
                 process.wait()
-                raise LoadError(str(answer["failure"]))
+                raise LoadError(str(answer["failure"]), str(answer["trace"]))
         except BaseException:
             process.kill()
             process.wait()
@@ -2175,7 +2190,7 @@ class ForkServer:
             self._launch()
         except LoadError as exc:
             if not self._is_closing:
-                log.error("cannot start another fork server: %s", exc)
+                log.error("cannot start another fork server: %s", "\n".join([str(exc), exc.trace]).rstrip())
             with self._changed:
                 self._failed_starts += 1
                 self._changed.notify_all()
@@ -2487,16 +2502,17 @@ def run_fork_server(fd: int) -> int:
         with orders.makefile("rb") as file:
             order = json.loads(file.readline())
         sys.path[:], sys.argv[:] = order["path"], order["arguments"]
+        configure_logging(order["level"], order["log_format"])
         try:
             app = load_app(order["app"]) if order["app"] else demo_app
         except LoadError as exc:
-            Channel(orders).tell(failure=str(exc))
+            Channel(orders).tell(failure=str(exc), trace=exc.trace)
             return 3
         flush_output()  # or each process would write it once more
         gc.collect()
         gc.freeze()  # or each process's first collection would copy the app's pages
         threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-        forker = Forker(orders, app, order["level"])
+        forker = Forker(orders, app, log.level)
         Channel(orders).tell(threads=", ".join(threads))
         forker.run()
     threading.Thread(target=insist_on_exit, args=(0,), daemon=True).start()
@@ -2624,7 +2640,7 @@ class Forker:
             serve_one_request(self._app, connection, control, self._level)
             status = 0
         except BaseException:
-            traceback.print_exc()
+            log.exception("a fault of the worker itself")
         finally:
             flush_output()
             # Without the interpreter's own ending, for which threads and exit functions could wait.
@@ -3198,6 +3214,9 @@ def set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
+
+
 class Backoff:
     """How long to wait before the next try: doubling, at random, so that slots come apart."""
 
@@ -3214,7 +3233,11 @@ class Backoff:
 
 
 class Reachability:
-    """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try."""
+    """Logs when the hub cannot be reached and when it can again: a line an episode, not a slot and try.
+
+    What can be connected to need not be a hub. Nothing may be sent to find out, since a slot is silent while
+    it waits; but a web server gives itself away, by an error or by how it ends what says nothing.
+    """
 
     def __init__(self, address: Address, slots: int, description: str) -> None:
         self._address = address
@@ -3225,6 +3248,9 @@ class Reachability:
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
+        self._is_doubted = False  # and this has been said
+        self._unused_until = -math.inf  # when the last connection that no request came on was closed,
+        self._unused_s = -math.inf  # and how long it had been open
 
     @property
     def is_reached(self) -> bool:
@@ -3244,9 +3270,33 @@ class Reachability:
 
     def on_failed(self, reason: OSError) -> None:
         with self._lock:
+            self._unused_s = -math.inf
             if not self._is_unreachable:
                 self._is_unreachable = True
                 log.warning("hub %s unreachable, trying again: %s", self._address, reason.strerror or reason)
+
+    def on_request(self) -> None:
+        """A request has come, so it is a hub."""
+        self._is_doubted = False
+        self._unused_s = -math.inf
+
+    def on_response(self, status_line: str) -> None:
+        """A response has come."""
+        with self._lock:
+            if not self._is_doubted:
+                self._is_doubted = True
+                log.warning("a web server answers at %s: %r; %s", self._address, status_line, HINT)
+
+    def on_unused(self, opened_at: float, closed_at: float) -> None:
+        """A connection was closed without a request: by chance, or each time after the same time?"""
+        with self._lock:
+            if opened_at < self._unused_until:  # another slot's, at the same time
+                return
+            waited_s, before_s = closed_at - opened_at, self._unused_s
+            self._unused_until, self._unused_s = closed_at, waited_s
+            if waited_s > 1 and abs(waited_s - before_s) < waited_s / 10 and not self._is_doubted:
+                self._is_doubted = True
+                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
@@ -3295,7 +3345,11 @@ class Slot:
         with sock:
             self._reachability.on_connected(self)
             handler = self._handle(sock)
-        return bool(handler and handler.has_served) or time.monotonic() - opened_at > BACKOFF_LAST_S
+        closed_at = time.monotonic()
+        has_served = bool(handler and handler.has_served)
+        if handler and not has_served and not self.halt.is_set():
+            self._reachability.on_unused(opened_at, closed_at)
+        return has_served or closed_at - opened_at > BACKOFF_LAST_S
 
     def _handle(self, sock: socket.socket) -> RequestHandler | None:
         handler_class: type[RequestHandler] = RequestHandler
@@ -3324,7 +3378,12 @@ class Slot:
     def on_request(self, environ: WSGIEnvironment) -> None:
         """A request has come, and the app is about to be called with `environ`."""
 
+    def on_response(self, status_line: str) -> None:
+        """A response has come where there should be a request."""
+        self._reachability.on_response(status_line)
+
     def on_exchange_begin(self) -> None:
+        self._reachability.on_request()
         self._metrics.on_request()
 
     def on_exchange_end(self, status: str, seconds: float) -> None:
@@ -3865,7 +3924,11 @@ DEFAULT_ATTRIBUTES = ("app", "application")
 
 
 class LoadError(Exception):
-    """The application could not be loaded; the text is for the user."""
+    """The application could not be loaded; the text is for the user, as is the trace of its own failure."""
+
+    def __init__(self, text: str, trace: str = "") -> None:
+        super().__init__(text)
+        self.trace = trace
 
 
 def parse_app_name(text: str) -> str:
@@ -3878,7 +3941,7 @@ def parse_app_name(text: str) -> str:
 def load_app(name: str) -> WSGIApplication:
     """Import the app called `module:attribute`; `module` alone means its `app`, or else its `application`.
 
-    Raises LoadError. When the module's own code failed, its traceback has been written to stderr.
+    Raises LoadError.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -3914,16 +3977,16 @@ def import_module(module_name: str, name: str) -> object:
     except BaseException as exc:  # a module may even call sys.exit()
         if isinstance(exc, ModuleNotFoundError) and f"{module_name}.".startswith(f"{exc.name}."):
             raise LoadError(f"cannot load {name!r}: there is no module {exc.name!r}") from None
-        print_import_error(exc)
-        raise LoadError(f"cannot load {name!r}: importing module {module_name!r} failed") from None
+        text = f"cannot load {name!r}: importing module {module_name!r} failed"
+        raise LoadError(text, format_import_error(exc)) from None
 
 
-def print_import_error(exc: BaseException) -> None:
-    """Write the traceback without the frames of the import machinery above the app's own."""
+def format_import_error(exc: BaseException) -> str:
+    """Return the traceback without the frames of the import machinery above the app's own."""
     trace = exc.__traceback__
     while trace and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in (__name__, "importlib"):
         trace = trace.tb_next
-    traceback.print_exception(type(exc), exc, trace)
+    return "".join(traceback.format_exception(type(exc), exc, trace))
 
 
 # ---- Command line ------------------------------------------------------------------------------------
@@ -3931,23 +3994,24 @@ def print_import_error(exc: BaseException) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line and the environment say, validated."""
+    """What the command line and the environment say, validated. Durations are seconds, `math.inf` for off."""
 
-    connect: Address
-    workers: int
-    graceful_timeout_s: float
-    log_level: str
-    app: str | None
+    connect: Address = Address("localhost", 4040)  # noqa: RUF009  # a tuple, which nobody can change
+    workers: int = 1
     poll_jobs: bool = False
-    use_request_subprocess: bool = False
-    request_timeout_s: float = math.inf
-    redirect_response: int | None = None
-    redirect_host: str | None = None
-    pickup_expiry_s: float = PICKUP_EXPIRY_S
-    pickup_interval_s: float = SIDE_INTERVAL_S
     forward: str | None = None
     inspection_port: int | None = None
     inspection_host: str | None = "127.0.0.1"
+    graceful_timeout: float = 30.0
+    use_request_subprocess: bool = False
+    request_timeout: float = math.inf
+    redirect_response: int | None = None
+    redirect_host: str | None = None
+    log_format: str = "text"
+    log_level: str = "info"
+    app: str | None = None
+    pickup_expiry_s: float = PICKUP_EXPIRY_S
+    pickup_interval_s: float = SIDE_INTERVAL_S
     metrics_directory: str | None = None
     metrics_port: int = 9090
 
@@ -3964,20 +4028,24 @@ class OptionParser(argparse.ArgumentParser):
 
 
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)")
-DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parse_duration(text: str) -> float:
-    """Return seconds for `500ms`, `30s`, `5m` or `1h`. Raises ValueError."""
-    match = DURATION.fullmatch(text)
+    """Returns seconds: ``250ms``, ``10s``, ``5m``, ``1h``; ``off`` is forever.  Raises ``ValueError``."""
+    if text.lower() == "off":
+        return math.inf
+    match = DURATION.fullmatch(text.lower())
     if match is None:
-        raise ValueError(f"{text!r} is not a duration like 500ms, 30s, 5m or 1h")
-    return float(match[1]) * DURATION_UNITS_S[match[2]]
+        raise ValueError(f"{text!r} is not a duration like 250ms, 10s, 5m, 1h or off")
+    return float(match[1]) * UNITS_S[match[2]]
 
 
 def parse_limit(text: str) -> float:
-    """Return seconds, or infinity for `off`. Raises ValueError."""
-    limit_s = math.inf if text == "off" else parse_duration(text)
+    """Returns a duration that is longer than nothing.  Raises ``ValueError``."""
+    limit_s = parse_duration(text)
     if limit_s <= 0:
         raise ValueError(f"{text!r} is no time at all")
     return limit_s
@@ -3996,7 +4064,20 @@ def parse_workers(text: str) -> int:
     return int(text)
 
 
+def parse_port(text: str) -> int:
+    """Returns a port; 0 is any free one.  Raises ``ValueError``."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_port_or_off(text: str) -> int | None:
+    """Returns a port, ``None`` for off.  Raises ``ValueError``."""
+    return None if text.lower() == "off" else parse_port(text)
+
+
 def parse_switch(text: str) -> bool:
+    """Returns what is said in the environment for an option without a value.  Raises ``ValueError``."""
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
@@ -4004,14 +4085,18 @@ def parse_switch(text: str) -> bool:
     raise ValueError(f"{text!r} is neither yes nor no")
 
 
-def parse_port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
+def parse_log_format(text: str) -> str:
+    """Returns one of ``LOG_FORMATS``.  Raises ``ValueError``."""
+    if text.lower() not in LOG_FORMATS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LOG_FORMATS)}")
+    return text.lower()
 
 
-def parse_port_or_off(text: str) -> int | None:
-    return None if text.lower() == "off" else parse_port(text)
+def parse_log_level(text: str) -> str:
+    """Returns one of ``LOG_LEVELS``.  Raises ``ValueError``."""
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
+    return text.lower()
 
 
 def parse_url(text: str) -> str | None:
@@ -4043,48 +4128,74 @@ def parse_metrics_directory(text: str) -> str | None:
     return text
 
 
-def parse_log_level(text: str) -> str:
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
+ENVIRONMENT_PREFIX = "POTHEAD_WORKER_"
 
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-# name -> metavar (none: it is a switch), and what it does
-OPTION_HELP = {
-    "connect": ("HOST:PORT", "the hub's worker port (default: $POTHEAD_CONNECT, then localhost:4040)"),
-    "workers": (
-        "N", "number of slots: requests that are served at the same time, each in a thread (default: 1)",
+# option of Options: (group, reader, placeholder (none: it is a switch), what it is)
+OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
+    "connect": (
+        "the hub", parse_address, "HOST:PORT",
+        "the hub's worker port (default: $POTHEAD_CONNECT, then localhost:4040)",
     ),
-    "poll_jobs": ("", "take a request only when the app's wait_for_slot says that there is room for it"),
-    "forward": ("URL", "pass the requests to the HTTP program at http://HOST:PORT instead of an app"),
+    "workers": (
+        "the hub", parse_workers, "N",
+        "number of slots: requests that are served at the same time, each in a thread",
+    ),
+    "poll_jobs": (
+        "the hub", parse_switch, "",
+        "take a request only when the app's wait_for_slot says that there is room for it",
+    ),
+    "forward": (
+        "requests", parse_url, "URL",
+        "pass the requests to the HTTP program at http://HOST:PORT instead of an app",
+    ),
     "inspection_port": (
-        "PORT", "serve /inspect, /apocalypse, /livez and /readyz on this port (default: off)",
+        "ports", parse_port_or_off, "PORT", "serve /inspect, /apocalypse, /livez and /readyz on this port",
     ),
     "inspection_host": (
-        "HOST", "the worker's own address that --inspection-port is of (default: 127.0.0.1)",
+        "ports", parse_host, "HOST", "the worker's own address that --inspection-port is of",
     ),
     "graceful_timeout": (
-        "DURATION",
-        "how long running requests may take to finish after SIGTERM, in ms, s, m or h (default: 30s)",
+        "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM",
     ),
     "use_request_subprocess": (
-        "", "serve each request in a process of its own, which is killed when nobody waits for it any more",
+        "requests", parse_switch, "",
+        "serve each request in a process of its own, which is killed when nobody waits for it any more",
     ),
     "request_timeout": (
-        "DURATION",
-        "kill a request's process after this time; needs --use-request-subprocess (default: off)",
+        "requests", parse_limit, "TIME",
+        "kill a request's process after this time; needs --use-request-subprocess",
     ),
     "redirect_response": (
-        "PORT", "have consumers come to this port of the worker for their responses (default: off)",
+        "ports", parse_port_or_off, "PORT",
+        "have consumers come to this port of the worker for their responses",
     ),
     "redirect_host": (
-        "HOST", "the worker's address as consumers know it (default: the one it connects to the hub from)",
+        "ports", parse_host, "HOST",
+        "the worker's address as consumers know it (default: the one it connects to the hub from)",
     ),
-    "log_level": ("LEVEL", f"one of {', '.join(LOG_LEVELS)} (default: info)"),
+    "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
+    "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
 }  # fmt: skip
+
+# What is said in the environment only, and older names of what is an option now.
+VARIABLES: Mapping[str, tuple[str, Callable[[str], object]]] = {
+    "pickup_expiry_s": ("OOB_ITEM_EXPIRY_SECONDS", parse_limit),
+    "pickup_interval_s": ("OOB_CLEANUP_INTERVAL_SECONDS", parse_limit),
+    "metrics_directory": ("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory),
+    "metrics_port": ("PROMETHEUS_PORT", parse_port),
+}
+OLDER_VARIABLES = {"connect": ["POTHEAD_CONNECT"], "workers": ["POTHEAD_WORKERS"]}
+
+
+def write_value(value: object, parse: Callable[[str], object]) -> str:
+    """Returns a value as a user would write it; nothing for none."""
+    if value is None:
+        return "off" if parse is parse_port_or_off else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "off" if value == math.inf else f"{value:g}s"
+    return str(value)
 
 
 def flag_of(name: str) -> str:
@@ -4094,8 +4205,10 @@ def flag_of(name: str) -> str:
 def build_parser() -> OptionParser:
     parser = OptionParser(
         prog="pothead-worker",
-        description="Serve a WSGI application to a POTHEAD hub.",
-        epilog="Every option is also an environment variable, like POTHEAD_WORKER_GRACEFUL_TIMEOUT.",
+        usage="%(prog)s [options] [MODULE:APP]",
+        description="The worker: serves a WSGI application to a hub.",
+        epilog="Times take ms, s, m, h. Each option can be set in the environment too: "
+        f"{ENVIRONMENT_PREFIX}GRACEFUL_TIMEOUT=5m.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -4104,17 +4217,27 @@ def build_parser() -> OptionParser:
         metavar="MODULE:APP",
         help="the WSGI application; without :APP, the module's app or application (default: a built-in demo)",
     )
-    for name, (metavar, text) in OPTION_HELP.items():
-        if metavar:
-            parser.add_argument(flag_of(name), metavar=metavar, help=text)
-        else:
-            parser.add_argument(flag_of(name), action="store_const", const="yes", help=text)
+    add_options(parser)
     parser.add_argument("--version", action="version", version=f"pothead-worker {__version__}")
     return parser
 
 
+def add_options(parser: OptionParser) -> None:
+    """Adds the options of the table, group by group."""
+    parser.add_argument("--check", action="store_true", help="tell what would run, and exit")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, (title, parse, placeholder, text) in OPTION_HELP.items():
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        default = write_value(getattr(Options(), name), parse)
+        if not placeholder:
+            group.add_argument(flag_of(name), action="store_const", const="yes", help=text)
+        else:
+            suffix = f" (default: {default})" if default and "(default: " not in text else ""
+            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix)
+
+
 def join_negatives(words: Sequence[str]) -> list[str]:
-    """Join `--option -1` into one word: argparse would take -1 for an option and not say what is wrong."""
+    """Joins ``--option -1`` into one word: argparse would take -1 for an option and not say what is wrong."""
     joined: list[str] = []
     for word in words:
         if re.match(r"-[0-9.]", word) and joined and joined[-1].startswith("--"):
@@ -4124,74 +4247,112 @@ def join_negatives(words: Sequence[str]) -> list[str]:
     return joined
 
 
-class Given:
-    """What the user has said, on the command line and in the environment."""
-
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._arguments = build_parser().parse_args(join_negatives(argv))
-        self._environment = environment
-
-    @property
-    def app(self) -> str | None:
-        """The app's name. Raises UsageError, as all of this does."""
-        text: str | None = self._arguments.app
-        return None if text is None else parse_or_refuse(parse_app_name, text)
-
-    def choose(self, name: str, parse: Callable[[str], T], default: str, *older_variables: str) -> T:
-        """Return the option's value from the command line, else the environment, else its default."""
-        source, text = next(self._sources(name, older_variables), (flag_of(name), default))
-        return parse_or_refuse(parse, text, f"{source}: ")
-
-    def is_given(self, name: str, *older_variables: str) -> bool:
-        return any(self._sources(name, older_variables))
-
-    def read_variable(self, variable: str, parse: Callable[[str], T], default: str) -> T:
-        return parse_or_refuse(parse, self._environment.get(variable) or default, f"{variable}: ")
-
-    def _sources(self, name: str, older_variables: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yield where the option is given, and what is said there; the first one counts."""
-        if (text := getattr(self._arguments, name)) is not None:
-            yield flag_of(name), text
-        for variable in (f"POTHEAD_WORKER_{name.upper()}", *older_variables):
-            if text := self._environment.get(variable):
-                yield variable, text
+def describe_unknown(words: Sequence[str]) -> str:
+    """Returns a sentence about words that are no options."""
+    word = next((each for each in words if each.startswith("-")), words[0]).partition("=")[0]
+    if not word.startswith("-"):
+        return f"{word!r} is no option; see --help"
+    known = [*map(flag_of, OPTION_HELP), "--check", "--help", "--version"]
+    return f"there is no option {word}" + suggest(word.lower().replace("_", "-"), known)
 
 
-def parse_or_refuse(parse: Callable[[str], T], text: str, prefix: str = "") -> T:
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Returns a question after the one of the known words that may have been meant."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else "; see --help"
+
+
+# What Kubernetes and Docker tell of a service that happens to be called pothead-hub or pothead-worker.
+SERVICE_LINK = re.compile(
+    r"\w+_(?:SERVICE_HOST|SERVICE_PORT\w*|PORT_[0-9]+_\w+)=.*|\w+_PORT=(?:tcp|udp|sctp)://.*"
+)
+
+
+def warn_of_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Warns of variables that look like options of this program."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in OPTION_HELP]
+    for name, value in environ.items():
+        if not value or not name.startswith(ENVIRONMENT_PREFIX) or SERVICE_LINK.fullmatch(f"{name}={value}"):
+            continue
+        if name not in known:
+            log.warning("%s is the variable of no option%s", name, suggest(name, known))
+
+
+def parse_or_refuse(parse: Callable[[str], object], text: str, prefix: str) -> object:
     try:
         return parse(text)
     except ValueError as exc:
         raise UsageError(f"{prefix}{exc}") from None
 
 
-def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
-    """Return the options. Raises UsageError; `--help` and `--version` raise SystemExit."""
-    given = Given(argv, environment)
-    options = Options(
-        connect=given.choose("connect", parse_address, "localhost:4040", "POTHEAD_CONNECT"),
-        workers=given.choose("workers", parse_workers, "1", "POTHEAD_WORKERS"),
-        graceful_timeout_s=given.choose("graceful_timeout", parse_duration, "30s"),
-        log_level=given.choose("log_level", parse_log_level, "info"),
-        app=given.app,
-        poll_jobs=given.choose("poll_jobs", parse_switch, "no"),
-        use_request_subprocess=given.choose("use_request_subprocess", parse_switch, "no"),
-        request_timeout_s=given.choose("request_timeout", parse_limit, "off"),
-        redirect_response=given.choose("redirect_response", parse_port_or_off, "off"),
-        redirect_host=given.choose("redirect_host", parse_host, ""),
-        pickup_expiry_s=given.read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
-        pickup_interval_s=given.read_variable(
-            "OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)
-        ),
-        forward=given.choose("forward", parse_url, ""),
-        inspection_port=given.choose("inspection_port", parse_port_or_off, "off"),
-        inspection_host=given.choose("inspection_host", parse_host, "127.0.0.1"),
-        metrics_directory=given.read_variable("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory, ""),
-        metrics_port=given.read_variable("PROMETHEUS_PORT", parse_port, "9090"),
-    )
-    if options.poll_jobs and given.is_given("workers", "POTHEAD_WORKERS"):
-        raise UsageError("--poll-jobs and --workers exclude each other")
-    check_options(options)
-    return options
+def find_log_format(words: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Returns the log's format before the options are understood, for what may be wrong with them."""
+    given = re.findall(r"(?<!\S)--log-format[= ](\S+)", " ".join(words).partition(" -- ")[0])
+    text = given[-1] if given else environ.get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT", "")
+    return text.lower() if text.lower() in LOG_FORMATS else "text"
+
+
+class Given:
+    """What the user has said, on the command line and in the environment.  Raises ``UsageError``."""
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._arguments, unknown = build_parser().parse_known_args(join_negatives(argv))
+        if unknown:
+            raise UsageError(describe_unknown(unknown))
+        self._environ = environ
+        self.is_check: bool = self._arguments.check
+        self.sources: dict[str, str] = {}  # of the options that are given: the flag or the variable
+        self.options = self._make_options()
+
+    def _make_options(self) -> Options:
+        values: dict[str, Any] = {}
+        if self._arguments.app is not None:
+            values["app"] = parse_or_refuse(parse_app_name, self._arguments.app, "")
+        for name, parse in self._readers():
+            for source, text in itertools.islice(self._said(name), 1):
+                self.sources[name] = source
+                values[name] = parse_or_refuse(parse, text, f"{source}: ")
+        options = Options(**values)
+        if options.poll_jobs and "workers" in self.sources:
+            raise UsageError("--poll-jobs and --workers exclude each other")
+        check_options(options)
+        return options
+
+    def _readers(self) -> Iterator[tuple[str, Callable[[str], object]]]:
+        for name, (_, parse, _, _) in OPTION_HELP.items():
+            yield name, parse
+        for name, (_, parse) in VARIABLES.items():
+            yield name, parse
+
+    def _said(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yields where the option is given, and what is said there; the first one counts."""
+        if (text := getattr(self._arguments, name, None)) is not None:
+            yield flag_of(name), text
+        for variable in variables_of(name):
+            if text := self._environ.get(variable):
+                yield variable, text
+
+    def describe(self) -> Iterator[str]:
+        """Yields a line for each option in force."""
+        for name, parse in self._readers():
+            option = flag_of(name) if name in OPTION_HELP else variables_of(name)[0]
+            text = write_value(getattr(self.options, name), parse)
+            source = self.sources.get(name, "default")
+            if self.options.log_format == "json":
+                yield json.dumps({"option": option, "value": text, "from": source})
+            else:
+                yield f"{option} {text or '-'} ({source})"
+
+
+def variables_of(name: str) -> Sequence[str]:
+    if name in VARIABLES:
+        return [VARIABLES[name][0]]
+    return [ENVIRONMENT_PREFIX + name.upper(), *OLDER_VARIABLES.get(name, ())]
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
+    """Returns the options.  Raises ``UsageError``; ``--help`` and ``--version`` raise ``SystemExit``."""
+    return Given(argv, environ).options
 
 
 def check_options(options: Options) -> None:
@@ -4202,7 +4363,7 @@ def check_options(options: Options) -> None:
         raise UsageError("--poll-jobs needs an app that says when there is room; --forward has none")
     if options.forward and options.use_request_subprocess:
         raise UsageError("--use-request-subprocess needs an app; --forward has none")
-    if options.request_timeout_s < math.inf and not options.use_request_subprocess:
+    if options.request_timeout < math.inf and not options.use_request_subprocess:
         raise UsageError("--request-timeout: only a process can be stopped; add --use-request-subprocess")
     if options.redirect_host and options.redirect_response is None:
         raise UsageError("--redirect-host: there is no --redirect-response")
@@ -4210,59 +4371,162 @@ def check_options(options: Options) -> None:
         raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
 
 
-class LogHandler(logging.Handler):
-    """Writes to a descriptor without ever waiting for who reads it.
+# -- lines of the log: the same in `pothead.py`, as a test holds
 
-    What does not fit is dropped and counted: a log that nobody reads must not stop the service.
+LOG_TEXT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def timestamp(epoch_s: float) -> str:
+    """Returns the time in UTC, with milliseconds (RFC 3339)."""
+    whole = int(epoch_s)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((epoch_s - whole) * 1000):03d}Z"
+
+
+def json_message(epoch_s: float, level: str, name: str, message: str, trace: str = "") -> str:
+    """Returns a message as an object of JSON."""
+    fields = {"time": timestamp(epoch_s), "level": level, "logger": name, "message": message}
+    return json.dumps({**fields, "traceback": trace} if trace else fields)
+
+
+class LogFormatter(logging.Formatter):
+    """Makes text or JSON of log records; their times are in UTC, whatever becomes of the zone."""
+
+    def __init__(self, log_format: str) -> None:
+        super().__init__(LOG_TEXT)
+        self._is_json = log_format == "json"
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return timestamp(record.created)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._is_json:
+            return text
+        return json_message(
+            record.created, record.levelname, record.name, record.message, record.exc_text or ""
+        )
+
+
+class Output:
+    """Lines for a descriptor, written without ever waiting for who reads them.
+
+    What does not fit is kept, up to a limit; beyond it lines are dropped and counted: a log that nobody
+    reads must not stop the service.
     """
 
-    def __init__(self, fd: int) -> None:
-        super().__init__()
+    def __init__(self, fd: int, log_format: str, backlog_bytes: int) -> None:
+        self.pending = bytearray()
+        self._lost = 0
+        self._is_json = log_format == "json"
+        self._backlog_bytes = backlog_bytes
         self._fd = fd
-        self._lost_lines = 0
+        self._piece_bytes = select.PIPE_BUF  # what a pipe takes undivided: lines of two programs do not mix
+        self._own = contextlib.ExitStack()
+        self._take = self._open()
+
+    def _open(self) -> Callable[[bytearray], int]:
+        """Returns what writes as much as is taken at once, even if others write to the same descriptor.
+
+        A look whether there is room says nothing about the next moment, in which the companion may fill it;
+        and O_NONBLOCK would be the companion's as well.  So a pipe or a terminal is opened once more.  Where
+        that is forbidden (a pipe that another user has made), the look must do.
+        """
+        try:
+            mode = os.fstat(self._fd).st_mode
+            if stat.S_ISREG(mode):
+                self._piece_bytes = sys.maxsize
+                return functools.partial(os.write, self._fd)
+            if stat.S_ISSOCK(mode):
+                sock = self._own.enter_context(socket.socket(fileno=os.dup(self._fd)))
+                return lambda piece: sock.send(piece, socket.MSG_DONTWAIT)
+            own_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:
+            return functools.partial(write_if_there_is_room, self._fd)
+        self._own.callback(os.close, own_fd)
+        return functools.partial(os.write, own_fd)
+
+    def __del__(self) -> None:
+        self._own.close()
+
+    def write(self, line: str) -> None:
+        """Takes a line, with its line end."""
+        if len(self.pending) > self._backlog_bytes:
+            self._lost += line.count("\n")
+            return
+        if self._lost:
+            self.pending += self._lost_lines().encode()
+            self._lost = 0
+        self.pending += line.encode("utf-8", "backslashreplace")
+
+    def _lost_lines(self) -> str:
+        text = f"{self._lost} log lines were lost: nobody read them"
+        if self._is_json:
+            return json_message(time.time(), "WARNING", log.name, text) + "\n"
+        return f"({text})\n"
+
+    def flush(self) -> None:
+        """Writes what can be written now; the rest is ``pending``."""
+        while self.pending and (taken := self._write_piece()):
+            del self.pending[:taken]
+
+    def _write_piece(self) -> int:
+        """Returns how many bytes were taken: whole lines, as long as these are not too long for a pipe."""
+        end = self.pending.rfind(b"\n", 0, self._piece_bytes) + 1
+        piece = self.pending[: end or self._piece_bytes]
+        try:
+            return self._take(piece)
+        except BlockingIOError:
+            return 0
+        except OSError:  # closed, or a full disk
+            self._lost += self.pending.count(b"\n")
+            return len(self.pending)
+
+
+def write_if_there_is_room(fd: int, piece: bytearray) -> int:
+    """Returns how many bytes were taken."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    return os.write(fd, piece) if poller.poll(0) else 0
+
+
+class OutputHandler(logging.Handler):
+    """Passes log records to an ``Output``."""
+
+    def __init__(self, output: Output, log_format: str) -> None:
+        super().__init__()
+        self._output = output
+        self.setFormatter(LogFormatter(log_format))
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
-        notice = (
-            b"(%d log lines were lost: nobody read them)\n" % self._lost_lines if self._lost_lines else b""
-        )
-        left = whole_lines(notice + text, select.PIPE_BUF)
-        while left and self._write(left[0]):
-            self._lost_lines = 0
-            del left[0]
-        is_notice_left = self._lost_lines > 0
-        self._lost_lines += sum(piece.count(b"\n") for piece in left) - is_notice_left
+        self._output.write(self.format(record) + "\n")
+        self.flush()
 
-    def _write(self, piece: bytes) -> bool:
-        """Write what is not longer than PIPE_BUF, which a writable pipe takes at once and undivided."""
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
-        try:
-            return bool(poller.poll(0)) and os.write(self._fd, piece) == len(piece)
-        except OSError:  # closed, or a full disk
-            return False
+    def flush(self) -> None:
+        self._output.flush()
 
 
-def whole_lines(text: bytes, limit_bytes: int) -> list[bytes]:
-    """Return the text in one piece, or in lines, which are broken where they are longer than the limit."""
-    if len(text) <= limit_bytes:
-        return [text]
-    room = limit_bytes - 1
-    return [
-        line[start : start + room].rstrip(b"\n") + b"\n"
-        for line in text.splitlines(keepends=True)
-        for start in range(0, len(line.rstrip(b"\n")) or 1, room)
-    ]
+def log_uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+    """Logs what ends the program, in the place of ``sys.excepthook``."""
+    log.error("this is a fault of the program, which ends", exc_info=(kind, exc, trace))
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: int | str, log_format: str) -> None:
     """Log to stderr with a handler of our own: how the app sets up its own logging changes nothing here."""
-    # Without a stderr, descriptor 2 is somebody else's: perhaps the connection to the hub.
-    handler = LogHandler(2) if sys.__stderr__ else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.handlers = [handler]
-    log.setLevel(level.upper())
-    log.propagate = False
+    handler: logging.Handler = logging.NullHandler()
+    if sys.__stderr__:  # otherwise descriptor 2 is somebody else's: perhaps the connection to the hub
+        handler = OutputHandler(Output(2, log_format, LOG_BACKLOG_BYTES), log_format)
+    for logger in (log, logging.getLogger("pothead.gating")):
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def complain(message: str, log_format: str, trace: str = "") -> None:
+    """Say on stderr why the worker does not start."""
+    line = f"{trace}pothead-worker: {message}"
+    if log_format == "json":
+        line = json_message(time.time(), "ERROR", log.name, message, trace)
+    print(line, file=sys.stderr)
 
 
 class Signals:
@@ -4338,7 +4602,7 @@ def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarde
             raise LoadError(f"cannot poll jobs for {options.app!r}: {exc}") from None
     if not options.use_request_subprocess:
         return app, None
-    fork_server = ForkServer(options.app, metrics.merge_ended)
+    fork_server = ForkServer(options.app, metrics.merge_ended, options.log_format)
     fork_server.start()
     return app, fork_server
 
@@ -4383,10 +4647,10 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         app,
         options.connect,
         options.workers,
-        options.graceful_timeout_s,
+        min(options.graceful_timeout, threading.TIMEOUT_MAX),
         poll_jobs=options.poll_jobs,
         fork_server=fork_server,
-        request_timeout_s=options.request_timeout_s,
+        request_timeout_s=options.request_timeout,
         pickups=pickups,
         metrics=metrics,
     )
@@ -4419,22 +4683,48 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
     return is_clean
 
 
+def check_line(text: str, log_format: str) -> str:
+    """Returns a line of what ``--check`` tells."""
+    return json.dumps({"check": text}) if log_format == "json" else text
+
+
+def check(given: Given, stack: contextlib.ExitStack) -> None:
+    """Tells what would run, having loaded the app.  Raises what a start would raise."""
+    options = given.options
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # what is in it may be a running worker's
+    metrics_port = options.metrics_port if options.metrics_directory else None
+    bind(stack, "PROMETHEUS_PORT", metrics_port, lambda port: PagePort("metrics", port))
+    pool, _ = prepare(replace(options, metrics_directory=None), stack)
+    if pool.fork_server:
+        pool.fork_server.close()
+    what = options.app or options.forward or "the demo"
+    text = f"would connect to {options.connect} and serve {what}"
+    print("\n".join([*given.describe(), check_line(text, options.log_format)]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     with contextlib.ExitStack() as stack:
         try:
-            options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+            given = Given(words, os.environ)
+            options = given.options
             signals = stack.enter_context(contextlib.closing(Signals()))
-            configure_logging(options.log_level)
-            pool, ports = prepare(options, stack)
+            configure_logging(options.log_level.upper(), options.log_format)
+            sys.excepthook = log_uncaught
+            warn_of_unknown_variables(os.environ)
+            if given.is_check:
+                check(given, stack)
+            else:
+                pool, ports = prepare(options, stack)
             signals.listen()
         except (UsageError, LoadError) as exc:
-            print(f"pothead-worker: {exc}", file=sys.stderr)
+            complain(str(exc), find_log_format(words, os.environ), getattr(exc, "trace", ""))
             return 2 if isinstance(exc, UsageError) else 3
         except KeyboardInterrupt:
             signals.listen()  # an impatient second one must not show a traceback
             return 0
-        status = 0 if serve(pool, ports, signals) else 1
+        status = 0 if given.is_check or serve(pool, ports, signals) else 1
     threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
     return status
 

@@ -253,7 +253,8 @@ def main() -> int:
             hub = subprocess.Popen(command, stdout=log, stderr=err)
         while log_path.read_text().count("listening") < 3:
             time.sleep(0.01)
-        addresses = dict(line.split(" ")[1].split("=") for line in log_path.read_text().splitlines()[:3])
+        ready = [json.loads(line) for line in log_path.read_text().splitlines()[:3]]
+        addresses = {entry["listening"]: entry["address"] for entry in ready}
         workers = Workers(args.workers, addresses["workers"], directory, random.Random(args.seed))
         soak = Soak(int(addresses["consumers"].rpartition(":")[2]), args.seconds, args.seed)
         at_rest(addresses["admin"], 2 * args.workers)
@@ -271,7 +272,7 @@ def main() -> int:
             workers.end()
             hub.terminate()
             status = hub.wait()
-        entries = [json.loads(line) for line in log_path.read_text().splitlines() if line.startswith("{")]
+        entries = [json.loads(line) for line in log_path.read_text().splitlines()[3:]]
         requeued = {entry["id"] for entry in entries if entry["attempts"] > 1}
         soak.wrong += duplicated(ledger, requeued, soak.methods)
         codes = collections.Counter(entry["code"] for entry in entries)

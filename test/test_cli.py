@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import dataclasses
 import fcntl
-import logging
+import inspect
+import json
 import math
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -191,38 +196,33 @@ SENSELESS_OF_THE_HUB = [
 ]
 
 
-def hub_usage_error(words: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+def hub_usage_error(words: list[str], environment: dict[str, str]) -> str:
     """Return the one line that the hub writes about a senseless command line."""
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(pothead.UsageError) as caught:
         pothead.parse_args(words, environment)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("pothead: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    return err
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(("option", "text"), SENSELESS_OF_THE_HUB)
 def test_senseless_value_on_the_hubs_command_line_is_a_usage_error_that_names_the_option(
-    option: str, text: str, capsys: pytest.CaptureFixture[str]
+    option: str, text: str
 ) -> None:
-    err = hub_usage_error([f"{option}={text}"], {}, capsys)
+    err = hub_usage_error([f"{option}={text}"], {})
     assert option in err
 
 
 @pytest.mark.parametrize(("option", "text"), [pair for pair in SENSELESS_OF_THE_HUB if pair[1]])
 def test_senseless_value_in_the_hubs_environment_is_a_usage_error_that_names_it(
-    option: str, text: str, capsys: pytest.CaptureFixture[str]
+    option: str, text: str
 ) -> None:
     name = variable(option.strip("-").replace("-", "_"))
-    err = hub_usage_error([], {name: text}, capsys)
+    err = hub_usage_error([], {name: text})
     assert name in err or option in err
 
 
-def test_senseless_switch_in_the_hubs_environment_is_a_usage_error(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    err = hub_usage_error([], {"POTHEAD_HUB_STREAM_REQUESTS": "maybe"}, capsys)
+def test_senseless_switch_in_the_hubs_environment_is_a_usage_error() -> None:
+    err = hub_usage_error([], {"POTHEAD_HUB_STREAM_REQUESTS": "maybe"})
     assert "POTHEAD_HUB_STREAM_REQUESTS" in err
 
 
@@ -240,9 +240,9 @@ def test_senseless_switch_in_the_hubs_environment_is_a_usage_error(
     ],
 )
 def test_command_line_that_makes_no_sense_is_a_usage_error_that_says_what(
-    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], wanted: str
 ) -> None:
-    assert wanted in hub_usage_error(words, {}, capsys)
+    assert wanted in hub_usage_error(words, {})
 
 
 def test_process_ends_with_2_after_a_usage_error() -> None:
@@ -258,7 +258,7 @@ def test_process_ends_with_2_after_a_usage_error() -> None:
     [
         ("connect", "[::1]:4041", "connect", pothead_worker.Address("::1", 4041)),
         ("workers", "7", "workers", 7),
-        ("graceful_timeout", "250ms", "graceful_timeout_s", 0.25),
+        ("graceful_timeout", "250ms", "graceful_timeout", 0.25),
         ("log_level", "DEBUG", "log_level", "debug"),
     ],
 )
@@ -675,7 +675,7 @@ class Unread:
     def __exit__(self, *_exc_info: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.stdout.close()
+        self.stdout.close()  # which ends a command that writes there
         self.stderr.close()
 
 
@@ -700,6 +700,23 @@ def test_hub_serves_on_when_nobody_reads_its_log() -> None:
 
 
 @needs_small_pipes
+def test_hub_serves_on_when_its_command_fills_the_pipe_that_both_write_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    shell = ("sh", "-c", f"read go < {tmp_path}/go; yes & exec yes")
+    with Unread(HUB, *FREE_PORTS, "--", *shell) as hub:
+        main, worker = hub.read_address(), hub.read_address()
+        hub.stdout.readline()
+        (tmp_path / "go").write_text("go\n")
+        with wire.Peer.connect(worker) as slot, wire.Peer.connect(main) as consumer:
+            for _ in range(2000):
+                os.read(hub.stdout.fileno(), 4096)  # there is room for a moment, and all three would have it
+                consumer.send(GET)
+                slot.read_request()
+                slot.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+                assert consumer.read_response().status == 204
+
+
+@needs_small_pipes
 def test_worker_serves_on_when_nobody_reads_its_log(listener: wire.Listener) -> None:
     address = f"127.0.0.1:{listener.worker[1]}"
     with Unread(WORKER, "--connect", address, "--log-level", "debug") as worker:
@@ -708,37 +725,6 @@ def test_worker_serves_on_when_nobody_reads_its_log(listener: wire.Listener) -> 
                 assert ask(hub).status == 200
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(wire.DEADLINE_S) == 0
-
-
-@needs_small_pipes
-def test_worker_counts_the_log_lines_that_nobody_read() -> None:
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 4096)
-    handler = pothead_worker.LogHandler(writer)
-
-    def log(text: str) -> None:
-        handler.emit(logging.makeLogRecord({"msg": text}))
-
-    log("a" * 4000)
-    log("b" * 4000)
-    log("c\nd")
-    assert os.read(reader, 1 << 16) == b"a" * 4000 + b"\n"
-    log("e" * 5000 + "\n\nf")
-    wanted = b"(3 log lines were lost: nobody read them)\n"
-    assert os.read(reader, 1 << 16) == wanted, "a pipe of one page takes one piece"
-    log("g")
-    assert os.read(reader, 1 << 16) == b"(4 log lines were lost: nobody read them)\ng\n"
-    os.close(reader)
-    log("h")
-    os.close(writer)
-
-
-def test_long_lines_of_the_workers_log_are_broken_and_nothing_of_them_is_lost(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w+b") as file:
-        text = "a" * 5000 + "\n\n" + "b" * 4095 + "\nf"
-        pothead_worker.LogHandler(file.fileno()).emit(logging.makeLogRecord({"msg": text}))
-        lines = (tmp_path / "log").read_text().split("\n")
-    assert lines == ["a" * 4095, "a" * 905, "", "b" * 4095, "f", ""]
 
 
 def test_hub_serves_on_when_its_log_is_closed() -> None:
@@ -768,14 +754,13 @@ def test_worker_serves_on_when_its_log_is_closed(listener: wire.Listener) -> Non
 
 
 class Output:
-    """The hub's output into a pipe, of which this is the reader."""
+    """A program's output into a pipe, of which this is the reader."""
 
-    def __init__(self) -> None:
-        self.loop = pothead.EventLoop()
+    def __init__(self, module: ModuleType, log_format: str) -> None:
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self._writer = writer
-        self.output = pothead.Output(self.loop, writer)
+        self.writer = writer
+        self.output = module.Output(writer, log_format, pothead.LIMITS.log_backlog_bytes)
 
     def read(self) -> bytes:
         """Return what is in the pipe."""
@@ -796,36 +781,460 @@ class Output:
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
-        self.loop.close()
         os.close(self._reader)
-        os.close(self._writer)
+        os.close(self.writer)
 
 
-def test_log_lines_beyond_the_backlog_are_dropped_whole_and_counted() -> None:
+@pytest.fixture(params=[pothead, pothead_worker], ids=["hub", "worker"])
+def pipe(request: pytest.FixtureRequest) -> Iterator[Output]:
+    with Output(request.param, "text") as output:
+        yield output
+
+
+@pytest.fixture(params=[pothead, pothead_worker], ids=["hub", "worker"])
+def json_pipe(request: pytest.FixtureRequest) -> Iterator[Output]:
+    with Output(request.param, "json") as output:
+        yield output
+
+
+def test_log_lines_beyond_the_backlog_are_dropped_whole_and_counted(pipe: Output) -> None:
     line = "x" * 999 + "\n"
-    with Output() as pipe:
-        for _ in range(2000):
-            pipe.output.write(line)
-        kept = pipe.read_all().decode()
-        assert kept == line * (len(kept) // 1000)
-        assert 0 <= len(kept) - pothead.LIMITS.log_backlog_bytes <= 1000
-        pipe.output.write("the next\n")
-        lost = 2000 - len(kept) // 1000
-        assert pipe.read_all().decode() == f"({lost} log lines were lost: nobody read them)\nthe next\n"
+    for _ in range(2000):
+        pipe.output.write(line)
+    kept = pipe.read_all().decode()
+    assert kept == line * (len(kept) // 1000)
+    assert 0 <= len(kept) - pothead.LIMITS.log_backlog_bytes <= 1000
+    pipe.output.write("the next\n")
+    lost = 2000 - len(kept) // 1000
+    assert pipe.read_all().decode() == f"({lost} log lines were lost: nobody read them)\nthe next\n"
 
 
-def test_log_line_waits_for_room_and_asks_for_another_turn() -> None:
-    with Output() as pipe:
+def test_lost_log_lines_are_counted_in_json_where_the_log_is_json(json_pipe: Output) -> None:
+    for _ in range(3):
+        json_pipe.output.write("{" + "x" * pothead.LIMITS.log_backlog_bytes + "}\n")
+    json_pipe.read_all()
+    json_pipe.output.write("{}\n")
+    notice, line, rest = json_pipe.read_all().split(b"\n")
+    assert (line, rest) == (b"{}", b"")
+    assert json.loads(notice)["message"] == "2 log lines were lost: nobody read them"
+
+
+def test_log_line_waits_for_room(pipe: Output) -> None:
+    pipe.output.write("x" * 200_000 + "\n")
+    pipe.output.flush()
+    assert len(pipe.output.pending) > 100_000
+    assert len(pipe.read_all()) == 200_001
+
+
+def test_hub_asks_for_another_turn_when_a_log_line_waits_for_room() -> None:
+    loop = pothead.EventLoop()
+    with Output(pothead, "text") as pipe:
+        pothead.flush_each_turn(pipe.output, loop)
+        loop.call_soon(lambda: pipe.output.write("x" * 200_000 + "\n"))
+        left = 0
+
+        def read() -> None:
+            nonlocal left
+            left += len(pipe.read())
+            if left == 200_001:
+                loop.stop()
+
+        loop.before_sleep.append(read)
+        loop.run()
+    loop.close()
+
+
+def test_log_lines_of_two_writers_are_not_mixed(pipe: Output) -> None:
+    pipe.output.write("x" * 2999 + "\n" + "y" * 2999 + "\n")
+    os.write(pipe.writer, b"z" * 63_000 + b"\n")
+    pipe.output.flush()
+    lines = pipe.read_all().splitlines()
+    assert [(line[:1], len(set(line))) for line in lines] == [(b"z", 1), (b"x", 1), (b"y", 1)]
+
+
+def test_output_leaves_the_pipe_of_others_as_it_is(pipe: Output) -> None:
+    pipe.output.write("x" * 200_000 + "\n")
+    pipe.output.flush()
+    assert pipe.output.pending
+    assert os.get_blocking(pipe.writer)
+
+
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
+def test_output_into_a_socket_does_not_wait(module: ModuleType) -> None:
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        output = module.Output(writer.fileno(), "text", pothead.LIMITS.log_backlog_bytes)
+        output.write("first\n")
+        output.flush()
+        assert reader.recv(100) == b"first\n"
+        output.write("x" * 1_000_000 + "\n")
+        output.flush()
+        assert output.pending
+        assert os.get_blocking(writer.fileno()), "what is shared stays as it is"
+
+
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
+def test_output_into_a_terminal_does_not_wait(module: ModuleType) -> None:
+    master, terminal = os.openpty()
+    try:
+        output = module.Output(terminal, "text", pothead.LIMITS.log_backlog_bytes)
+        output.write("x" * 1_000_000 + "\n")
+        output.flush()
+        assert output.pending
+        assert os.get_blocking(terminal), "what is shared stays as it is"
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
+def test_output_that_cannot_open_the_pipe_looks_whether_there_is_room(module: ModuleType) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Output(module, "text") as pipe:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            pipe.output = module.Output(pipe.writer, "text", pothead.LIMITS.log_backlog_bytes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         pipe.output.write("x" * 200_000 + "\n")
         pipe.output.flush()
-        assert pipe.output.deadline < math.inf
+        assert len(pipe.output.pending) > 100_000
         assert len(pipe.read_all()) == 200_001
 
 
-def test_log_line_that_cannot_be_encoded_is_written_all_the_same() -> None:
-    with Output() as pipe:
-        pipe.output.write("lone \udc80\n")
-        assert pipe.read_all() == b"lone \\udc80\n"
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
+def test_output_into_a_file_goes_to_its_end(module: ModuleType, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+b") as file:
+        output = module.Output(file.fileno(), "text", pothead.LIMITS.log_backlog_bytes)
+        for writer in (output, None, output):
+            if writer:
+                writer.write("ours\n")
+                writer.flush()
+            else:
+                os.write(file.fileno(), b"theirs\n")
+    assert (tmp_path / "log").read_text() == "ours\ntheirs\nours\n"
+
+
+def test_log_line_that_cannot_be_encoded_is_written_all_the_same(pipe: Output) -> None:
+    pipe.output.write("lone \udc80\n")
+    assert pipe.read_all() == b"lone \\udc80\n"
+
+
+# ---- Times and JSON ----------------------------------------------------------------------------------
+
+# An application that moves the worker to another zone, and fails.
+ELSEWHERE = """
+import os, time
+
+os.environ["TZ"] = "Asia/Kolkata"
+time.tzset()
+
+def app(environ, start_response):
+    raise RuntimeError("two\\nlines")
+"""
+TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
+
+
+def assert_is_now(text: str) -> None:
+    assert TIME.fullmatch(text), text
+    seconds = calendar.timegm(time.strptime(text[:-5], "%Y-%m-%dT%H:%M:%S"))
+    assert abs(time.time() - seconds) < 600, text
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]])
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_times_of_hub_and_worker_are_in_utc_whatever_the_app_does_to_the_zone(
+    tmp_path: Path, mode: list[str], log_format: str
+) -> None:
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    environment = {f"POTHEAD_{name}_LOG_FORMAT": log_format for name in ("HUB", "WORKER")}
+    environment["TZ"] = "America/New_York"
+    command = [*wire.python(WORKER), *mode, "elsewhere:app"]
+    with wire.hub_process("--", *command, cwd=tmp_path, environment=environment) as hub:
+        with wire.Peer.connect(hub.main) as consumer:
+            assert ask(consumer).status == 500
+        hub.wait_for_error(lambda line: "two" in line)
+        hub.terminate()
+        hub.wait()
+        errors = hub.errors[:]
+        hub.errors.clear()  # of the traceback that is meant
+    assert len(hub.lines) == 4
+    if log_format == "text":
+        times = [line.split()[0] for line in errors if re.search(r" (INFO|ERROR) ", line)]
+        times.append(hub.lines[3].split()[0])
+    else:
+        entries = [json.loads(line) for line in [*hub.lines, *errors]]
+        times = [entry["time"] for entry in entries]
+        assert [entry.get("listening") for entry in entries[:4]] == ["consumers", "workers", "admin", None]
+        assert {entry["logger"] for entry in entries[4:]} == {"pothead", "pothead.worker"}
+        (fault,) = [entry for entry in entries if "traceback" in entry]
+        assert fault["traceback"].endswith("RuntimeError: two\nlines")
+        assert (fault["level"], "raised an exception" in fault["message"]) == ("ERROR", True)
+    assert len(times) >= 4
+    for text in times:
+        assert_is_now(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "wanted"),
+    [
+        ([HUB, "--log-format", "json", "--max-que", "5"], 2, "there is no option --max-que"),
+        ([HUB, "--log-format=JSON", "--main-host", "nosuch.invalid"], 2, "cannot listen for consumers"),
+        ([HUB, "--log-format=json", *FREE_PORTS, "--", "nosuch-command"], 2, "cannot start nosuch-command"),
+        ([WORKER, "--workers", "x", "--log-format=json"], 2, "--workers: 'x'"),
+        ([WORKER, "--log-format=json", "broken:app"], 3, "cannot load 'broken:app': importing module"),
+        ([WORKER, "--log-format=json", "--use-request-subprocess", "broken"], 3, "cannot load 'broken'"),
+    ],
+)
+def test_reason_why_a_program_does_not_start_is_json_too(
+    tmp_path: Path, command: list[str], status: int, wanted: str
+) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    ended = subprocess.run(
+        wire.python(*command), cwd=tmp_path, capture_output=True, text=True, timeout=wire.DEADLINE_S
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (status, "", 1)
+    entry = json.loads(ended.stderr)
+    assert wanted in entry["message"] and entry["level"] == "ERROR"
+    assert_is_now(entry["time"])
+    assert ("traceback" in entry) is (status == 3)
+
+
+def test_log_format_of_the_command_is_not_that_of_the_hub() -> None:
+    ended = run(HUB, "--max-que", "5", "--", "worker", "--log-format", "json")
+    assert ended.stderr.startswith("pothead: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "words"),
+    [
+        ("pothead", "Hub", ("--admin-port=off", "--main-port=0", "--worker-port=0")),
+        ("pothead_worker", "WorkerPool", ()),
+    ],
+)
+def test_fault_that_ends_a_program_is_json_too(module: str, owner: str, words: tuple[str, ...]) -> None:
+    source = f"import sys, {module} as it\nit.{owner}.__init__ = lambda *_, **__: 1 / 0\n"
+    source += "sys.exit(it.main(sys.argv[1:]))\n"
+    ended = subprocess.run(
+        wire.python("-c", source, "--log-format=json", *words),
+        cwd=wire.ROOT, capture_output=True, text=True, timeout=wire.DEADLINE_S,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    entry = json.loads(ended.stderr)
+    assert entry["message"] == "this is a fault of the program, which ends"
+    assert entry["traceback"].endswith("ZeroDivisionError: division by zero")
+
+
+def test_log_of_the_gates_is_the_workers_log(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(
+        "import logging\n"
+        "logging.getLogger('pothead.gating').warning('no /proc')\n"
+        "def app(environ, start_response): ...\n"
+    )
+    ended = run(WORKER, "--check", "--log-format", "json", "gated", cwd=tmp_path)
+    entry = json.loads(ended.stderr)
+    assert (entry["logger"], entry["message"]) == ("pothead.gating", "no /proc")
+
+
+def test_json_of_the_hub_can_be_asked_for_in_the_environment() -> None:
+    ended = run(HUB, "--max-queue", "0", environment={"POTHEAD_HUB_LOG_FORMAT": "json"})
+    assert "--max-queue" in json.loads(ended.stderr)["message"]
+
+
+# ---- Hints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "wanted"),
+    [
+        (HUB, ["--max-que", "5"], "there is no option --max-que; did you mean --max-queue?"),
+        (HUB, ["--Max_Queue=5"], "there is no option --Max_Queue; did you mean --max-queue?"),
+        (HUB, ["--zzz"], "there is no option --zzz; see --help"),
+        (HUB, ["worker:app"], "'worker:app' is no option; see --help"),
+        (HUB, ["--max-queue", "-1"], "--max-queue: '-1' is not a whole number of 1 or more"),
+        (HUB, ["--admin-port", "-1"], "--admin-port: '-1' is not a port from 0 to 65535"),
+        (WORKER, ["--worker", "2"], "there is no option --worker; did you mean --workers?"),
+        (WORKER, ["--gracefull-timeout=5"], "did you mean --graceful-timeout?"),
+        (WORKER, ["--workers", "-1"], "--workers: '-1' is not a number from 1 to 9999"),
+        (WORKER, ["--inspection-port", "-1"], "--inspection-port: '-1' is not a port from 0 to 65535"),
+    ],
+)
+def test_mistake_on_the_command_line_gets_a_hint(program: str, words: list[str], wanted: str) -> None:
+    ended = run(program, *words)
+    assert ended.status == 2
+    assert ended.stderr.rstrip("\n").endswith(wanted)
+
+
+@pytest.mark.parametrize("module", [pothead, pothead_worker])
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("graceful_timeout", "OFF", math.inf),
+        ("graceful_timeout", "off", math.inf),
+        ("graceful_timeout", "5M", 300.0),
+        ("log_level", "Debug", "debug"),
+        ("log_format", "JSON", "json"),
+    ],
+)
+def test_both_programs_take_the_same_values(module: ModuleType, name: str, text: str, value: object) -> None:
+    assert getattr(module.Given([flag(name), text], {}).options, name) == value
+
+
+@pytest.mark.parametrize("program", [HUB, WORKER])
+def test_help_is_in_groups_and_has_one_word_for_times(program: str) -> None:
+    text = "\n".join(run(program, "--help").lines)
+    assert len(re.findall(r"^[a-z ]+:$", text, re.MULTILINE)) >= 5
+    assert "--graceful-timeout TIME" in text and "DURATION" not in text
+
+
+UNKNOWN = {
+    "POTHEAD_HUB_MAXQUEUE": "5",
+    "POTHEAD_WORKER_GRACEFUL": "5",
+    # Nothing of this is a mistake.
+    "POTHEAD_HUB_QUEUE": "",
+    "POTHEAD_HUB_MAX_QUEUE": "7",
+    "POTHEAD_HUB_SERVICE_HOST": "10.0.0.1",
+    "POTHEAD_HUB_SERVICE_PORT_HTTP": "80",
+    "POTHEAD_HUB_PORT": "tcp://10.0.0.1:80",
+    "POTHEAD_HUB_PORT_80_TCP_ADDR": "10.0.0.1",
+    "POTHEAD_WORKER_WORKERS": "1",
+    "POTHEAD_WORKERS": "1",
+    "POTHEAD_CONNECT": "localhost:1",
+    "POTHEAD_CPU_PROMISED": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        (HUB, "POTHEAD_HUB_MAXQUEUE is the variable of no option; did you mean POTHEAD_HUB_MAX_QUEUE?"),
+        (
+            WORKER,
+            "POTHEAD_WORKER_GRACEFUL is the variable of no option; did you mean POTHEAD_WORKER_GRACEFUL",
+        ),
+    ],
+)
+def test_variable_that_no_option_has_gets_a_warning(program: str, wanted: str) -> None:
+    words = FREE_PORTS if program == HUB else ()
+    ended = run(program, "--check", *words, environment=UNKNOWN)
+    assert ended.status == 0
+    assert ended.stderr.count("\n") == 1 and wanted in ended.stderr and " WARNING " in ended.stderr
+
+
+# ---- What would run ----------------------------------------------------------------------------------
+
+
+def test_check_of_the_hub_tells_its_options_where_they_are_from_and_its_ports() -> None:
+    environment = {"POTHEAD_HUB_QUEUE_TIMEOUT": "2m", "POTHEAD_HUB_MAX_QUEUE": "7"}
+    ended = run(HUB, "--check", *FREE_PORTS, "--max-queue", "5", "--", "sh", environment=environment)
+    assert (ended.status, ended.stderr) == (0, "")
+    told = dict(line.rsplit(" (", 1) for line in ended.lines if line.startswith("--"))
+    assert {word.split()[0] for word in told} == {flag(name) for name in GIVEN}
+    assert told["--max-queue 5"] == "--max-queue)"
+    assert told["--queue-timeout 120s"] == "POTHEAD_HUB_QUEUE_TIMEOUT)"
+    assert told["--max-request-body 1g"] == "default)"
+    assert [line.rpartition(":")[0] for line in ended.lines[-4:-1]] == [
+        f"would listen {role}=127.0.0.1" for role in ("consumers", "workers", "admin")
+    ]
+    assert ended.lines[-1] == "would start sh"
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_check_of_the_hub_writes_a_value_as_it_may_be_given(name: str) -> None:
+    value = GIVEN[name][1]
+    parse = pothead.OPTION_HELP[name][1]
+    assert parse(pothead.write_value(value, parse)) == value
+
+
+def test_check_of_a_hub_that_could_not_start_ends_as_the_start_would() -> None:
+    assert run(HUB, "--check", "--max-queue", "0").status == 2
+    assert run(HUB, "--check", *FREE_PORTS, "--worker-host", "0.0.0.0").status == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = run(HUB, "--check", *FREE_PORTS, "--main-port", str(taken.getsockname()[1]))
+        assert (ended.status, ended.lines) == (2, []) and "in use" in ended.stderr
+    ended = run(HUB, "--check", *FREE_PORTS, "--", "nosuch-command")
+    assert ended == Ended(2, [], "pothead: cannot start nosuch-command: No such file or directory\n")
+
+
+def test_check_takes_no_connection_from_the_hub_whose_ports_it_would_share() -> None:
+    with wire.hub_process("--reuse-port") as hub:
+        ports = [
+            word
+            for role in ("main", "worker", "admin")
+            for word in (f"--{role}-port", str(getattr(hub, role)[1]))
+        ]
+        check = wire.Program(wire.python(HUB, "--check", "--reuse-port", *ports), wire.ROOT)
+        check.may_have_ended = True
+        with wire.running(check), wire.Peer.connect(hub.main) as consumer:
+            while check.process.poll() is None:
+                with wire.Peer.connect(hub.main) as other:
+                    other.send(b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n")
+                    assert other.read_response().status == 405
+            assert check.wait() == 0
+            consumer.send(b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert consumer.read_response().status == 405
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]])
+def test_check_of_the_worker_loads_the_app_and_connects_to_nobody(tmp_path: Path, mode: list[str]) -> None:
+    (tmp_path / "counted.py").write_text("print('imported')\ndef app(environ, start_response): ...\n")
+    with wire.Listener() as listener:
+        address = f"127.0.0.1:{listener.worker[1]}"
+        words = ["--check", *mode, "--inspection-port", "0", "counted:app"]
+        ended = run(WORKER, *words, cwd=tmp_path, environment={"POTHEAD_CONNECT": address})
+        listener.sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.sock.accept()
+    assert ended.status == 0
+    assert ended.lines[0] == "imported"
+    assert ended.lines[-1] == f"would connect to {address} and serve counted:app"
+    assert f"--connect {address} (POTHEAD_CONNECT)" in ended.lines
+    assert "--workers 1 (default)" in ended.lines and "PROMETHEUS_PORT 9090 (default)" in ended.lines
+
+
+def test_check_of_a_worker_that_could_not_start_ends_as_the_start_would(tmp_path: Path) -> None:
+    assert run(WORKER, "--check", "nosuch:app", cwd=tmp_path).status == 3
+    assert run(WORKER, "--check", "--use-request-subprocess", "nosuch:app", cwd=tmp_path).status == 3
+    assert run(WORKER, "--check", "--workers", "0").status == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run(WORKER, "--check", "--inspection-port", str(taken.getsockname()[1])).status == 2
+
+
+def test_check_of_a_worker_leaves_the_metrics_of_the_one_that_runs(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    (tmp_path / "counted.py").write_text(
+        "from prometheus_client import Counter\n"
+        "counter = Counter('a', 'b')\n"
+        "def app(environ, start_response): ...\n"
+    )
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "counter_1.db").write_bytes(b"")
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"), "PROMETHEUS_PORT": "0"}
+    assert run(WORKER, "--check", "counted", cwd=tmp_path, environment=environment).status == 0
+    assert os.listdir(tmp_path / "metrics") == ["counter_1.db"]
+
+
+def test_check_in_json_is_json() -> None:
+    for program, words in ((HUB, FREE_PORTS), (WORKER, ())):
+        ended = run(program, "--check", "--log-format", "json", *words)
+        entries = [json.loads(line) for line in ended.lines]
+        assert {"option": "--log-format", "value": "json", "from": "--log-format"} in entries
+        assert "would " in entries[-1]["check"]
+
+
+# What both programs have of the log and of the options.
+SHARED = (
+    *("log_uncaught", "json_message", "LogFormatter", "Output", "write_if_there_is_room", "OutputHandler"),
+    *("UsageError", "OptionParser", "parse_duration", "parse_port", "parse_port_or_off", "parse_switch"),
+    *("parse_log_format", "parse_log_level", "flag_of", "add_options", "join_negatives", "describe_unknown"),
+    *("suggest", "warn_of_unknown_variables", "parse_or_refuse", "find_log_format", "check_line"),
+)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_programs_have_is_the_same(name: str) -> None:
+    hubs, workers = (inspect.getsource(getattr(module, name)) for module in (pothead, pothead_worker))
+    assert hubs == workers
 
 
 def test_network_may_be_given_by_any_of_its_addresses() -> None:

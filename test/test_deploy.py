@@ -69,7 +69,7 @@ def options(program: str) -> frozenset[str]:
 
 
 def seconds(text: str) -> float:
-    return pothead.duration(text)
+    return pothead.parse_duration(text)
 
 
 def first(pattern: str, text: str) -> str:

@@ -176,7 +176,7 @@ def test_fields_of_a_log_line_are_those_that_are_written() -> None:
     with wire.hub_process("--log-format", "json") as hub, wire.Peer.connect(hub.main) as consumer:
         consumer.send(b"?\r\n")
         consumer.read_response()
-        line = json.loads(hub.wait_for_line(lambda line: line.startswith("{")))
+        line = json.loads(hub.wait_for_line(lambda line: '"code"' in line))
     assert first_column("The log") == set(line) - {"time"}
 
 

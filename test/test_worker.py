@@ -881,7 +881,6 @@ def test_server_name_and_port_come_from_the_host(host: str, scheme: str, wanted:
     [
         b"\r\n\r\n",
         b"garbage\r\n\r\n",
-        b"HTTP/1.1 408 Request Timeout\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.0\r\nHost: x\r\n\r\n",
         b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
@@ -910,6 +909,62 @@ def test_garbage_gives_400_and_the_end_of_the_connection(serving: Any, lines: Li
     served.peer.expect_eof()
     assert lines.wait_for("not a request from the hub").startswith("WARNING ")
     assert ask(served.accept_again()).body == b"hello"
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"], ["--poll-jobs"]])
+def test_web_server_that_answers_instead_of_a_hub_is_told_once_an_episode(
+    listener: wire.Listener, mode: list[str]
+) -> None:
+    refusal = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    with wire.worker_process(listener, *mode) as worker:
+        for _ in range(2):
+            for _ in range(3):
+                with listener.accept() as peer:
+                    peer.send(refusal)
+                    peer.expect_eof()
+            with listener.accept() as peer:
+                assert ask(peer).status == 200
+        host, port = listener.worker
+        told = [line for line in worker.errors if "web server" in line]
+    assert len(told) == 2, worker.stderr
+    assert f"{host}:{port}" in told[0] and "HTTP/1.1 408 Request Timeout" in told[0]
+    assert " WARNING " in told[0] and "--connect" in told[0]
+
+
+@pytest.mark.parametrize("port", ["main", "admin"])
+def test_worker_at_another_port_of_the_hub_is_told_so(port: str) -> None:
+    with wire.hub_process("--keep-alive", "1200ms") as hub:
+        hub.worker = getattr(hub, port)
+        with wire.worker_process(hub, "--workers", "2") as worker:
+            line = worker.wait_for_error(is_line("WARNING"))
+    assert "closes what has waited for 1 s" in line and "--connect" in line
+    assert len([line for line in worker.errors if "WARNING" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("closings", "is_told"),
+    [
+        ([(0, 75), (75.1, 150.2)], True),
+        ([(0, 75), (0.1, 75.2), (75.3, 150.2)], True),
+        ([(0, 75), (0.1, 75.1), (0.2, 75.1)], False),  # two slots of a hub that is stopped
+        ([(0, 75), (75.1, 100)], False),
+        ([(0, 0.5), (0.6, 1.1), (1.2, 1.7)], False),  # a hub that crashes and is started again and again
+        ([(0, 75), "request", (75.1, 150.2)], False),
+        ([(0, 75), "unreachable", (75.1, 150.2)], False),
+    ],
+)
+def test_connections_that_end_after_the_same_time_each_are_told(
+    lines: Lines, closings: list[tuple[float, float] | str], is_told: bool
+) -> None:
+    reachability = pothead_worker.Reachability(pothead_worker.Address("a", 1), 2, "slots=2")
+    for event in closings:
+        if event == "request":
+            reachability.on_request()
+        elif event == "unreachable":
+            reachability.on_failed(ConnectionRefusedError())
+        else:
+            reachability.on_unused(*event)  # type: ignore[misc]
+    assert bool(lines.having("closes what has waited for 75 s")) is is_told
 
 
 def test_connection_that_ends_within_a_head_is_no_fault(serving: Any, lines: Lines) -> None:
@@ -1580,7 +1635,7 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     assert options == pothead_worker.Options(
         connect=pothead_worker.Address("::1", 5),
         workers=3,
-        graceful_timeout_s=90.0,
+        graceful_timeout=90.0,
         log_level="info",
         app="m:a",
     )
@@ -1588,7 +1643,7 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     assert pothead_worker.parse_args(["--workers", "2"], environment).workers == 2
     defaults = pothead_worker.parse_args([], {"POTHEAD_WORKER_CONNECT": "", "POTHEAD_WORKERS": "4"})
     assert str(defaults.connect) == "localhost:4040"
-    assert (defaults.workers, defaults.graceful_timeout_s, defaults.app) == (4, 30.0, None)
+    assert (defaults.workers, defaults.graceful_timeout, defaults.app) == (4, 30.0, None)
 
 
 @pytest.mark.parametrize(

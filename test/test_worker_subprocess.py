@@ -665,4 +665,4 @@ def test_system_that_cannot_hand_a_connection_on_is_told_in_one_line(
 def test_options_come_from_the_environment_too() -> None:
     environment = {"POTHEAD_WORKER_USE_REQUEST_SUBPROCESS": "Yes", "POTHEAD_WORKER_REQUEST_TIMEOUT": "2m"}
     options = pothead_worker.parse_args([], environment)
-    assert (options.use_request_subprocess, options.request_timeout_s) == (True, 120)
+    assert (options.use_request_subprocess, options.request_timeout) == (True, 120)

@@ -384,7 +384,10 @@ Stats = dict[str, Any]  # what the hub's /stats says
 class HubProcess(Program):
     """A hub on free ports: `main`, `worker` and `admin` are its addresses, `lines` its access log too."""
 
-    LISTENING = re.compile(r"listening (consumers|workers|admin)=\[?(.+?)\]?:([0-9]+)")
+    LISTENING = re.compile(
+        r'(?:listening |{"time": "[^"]+", "listening": ")(consumers|workers|admin)(?:=|", "address": ")'
+        r'\[?(.+?)\]?:([0-9]+)(?:"})?'
+    )
 
     def __init__(
         self,
@@ -405,10 +408,14 @@ class HubProcess(Program):
             self.admin = self._read_address("admin")
 
     def _read_address(self, role: str) -> Address:
-        line = self.wait_for_line(lambda text: text.startswith(f"listening {role}="))
+        matches = map(
+            self.LISTENING.fullmatch, [self.wait_for_line(lambda line: self._is_address(role, line))]
+        )
+        return next((match[2], int(match[3])) for match in matches if match)
+
+    def _is_address(self, role: str, line: str) -> bool:
         match = self.LISTENING.fullmatch(line)
-        assert match, f"not a listening line: {line!r}"
-        return match[2], int(match[3])
+        return match is not None and match[1] == role
 
     def stats(self) -> Stats:
         """Return the admin port's `/stats`."""
