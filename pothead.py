@@ -815,17 +815,90 @@ def response_body(head: ResponseHead, method: bytes) -> BodyReader | None:
     return FixedBody(head.content_length, 502) if head.content_length else None
 
 
-def take_body(reader: BodyReader, inbuf: Inbuf, data: memoryview) -> Bytes:
-    """Returns the body bytes of ``inbuf`` and ``data``; what is not body stays in ``inbuf``.
+class End(enum.Enum):
+    """The end of a message, as ``MessageReader.next`` tells it."""
 
-    The usual case, a piece from the middle of a body, is passed on without being copied; it is then
-    valid only as long as ``data`` is.
+    END = enum.auto()
+
+
+END: Final = End.END
+NO_BYTES: Final = memoryview(b"")
+_NO_BODY: Final = FixedBody(0)
+HeadT = TypeVar("HeadT", bound="RequestHead | ResponseHead")
+
+
+class MessageReader(Generic[HeadT]):
+    """Takes messages out of the bytes of one stream: a head, the pieces of its body, the end.
+
+    ``feed`` it with what has come, then call ``next`` until it returns ``None``: more bytes are needed or,
+    if ``stopped``, this turn's share is used up.
     """
-    if not inbuf and 0 < len(data) <= reader.verbatim:
-        reader.skip(len(data))
-        return data
-    inbuf += data
-    return reader.take(inbuf)
+
+    __slots__ = ("_body_of", "_fresh", "_left", "_take_head", "body", "inbuf")
+
+    def __init__(
+        self, take_head: Callable[[Inbuf], HeadT | None], body_of: Callable[[HeadT], BodyReader | None]
+    ) -> None:
+        self._take_head = take_head
+        self._body_of = body_of
+        self._fresh = NO_BYTES  # of a body: has come, and is not in the inbuf
+        self._left = 0  # heads of this turn's share
+        self.inbuf = Inbuf()  # has come and was not understood yet
+        self.body: BodyReader | None = None  # of the message whose head was taken, until its end is told
+
+    @property
+    def stopped(self) -> bool:
+        """Whether there may be more to take at once, but in the next turn."""
+        return self._left == 0
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the body under way has been taken whole."""
+        return self.body is not None and self.body.done
+
+    def feed(self, data: memoryview) -> None:
+        """Adds what has come, valid until ``next`` has returned ``None``; begins a turn's share."""
+        self._left = LIMITS.heads_a_turn
+        if self.body is None:
+            self.inbuf += data
+        else:
+            self._fresh = data
+
+    def next(self) -> HeadT | Bytes | End | None:
+        """Returns a head, a piece of its body or ``END``.  Raises ``ProtocolError``.
+
+        The usual piece, from the middle of a body, is what was fed, and not copied.  With the last piece,
+        which may be empty, ``is_at_end`` tells that ``END`` follows.
+        """
+        body = self.body
+        if self._left == 0:
+            return None
+        if body is None:
+            return self._next_head()
+        if body.done:
+            self.body = None
+            return END
+        fresh, self._fresh = self._fresh, NO_BYTES
+        if not self.inbuf and 0 < len(fresh) <= body.verbatim:
+            body.skip(len(fresh))
+            return fresh
+        self.inbuf += fresh
+        piece = body.take(self.inbuf)
+        if body.stopped:
+            self._left = 0
+        return piece if piece or body.done else None
+
+    def _next_head(self) -> HeadT | None:
+        head = self._take_head(self.inbuf)
+        if head is not None:
+            self._left -= 1
+            self.body = self._body_of(head) or _NO_BODY
+        return head
+
+    def end(self) -> None:
+        """The stream has ended.  Raises ``ProtocolError`` if a message may not end here."""
+        if self.body is not None:
+            self.body.on_eof()
 
 
 # .. what may be forwarded ..
@@ -1101,22 +1174,22 @@ class SlotLike(Protocol):
     machine: str
 
 
-Slot = TypeVar("Slot", bound=SlotLike)
+SlotT = TypeVar("SlotT", bound=SlotLike)
 
 
-class _Machine(Generic[Slot]):
+class _Machine(Generic[SlotT]):
     """The slots of one worker address: those that wait, oldest first, and how many run."""
 
     __slots__ = ("entry", "idle", "name", "running")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.idle: dict[Slot, int] = {}  # slot -> when it was parked, as a running number
+        self.idle: dict[SlotT, int] = {}  # slot -> when it was parked, as a running number
         self.running = 0
-        self.entry: tuple[int, int, _Machine[Slot]] | None = None  # in the heap, if a slot waits
+        self.entry: tuple[int, int, _Machine[SlotT]] | None = None  # in the heap, if a slot waits
 
 
-class IdleSlots(Generic[Slot]):
+class IdleSlots(Generic[SlotT]):
     """The waiting slots, and which one is next.
 
     A heap holds an entry for every machine with a waiting slot: the fewest running come first, then the
@@ -1125,8 +1198,8 @@ class IdleSlots(Generic[Slot]):
     """
 
     def __init__(self) -> None:
-        self._machines: dict[str, _Machine[Slot]] = {}
-        self._heap: list[tuple[int, int, _Machine[Slot]]] = []
+        self._machines: dict[str, _Machine[SlotT]] = {}
+        self._heap: list[tuple[int, int, _Machine[SlotT]]] = []
         self._parked = itertools.count(1)
         self.waiting = 0
         self.running = 0
@@ -1134,7 +1207,7 @@ class IdleSlots(Generic[Slot]):
     def __len__(self) -> int:
         return self.waiting
 
-    def park(self, slot: Slot) -> None:
+    def park(self, slot: SlotT) -> None:
         """Adds a slot that waits."""
         machine = self._machines.get(slot.machine)
         if machine is None:
@@ -1143,7 +1216,7 @@ class IdleSlots(Generic[Slot]):
         self.waiting += 1
         self._file(machine)
 
-    def remove(self, slot: Slot) -> None:
+    def remove(self, slot: SlotT) -> None:
         """Removes a slot that hung up while it waited; does nothing if it does not wait."""
         machine = self._machines.get(slot.machine)
         if machine is None or machine.idle.pop(slot, None) is None:
@@ -1151,7 +1224,7 @@ class IdleSlots(Generic[Slot]):
         self.waiting -= 1
         self._file(machine)
 
-    def take(self) -> Slot | None:
+    def take(self) -> SlotT | None:
         """Removes the best slot, counts it as running and returns it."""
         while self._heap:
             entry = heapq.heappop(self._heap)
@@ -1165,7 +1238,7 @@ class IdleSlots(Generic[Slot]):
                 return slot
         return None
 
-    def release(self, slot: Slot, *, park: bool = False) -> None:
+    def release(self, slot: SlotT, *, park: bool = False) -> None:
         """Stops counting the slot as running; with ``park`` it waits again."""
         machine = self._machines[slot.machine]
         machine.running -= 1
@@ -1175,7 +1248,7 @@ class IdleSlots(Generic[Slot]):
             self.waiting += 1
         self._file(machine)
 
-    def _file(self, machine: _Machine[Slot]) -> None:
+    def _file(self, machine: _Machine[SlotT]) -> None:
         """Makes a new entry for a machine that has changed."""
         machine.entry = None
         if machine.idle:
@@ -1460,6 +1533,9 @@ class Watched:
         """Returns the events to wait for; a function of the state alone."""
         return 0
 
+    def settle(self) -> None:
+        """The loop is about to sleep, and something has happened to this: the deadline can be set."""
+
     def on_events(self, events: int) -> None:
         """The descriptor is ready."""
 
@@ -1591,7 +1667,10 @@ class EventLoop:
                 self._settle_one(watched)
 
     def _settle_one(self, watched: Watched) -> None:
-        wanted = 0 if watched.closed else watched.wanted_events()
+        wanted = 0
+        if not watched.closed:
+            watched.settle()
+            wanted = watched.wanted_events()
         if wanted != watched.registered:
             try:
                 self._register(watched, wanted)
@@ -1689,6 +1768,92 @@ class Pipe:
 # ---- Streams ----------------------------------------------------------------------------------------------
 
 
+class Transport:
+    """What touches the socket of one stream: bytes in and out, as they are.
+
+    Nothing here waits.  What fails for good raises ``OSError``.
+    """
+
+    __slots__ = ("_poll", "_sock", "_unacknowledged_s")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._unacknowledged_s = math.nan  # not set yet
+        self._poll: select.poll | None = None  # made when it is first asked
+        _tune(sock)
+
+    def fileno(self) -> int:
+        """Returns the descriptor to wait for."""
+        return self._sock.fileno()
+
+    def receive_into(self, buffer: memoryview) -> int | None:
+        """Returns how many bytes have come; 0 at the end, ``None`` if there is nothing yet."""
+        try:
+            return self._sock.recv_into(buffer)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, data: Bytes) -> int:
+        """Returns how many bytes the network has taken."""
+        try:
+            return self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def move_into(self, pipe: Pipe, limit: int) -> int | None:
+        """The same as ``receive_into``, into a pipe."""
+        try:
+            return os.splice(self._sock.fileno(), pipe.writer, limit, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return None
+
+    def send_from(self, pipe: Pipe, size: int) -> int:
+        """The same as ``send``, out of a pipe."""
+        try:
+            return os.splice(pipe.reader, self._sock.fileno(), size, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return 0
+
+    def has_news(self) -> bool:
+        """Whether something has come, if only the end; receiving tells what."""
+        return bool(self._look())
+
+    def has_hung_up(self) -> bool:
+        """Whether the peer has left, even if bytes come before that which nobody wants to read yet.
+
+        Where the platform cannot tell, it is found out when they are read.
+        """
+        return any(events & ~select.POLLIN for _, events in self._look())
+
+    def _look(self) -> list[tuple[int, int]]:
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._sock, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+        return self._poll.poll(0)  # a third of the price of a recv that has nothing to peek at
+
+    def set_unacknowledged_s(self, seconds: float) -> None:
+        """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
+        if seconds != self._unacknowledged_s and hasattr(socket, "TCP_USER_TIMEOUT"):
+            self._unacknowledged_s = seconds
+            milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
+            with contextlib.suppress(OSError):  # the peer is gone already: reading will tell
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def end_output(self) -> None:
+        """Tells the peer that nothing more will come."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def abort_on_close(self) -> None:
+        """Has the peer see an error when the socket is closed."""
+        linger = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close sends RST
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
 class Role(Protocol):
     """What the bytes of a stream mean."""
 
@@ -1713,47 +1878,38 @@ class Role(Protocol):
     def room(self) -> int:
         """How many bytes are welcome now."""
 
+    def settle(self) -> None:
+        """The loop is about to sleep, and something has happened to the stream: the deadline can be set."""
+
 
 class Stream(Watched):
-    """One socket: what has come and was not understood, and what is written and did not fit yet.
+    """One connection: its bytes go to a role, and what is written and does not fit yet is kept.
 
-    ``role`` says what the bytes mean and may be exchanged.  Nobody else touches the socket.
+    ``role`` says what the bytes mean and may be exchanged.  Nobody else touches the transport.
     """
 
     __slots__ = (
-        "_failed",
-        "_has_rest",
-        "_loop",
-        "_new_outbuf",
-        "_socket",
-        "_unacknowledged_s",
-        "address",
-        "inbuf",
-        "outbuf",
-        "role",
-        "shortcut",
+        "_failed", "_has_rest", "_loop", "_new_outbuf", "address", "outbuf", "role", "shortcut", "transport",
         "written",
-    )
+    )  # fmt: skip
 
     def __init__(
-        self, loop: EventLoop, sock: socket.socket, address: str, new_outbuf: Callable[[], Spool]
+        self, loop: EventLoop, transport: Transport, address: str, new_outbuf: Callable[[], Spool]
     ) -> None:
         super().__init__()
         self._loop = loop
-        self._socket = sock
         self._new_outbuf = new_outbuf
         self._failed = False
-        self._has_rest = False  # in the inbuf, for the next turn
-        self._unacknowledged_s = math.nan  # not set yet
+        self._has_rest = False  # the role, for the next turn
+        self.transport = transport
         self.address = address
-        self.inbuf = Inbuf()
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
         self.role: Role = _NoRole()
         self.shortcut: Shortcut | None = None  # for bytes that nobody here need look at
         self.written = 0  # bytes that the network has taken
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self.transport.fileno()
 
     def wanted_events(self) -> int:
         events = READ if not self._has_rest and self.role.room() > 0 else 0
@@ -1768,7 +1924,7 @@ class Stream(Watched):
     def _take_rest(self) -> None:
         self._has_rest = False
         if not self.closed:
-            self.role.on_bytes(_NO_BYTES)
+            self.role.on_bytes(NO_BYTES)
 
     def write(self, data: Bytes) -> None:
         """Sends ``data``, or keeps what the network does not take; never blocks, never fails."""
@@ -1784,51 +1940,20 @@ class Stream(Watched):
     def close(self, *, abort: bool = False) -> None:
         """Closes the connection at the end of this turn; with ``abort`` so that the peer sees an error."""
         if abort and not self.closed:
-            linger = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close sends RST
-            self._try(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.transport.abort_on_close()
         if self.outbuf is not None:
             self.outbuf.close()  # nobody waits for its end any more
         self.closed = True
         self._loop.touch(self)
-
-    def end_output(self) -> None:
-        """Tells the peer that nothing more will come, but still listens."""
-        self._try(self._socket.shutdown, socket.SHUT_WR)
-
-    def set_unacknowledged_s(self, seconds: float) -> None:
-        """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
-        if hasattr(socket, "TCP_USER_TIMEOUT") and seconds != self._unacknowledged_s:
-            self._unacknowledged_s = seconds
-            milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
-            self._try(self._socket.setsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-
-    def has_news(self) -> bool:
-        """Whether the peer of a stream on which nothing is due has closed it, or has sent something.
-
-        If so, the role is told in the next turn.
-        """
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as exc:
-            self._fail(exc)
-        return True
-
-    def has_hung_up(self) -> bool:
-        """Whether the peer has left, even if bytes that nobody wants to read yet come first.
-
-        Where the platform cannot tell, it is found out when they are read.
-        """
-        poll = select.poll()
-        poll.register(self._socket, getattr(select, "POLLRDHUP", 0))
-        return bool(poll.poll(0))
 
     def on_events(self, events: int) -> None:
         if events & WRITE:
             self._flush()
         if events & READ and not self.closed:
             self._fill()
+
+    def settle(self) -> None:
+        self.role.settle()
 
     def on_deadline(self) -> None:
         self.role.on_deadline()
@@ -1840,7 +1965,7 @@ class Stream(Watched):
     def release(self) -> None:
         if self.outbuf is not None:
             self.outbuf.close()
-        self._socket.close()
+        self.transport.close()
 
     def _fill(self) -> None:
         if self._has_rest or (room := min(self.role.room(), LIMITS.receive_bytes)) <= 0:
@@ -1848,16 +1973,14 @@ class Stream(Watched):
         if self.shortcut is not None and self._move(self.shortcut):
             return
         try:
-            size = self._socket.recv_into(self._loop.scratch[:room])
-        except (BlockingIOError, InterruptedError):
-            return
+            size = self.transport.receive_into(self._loop.scratch[:room])
         except OSError as exc:
             log.debug("%s: %s", self.address, exc)
             self.role.on_hangup(reset=True)
             return
         if size:
             self.role.on_bytes(self._loop.scratch[:size])
-        else:
+        elif size is not None:
             self.role.on_hangup(reset=False)
 
     def _move(self, shortcut: Shortcut) -> bool:
@@ -1873,11 +1996,9 @@ class Stream(Watched):
                 return False
         pipe = loop.pipe
         try:
-            size = os.splice(self.fileno(), pipe.writer, limit, flags=os.SPLICE_F_NONBLOCK)
+            size = self.transport.move_into(pipe, limit)
             if size:
                 shortcut.target.write_from(pipe, size)
-        except BlockingIOError:
-            return True
         except BaseException as exc:
             loop.pipe = None
             pipe.close()
@@ -1886,16 +2007,14 @@ class Stream(Watched):
             raise
         if size:
             shortcut.on_moved(size)
-        return size > 0
+        return size != 0
 
     def write_from(self, pipe: Pipe, size: int) -> None:
         """Sends ``size`` bytes out of the pipe, or keeps what the network does not take."""
         sent = 0
         if not self._failed and not self.closed:
             try:
-                sent = os.splice(pipe.reader, self.fileno(), size, flags=os.SPLICE_F_NONBLOCK)
-            except BlockingIOError:
-                pass
+                sent = self.transport.send_from(pipe, size)
             except OSError as exc:
                 self._fail(exc)
         self.written += sent
@@ -1917,9 +2036,7 @@ class Stream(Watched):
 
     def _send(self, data: Bytes) -> int:
         try:
-            sent = self._socket.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
+            sent = self.transport.send(data)
         except OSError as exc:
             self._fail(exc)
             return 0
@@ -1950,15 +2067,6 @@ class Stream(Watched):
         if not self.closed:
             self.role.on_hangup(reset=True)
 
-    def _try(self, call: Callable[..., None], *arguments: object) -> None:
-        try:
-            call(*arguments)
-        except OSError as exc:
-            log.debug("%s: %s", self.address, exc)
-
-
-_NO_BYTES: Final = memoryview(b"")
-
 
 class Shortcut(NamedTuple):
     """Where the next bytes of a stream may go unseen."""
@@ -1979,6 +2087,8 @@ class _NoRole:
     def on_fault(self) -> None: ...
     def room(self) -> int:
         return 0
+
+    def settle(self) -> None: ...
 
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
@@ -2003,6 +2113,12 @@ TRANSITIONS: Final = {
     State.RESPONDING: (State.FINISHED,),
     State.FINISHED: (),
 }
+# By names of their own, since up to Python 3.11 a look-up in an enumeration costs as much as a call.
+RECEIVING: Final = State.RECEIVING
+QUEUED: Final = State.QUEUED
+SENT: Final = State.SENT
+RESPONDING: Final = State.RESPONDING
+FINISHED: Final = State.FINISHED
 
 
 class Outcome(enum.Enum):
@@ -2033,50 +2149,73 @@ class Outcome(enum.Enum):
         self.sentence = sentence
 
 
+COMPLETED: Final = Outcome.COMPLETED
 CONSUMER_GONE_STATUS: Final = 499
 ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+
+class Progress(enum.Enum):
+    """How far one attempt has come."""
+
+    SENT = "sent"  # or on its way: the slot has not said a word
+    HEARD = "heard"  # a byte of a response, if only of an interim one: nobody else may answer any more
+
+
+class Attempt:
+    """One try of an exchange with one slot; it is thrown away with the try."""
+
+    __slots__ = ("body_sent", "interims", "is_chunked", "progress", "since", "slot", "written_before")
+
+    def __init__(self, slot: Slot, now: float) -> None:
+        self.slot = slot
+        self.since = now
+        self.written_before = slot.stream.written  # bytes
+        self.progress = Progress.SENT
+        self.interims = 0  # interim responses
+        self.is_chunked = False  # the body of the request, as it is sent
+        self.body_sent = False
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether the network has taken a byte of it."""
+        return self.slot.stream.written != self.written_before
 
 
 class Exchange:
     """One request and its response; the only object that knows both ends.
 
-    The consumer's role feeds it the request, the hub gives it a worker, the worker's role feeds it the
-    response.  Whatever happens, it ends in ``finish``, once.
+    The consumer's role feeds it the request, the hub gives it a slot, the slot's role feeds it the response.
+    Whatever happens, it ends in ``finish``, once.
     """
 
     __slots__ = (
-        "_absorbs", "_body_sent", "_framing", "_heard", "_hub", "_interim", "_is_chunked",
-        "_keeps_consumer", "_patience_s",
-        "_replayable", "_upload_bytes", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
-        "outcome", "queued_s", "received", "received_at", "request_id", "since", "spool", "state",
-        "status", "worker", "worker_address", "worker_s", "written_before",
+        "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
+        "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
+        "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address", "spool",
+        "state", "status", "worker_s",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
         self._hub = hub
         self.consumer = consumer
         self.head = head
-        self.state = State.RECEIVING
+        self.state = RECEIVING
         self.request_id = hub.request_id(head)
         self.spool: Spool | None = None  # the request's body, if it has one
         self.received = False  # the request, whole
-        self.worker: Worker | None = None
-        self.worker_address = "-"
-        self.written_before = 0  # bytes, to the worker's stream
-        self.attempts = 0
-        self.status = 0  # sent to the consumer; 0 as long as nothing was
+        self.attempt: Attempt | None = None  # the one under way
+        self.attempts = 0  # that were made
+        self.slot_address = "-"  # of the last one
+        self.status = 0  # of the response to the consumer; 0 as long as there is none
         self.bytes_in = self.bytes_out = 0  # of the bodies
         self.received_at = hub.loop.now
-        self.since = hub.loop.now  # it is what it is: waiting, or running
-        self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
+        self.since = hub.loop.now  # it waits
         self.queued_s = self.worker_s = 0.0
         self.outcome: Outcome | None = None
         self.detail = ""
-        self._body_sent = False  # the request's, to the worker
-        self._is_chunked = False  # the body, as it is sent to the worker
+        self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
         self._replayable = True  # nothing of the body has been sent and dropped
-        self._heard = False  # a byte of the response
-        self._interim = 0  # responses before it
+        self._prefix = b""  # the response's head, until it is sent with what follows
         self._framing = Framing.NONE  # of the response
         self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
@@ -2100,35 +2239,35 @@ class Exchange:
             self._answer_options()
         elif length > hub.options.max_request_body:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
-        elif not hub.has_room():
-            self.finish(Outcome.QUEUE_FULL)
         elif not has_body:
             self.on_request_end()
+        elif not hub.has_room():
+            self.finish(Outcome.QUEUE_FULL)
         elif not hub.has_room_for_upload(head_bytes):
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
         else:
             self._count_upload(head_bytes + LIMITS.upload_bytes)
             self.spool = hub.new_spool(keep=not hub.options.stream_requests)
             if head.expects_continue:
-                self.consumer.write(CONTINUE)
+                self.consumer.stream.write(CONTINUE)
             if hub.options.stream_requests:
                 self._enqueue()
-
-    def _count_upload(self, size: int) -> None:
-        """Counts the request among those that come, with so many bytes; 0 when it has come."""
-        self._hub.upload_bytes += size - self._upload_bytes
-        self._upload_bytes = size
 
     def _answer_options(self) -> None:
         """Answers as the last recipient what may be passed on to nobody (RFC 9110 §7.6.2)."""
         self.status = 200
         self._keeps_consumer = self.keeps_consumer
         fields = [(b"X-Request-Id", self.request_id), (b"Allow", ALLOWED_METHODS)]
-        self.consumer.write(own_response(200, b"", fields=fields, keep_alive=self._keeps_consumer))
-        self.finish(Outcome.COMPLETED)
+        self.consumer.stream.write(own_response(200, b"", fields=fields, keep_alive=self._keeps_consumer))
+        self.finish(COMPLETED)
+
+    def _count_upload(self, size: int) -> None:
+        """Counts the request among those that come, with so many bytes; 0 when it has come."""
+        self._hub.upload_bytes += size - self._upload_bytes
+        self._upload_bytes = size
 
     def may_receive(self) -> bool:
-        """Whether the body has room; a streamed one waits for its worker."""
+        """Whether the body has room; a streamed one waits for its slot."""
         if self.spool is None or not self._hub.options.stream_requests:
             return True
         return not self.spool.is_over(self._hub.options.spool_memory)
@@ -2145,49 +2284,47 @@ class Exchange:
         if self.spool.disk_error is not None and not self._hub.options.stream_requests:
             self._hub.on_disk_error(self.spool.disk_error)
             self.refuse(503, f"no room for the body: {self.spool.disk_error.strerror}")
-        elif self.worker is not None:
+        else:
             self.pump()
 
     def on_request_end(self) -> None:
         """The request is whole."""
         self.received = True
-        if self.state is State.RECEIVING:
+        if self.state is RECEIVING:
             self._enqueue()
-        elif self.worker is not None:
+        else:
             self.pump()
 
     def _enqueue(self) -> None:
-        self._count_upload(0)
-        if not (self._hub.has_room() and self._hub.queue.put(self, self._hub.loop.now)):
+        hub = self._hub
+        if self._upload_bytes:
+            self._count_upload(0)
+        if not (hub.has_room() and hub.queue.put(self, hub.loop.now)):
             self.finish(Outcome.QUEUE_FULL)
             return
-        self._to(State.QUEUED)
-        self.since = self._hub.loop.now
+        self._to(QUEUED)
+        self.since = hub.loop.now
 
-    # .. to the worker ..
+    # .. to the slot ..
 
-    def start(self, worker: Worker) -> None:
+    def start(self, slot: Slot) -> None:
         """Sends the request to a slot."""
         now = self._hub.loop.now
-        self.worker = worker
-        worker.begin(self)
-        self.worker_address = worker.stream.address
-        self.written_before = worker.stream.written
+        attempt = self.attempt = Attempt(slot, now)
+        slot.begin(self)
+        self.slot_address = slot.stream.address
         self.attempts += 1
         self.queued_s += now - self.since
-        self.since = now
-        self._to(State.SENT)
-        self._heard = False
-        self._interim = 0
+        self._to(SENT)
         length = self._length_for_worker()
-        self._is_chunked = length is None
+        attempt.is_chunked = length is None
         head = forwarded_request(self.head, length, self._hub.fields_for_worker(self))
-        self._body_sent = self.spool is None
-        if self.spool is not None and self.spool.size and not self._is_chunked:
+        attempt.body_sent = self.spool is None
+        if self.spool is not None and self.spool.size and not attempt.is_chunked:
             head += self._take_body(LIMITS.large_body_bytes)  # one packet for both, mostly
         if self.spool is not None and self.spool.size:
-            worker.stream.set_unacknowledged_s(LIMITS.worker_full_s)
-        worker.stream.write(head)
+            slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
+        slot.stream.write(head)
         self.pump()
 
     def _length_for_worker(self) -> int | None:
@@ -2204,23 +2341,24 @@ class Exchange:
         return data
 
     def pump(self) -> None:
-        """Sends the worker as much of the body as it takes."""
-        worker, spool = self.worker, self.spool
-        if worker is None or spool is None or self._body_sent:
+        """Sends the slot the next piece of the body, if it takes more."""
+        attempt, spool = self.attempt, self.spool
+        if attempt is None or spool is None or attempt.body_sent:
             return
-        if spool.size and worker.stream.outbuf is None:
+        stream = attempt.slot.stream
+        if spool.size and stream.outbuf is None:
             data = self._take_body(LIMITS.receive_bytes)
-            worker.stream.write(chunk(data) if self._is_chunked else data)
-            if spool.size and worker.stream.outbuf is None:  # it takes all at once: others come in between
-                self._hub.loop.call_soon(lambda: self._hub.loop.deliver(worker.stream, self.pump))
+            stream.write(chunk(data) if attempt.is_chunked else data)
+            if spool.size and stream.outbuf is None:  # it takes all at once: others come in between
+                self._hub.loop.call_soon(lambda: self._hub.loop.deliver(stream, self.pump))
         if self.received and not spool.size:
-            self._body_sent = True
-            if self._is_chunked:
-                worker.stream.write(LAST_CHUNK)
+            attempt.body_sent = True
+            if attempt.is_chunked:
+                stream.write(LAST_CHUNK)
         if self._hub.options.stream_requests:
             self.consumer.resume()
 
-    # .. from the worker ..
+    # .. from the slot ..
 
     def may_relay(self) -> bool:
         """Whether the response has room: its head always, since nobody knows before how it goes on.
@@ -2229,20 +2367,20 @@ class Exchange:
         slow is not waited for: its response is absorbed, and holds the slot only when the spool is full.
         """
         outbuf = self.consumer.stream.outbuf
-        if outbuf is None or self.state is State.SENT:
+        if outbuf is None or self.state is SENT:
             return True
         return self._absorbs and not outbuf.is_over(self._hub.options.response_spool)
 
-    def _wait_for_consumer(self, worker: Worker) -> None:
-        if not self._absorbs and worker.stream.deadline == math.inf:
-            worker.stream.deadline = self._hub.loop.now + self._patience_s
-            worker.resume()
+    def _wait_for_consumer(self, slot: Slot) -> None:
+        if not self._absorbs and slot.stream.deadline == math.inf:
+            slot.stream.deadline = self._hub.loop.now + self._patience_s
+            slot.resume()
 
-    def _stop_waiting(self, worker: Worker) -> None:
-        if worker.stream.deadline != math.inf:
-            self._patience_s = worker.stream.deadline - self._hub.loop.now
-            worker.stream.deadline = math.inf
-        worker.resume()
+    def _stop_waiting(self, slot: Slot) -> None:
+        if slot.stream.deadline != math.inf:
+            self._patience_s = slot.stream.deadline - self._hub.loop.now
+            slot.stream.deadline = math.inf
+        slot.resume()
 
     def _absorb(self) -> None:
         """The consumer is slow: from now on the response goes into the spool as fast as it comes."""
@@ -2251,37 +2389,51 @@ class Exchange:
             self.consumer.stream.outbuf.spill(self._hub.options.spool_memory)
 
     def on_heard(self) -> None:
-        """The worker has said something: from now on nobody else may answer."""
-        self._heard = True
+        """The slot has said something: from now on nobody else may answer."""
+        assert self.attempt is not None
+        self.attempt.progress = Progress.HEARD
 
     def on_interim(self, head: ResponseHead) -> None:
         """An interim response: 103 is of use to a consumer, the others end here (RFC 9110 §15.2)."""
-        self._interim += 1
+        assert self.attempt is not None
+        self.attempt.interims += 1
         if head.status == 101:
             raise ProtocolError(502, "101 Switching Protocols, which nobody asked for")
-        if self._interim > LIMITS.interim_responses:
+        if self.attempt.interims > LIMITS.interim_responses:
             raise ProtocolError(502, f"more than {LIMITS.interim_responses} interim responses")
         if head.status == 103 and self.head.minor_version == 1:
-            self.consumer.write(forwarded_response(head, Framing.NONE, b"", time.time()))
+            self.consumer.stream.write(forwarded_response(head, Framing.NONE, b"", time.time()))
 
-    def on_response(
-        self, head: ResponseHead, reader: BodyReader | None, body: Bytes, *, is_last: bool
-    ) -> None:
-        """The head of the response and what of the body came with it."""
-        self._to(State.RESPONDING)
+    def on_response(self, head: ResponseHead, body: BodyReader) -> None:
+        """The head of the response.  It is sent with the first piece of the body, or by ``flush``."""
+        self._to(RESPONDING)
         self.status = head.status
-        self._framing = self._framing_for_consumer(reader)
+        self._framing = self._framing_for_consumer(body)
         self._keeps_consumer = self._framing is not Framing.CLOSE and self.keeps_consumer
         if not self._keeps_consumer:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
-        self._relay(body, prefix, is_last=is_last)
+        self._prefix = forwarded_response(
+            head, self._framing, connection, time.time(), self.request_id
+        )
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
-        """More of the response's body; the last of it ends the worker's part."""
-        self._relay(data, b"", is_last=is_last)
+        """A piece of the response's body."""
+        self.bytes_out += len(data)
+        prefix, self._prefix = self._prefix, b""
+        if self._framing is Framing.CHUNKED:
+            data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
+        elif prefix:
+            data = prefix + bytes(data)
+        if data:
+            self.consumer.stream.write(data)
+        self._after_relay(is_last=is_last)
+
+    def flush(self) -> None:
+        """Sends the head of the response if nothing has come that it could be sent with."""
+        if self._prefix:
+            self.on_response_body(b"", is_last=False)
 
     def shortcut(self) -> Stream | None:
         """Returns where the body of the response may go as it stands; ``None`` if it is put into chunks."""
@@ -2292,51 +2444,45 @@ class Exchange:
         self.bytes_out += size
         self._after_relay(is_last=is_last)
 
-    def on_worker_done(self, *, reusable: bool) -> None:
+    def on_response_end(self, *, reusable: bool) -> None:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
-        worker = self._let_worker_go(reusable=reusable and self._body_sent)
-        worker.served += 1
-        worker.record.served += 1
+        if self._prefix:
+            self.on_response_body(b"", is_last=True)
+        attempt = self._end_attempt(reusable=reusable)
+        attempt.slot.served += 1
+        attempt.slot.record.served += 1
         self._hub.counters.on_served(self.worker_s)
         if self.consumer.stream.outbuf is None:
-            self.finish(Outcome.COMPLETED)
+            self.finish(COMPLETED)
 
     def on_consumer_drained(self) -> None:
         """The consumer has taken everything so far."""
-        responding = self.state is State.RESPONDING
-        if self.worker is None:
-            if responding:
-                self.finish(Outcome.COMPLETED)
-        elif responding:
-            self._stop_waiting(self.worker)
-        else:
-            self.worker.resume()  # interim responses have filled the consumer's buffer, and it has read them
+        if self.attempt is None:
+            if self.state is RESPONDING:
+                self.finish(COMPLETED)
+        elif self.state is RESPONDING:
+            self._stop_waiting(self.attempt.slot)
 
-    def _framing_for_consumer(self, reader: BodyReader | None) -> Framing:
-        if reader is None or isinstance(reader, FixedBody):
+    def on_consumer_took(self) -> None:
+        """The consumer has taken a piece; more is left."""
+        if self.attempt is not None:
+            self.attempt.slot.resume()
+
+    def _framing_for_consumer(self, body: BodyReader) -> Framing:
+        if isinstance(body, FixedBody):
             return Framing.LENGTH
         return Framing.CHUNKED if self.head.minor_version else Framing.CLOSE
 
-    def _relay(self, data: Bytes, prefix: bytes, *, is_last: bool) -> None:
-        self.bytes_out += len(data)
-        if self._framing is not Framing.CHUNKED:
-            if prefix:
-                data = prefix + bytes(data)
-        else:
-            data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
-        if data:
-            self.consumer.write(data)
-        if self.consumer.stream.outbuf is not None:
-            self._after_relay(is_last=is_last)
-
     def _after_relay(self, *, is_last: bool) -> None:
-        if self.consumer.stream.outbuf is None or self.worker is None:
-            return
-        self.consumer.resume()  # it has to take what is kept
-        if not is_last:
-            self._wait_for_consumer(self.worker)
+        if self.consumer.stream.outbuf is not None and self.attempt is not None and not is_last:
+            self._wait_for_consumer(self.attempt.slot)
 
     # .. the ends ..
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a byte of a response has been sent to the consumer: from then on there is no other."""
+        return self.status != 0 and not self._prefix
 
     @property
     def keeps_consumer(self) -> bool:
@@ -2345,53 +2491,53 @@ class Exchange:
 
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
-        assert self.worker is not None
-        self.worker.record.failures += 1
-        if self.state is State.RESPONDING:
+        assert self.attempt is not None
+        self.attempt.slot.record.failures += 1
+        if self.has_begun:
             self.finish(Outcome.WORKER_CUT, detail)
-        elif self._may_run_again():
-            self.worker.record.requeues += 1
-            self._requeue()
+        elif self._may_run_again(self.attempt):
+            self.attempt.slot.record.requeues += 1
+            self._requeue(self.attempt)
         else:
             self.finish(Outcome.WORKER_LOST, detail)
 
-    def _may_run_again(self) -> bool:
-        assert self.worker is not None
-        if self._heard or not self._replayable:
+    def _may_run_again(self, attempt: Attempt) -> bool:
+        if attempt.progress is Progress.HEARD or not self._replayable:
             return False
-        if self.worker.stream.written == self.written_before:
-            self.attempts -= 1  # nobody has seen it
+        if not attempt.was_seen:
             return True
         return self.head.is_idempotent and self.attempts < self._hub.options.max_attempts
 
-    def _requeue(self) -> None:
+    def _requeue(self, attempt: Attempt) -> None:
         request_id = self.request_id.decode()
-        log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.worker_address)
-        self._let_worker_go(reusable=False)
+        log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.slot_address)
+        if not attempt.was_seen:
+            self.attempts -= 1  # as if it had not been made
+        self._end_attempt(reusable=False)
         if self.spool is not None:
             self.spool.rewind()
-        self._to(State.QUEUED)
+        self._to(QUEUED)
+        self.since = self._hub.loop.now
         self._hub.requeue(self)
 
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
-        assert self.worker is not None
-        self.worker.record.failures += 1
-        cut = self.state is State.RESPONDING
-        self.finish(Outcome.WORKER_CUT if cut else Outcome.WORKER_GARBAGE, error.detail)
+        assert self.attempt is not None
+        self.attempt.slot.record.failures += 1
+        self.finish(Outcome.WORKER_CUT if self.has_begun else Outcome.WORKER_GARBAGE, error.detail)
 
     def on_worker_deadline(self) -> None:
         """No response in time; or the slot has waited for its consumer for long enough."""
-        assert self.worker is not None
-        if self.state is State.RESPONDING:
+        assert self.attempt is not None
+        if self.state is RESPONDING:
             self._absorb()
         else:
-            self.worker.record.failures += 1
+            self.attempt.slot.record.failures += 1
             self.finish(Outcome.WORKER_TIMEOUT)
 
     def on_consumer_gone(self, detail: str = "") -> None:
         """The consumer has left, or does not take what it asked for."""
-        running = self.state in (State.SENT, State.RESPONDING)
+        running = self.state in (SENT, RESPONDING)
         self.finish(Outcome.CONSUMER_GONE_RUNNING if running else Outcome.CONSUMER_GONE_QUEUED, detail)
 
     def refuse(self, status: int, detail: str) -> None:
@@ -2400,24 +2546,24 @@ class Exchange:
 
     def finish(self, outcome: Outcome, detail: str = "", status: int = 0) -> None:
         """The one way out: lets go of everything, answers or cuts off the consumer, and counts."""
-        if self.state is State.FINISHED:
+        if self.state is FINISHED:
             return
         # 1. Nothing more will happen to it.
-        if self.state is State.QUEUED:
+        if self.state is QUEUED:
             self.queued_s += self._hub.loop.now - self.since
-        self._to(State.FINISHED)
+        self._to(FINISHED)
         self.outcome, self.detail = outcome, detail
         self._hub.queue.cancel(self)
-        if self.worker is not None:
-            self._let_worker_go(reusable=False)
+        if self.attempt is not None:
+            self._end_attempt(reusable=False)
         if self.spool is not None:
             self.spool.close()
             self._count_upload(0)
         # 2. The consumer gets an answer as long as none has begun; what has begun is never ended cleanly.
         status = status or outcome.status
-        if outcome is Outcome.COMPLETED:
+        if outcome is COMPLETED:
             self.consumer.end_exchange(keep_alive=self._keeps_consumer and not self._hub.refuses)
-        elif self.status == 0 and 0 < status != CONSUMER_GONE_STATUS:
+        elif not self.has_begun and 0 < status != CONSUMER_GONE_STATUS:
             self.status = status
             self._answer(status, detail)
         else:
@@ -2443,7 +2589,7 @@ class Exchange:
         keep_alive = self.keeps_consumer
         with_body = self.head.method != b"HEAD"
         page = own_response(status, text.encode(), fields=fields, keep_alive=keep_alive, with_body=with_body)
-        self.consumer.write(page)
+        self.consumer.stream.write(page)
         self.consumer.end_exchange(keep_alive=keep_alive)
 
     def describe(self, now: float) -> dict[str, object]:
@@ -2456,19 +2602,18 @@ class Exchange:
             "age_seconds": round(now - self.received_at, 3),
             "attempts": self.attempts,
         }
-        if self.worker is not None:
-            description["worker"] = self.worker_address
-            description["worker_seconds"] = round(now - self.since, 3)
+        if self.attempt is not None:
+            description["worker"] = self.slot_address
+            description["worker_seconds"] = round(now - self.attempt.since, 3)
         return description
 
-    def _let_worker_go(self, *, reusable: bool) -> Worker:
-        worker = self.worker
-        assert worker is not None
-        self.worker = None
-        self.worker_s = self._hub.loop.now - self.since
-        self.since = self._hub.loop.now
-        worker.end(reusable=reusable)
-        return worker
+    def _end_attempt(self, *, reusable: bool) -> Attempt:
+        attempt = self.attempt
+        assert attempt is not None
+        self.attempt = None
+        self.worker_s = self._hub.loop.now - attempt.since
+        attempt.slot.end(reusable=reusable and attempt.body_sent)
+        return attempt
 
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -2477,19 +2622,21 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # ---- Roles: what the bytes of a stream mean ---------------------------------------------------------------
 
 
-class Phase(enum.Enum):
-    """What a consumer's stream is in the middle of."""
+class Wait(enum.Enum):
+    """What a consumer's stream waits for, for so long at most."""
 
-    IDLE = "idle"  # between requests
-    HEAD = "head"  # a part of a head has come
-    BODY = "body"  # the body of the request is coming
-    RESPONSE = "response"  # the request is whole, the response is due or under way
+    TAKING = "taking"  # the consumer, to take what is kept for it
+    HUB = "hub"  # room for what the consumer has sent ahead
+    REQUEST = "request"  # the first byte of a head
+    HEAD = "head"  # the rest of it
+    BODY = "body"  # more of the body of the request
+    RESPONSE = "response"  # nothing of the consumer
 
 
 class Consumer:
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
-    __slots__ = ("_hub", "_phase", "_reader", "_taken_before", "exchange", "host", "is_trusted", "stream")
+    __slots__ = ("_hub", "_reader", "_served", "_waits_for", "exchange", "host", "is_trusted", "stream")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
@@ -2498,133 +2645,94 @@ class Consumer:
         self.exchange: Exchange | None = None
         self.host = host_of(stream.address).encode()
         self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
-        stream.set_unacknowledged_s(hub.options.stall_timeout)
-        self._phase = Phase.IDLE
-        self._reader: BodyReader | None = None
-        self._taken_before = 0  # bytes, when the deadline for a slow reader was last set
-        self._set_deadline()
+        self._reader = MessageReader(take_request_head, request_body)
+        self._served = 0
+        self._waits_for: tuple[Wait, int, float] | None = None  # and progress, and time allowed
+        stream.transport.set_unacknowledged_s(hub.options.stall_timeout)
+        self.settle()
 
     # .. in ..
 
     def room(self) -> int:
         """Bytes are welcome as far as they can be used; of those that run ahead of that, a bounded number."""
-        ahead = LIMITS.pipelined_bytes - len(self.stream.inbuf)
-        if self._phase is not Phase.BODY:
+        ahead = LIMITS.pipelined_bytes - len(self._reader.inbuf)
+        body = self._reader.body
+        if body is None or self.exchange is None:
             return ahead
-        if self.exchange is not None and not self.exchange.may_receive():
-            return 0
-        return ahead if self._reader is None else max(ahead, self._reader.verbatim)
+        return max(ahead, body.verbatim) if self.exchange.may_receive() else 0
 
     def on_bytes(self, data: memoryview) -> None:
-        if self._phase is Phase.BODY:
-            self._receive(data)
-            return
-        self.stream.inbuf += data
-        if self.may_begin:
-            self._begin()
-        elif self.room() <= 0:
-            self._set_deadline()  # it is not heard any more, so it must be looked after
-
-    @property
-    def may_begin(self) -> bool:
-        """Whether there is room for another exchange: the consumer has taken the last answer."""
-        return self.exchange is None and self.stream.outbuf is None
+        reader = self._reader
+        reader.feed(data)
+        try:
+            # Nothing begins before the consumer has taken the last answer.
+            if self.exchange is None and self.stream.outbuf is None:
+                self._begin()
+            exchange = self.exchange
+            while exchange is not None and exchange is self.exchange and reader.body is not None:
+                event = reader.next()
+                if event is None:
+                    break
+                if event is END:
+                    exchange.on_request_end()
+                elif not isinstance(event, RequestHead):
+                    exchange.on_request_body(event)
+        except ProtocolError as error:
+            self._refuse(error)
+        if reader.body is not None and reader.stopped:
+            self.stream.take_rest_later()
 
     def _begin(self) -> None:
         """Begins the next exchange, if its head is there."""
-        size = len(self.stream.inbuf)
-        try:
-            head = take_request_head(self.stream.inbuf)
-        except ProtocolError as error:
-            self._refuse(error)
-            return
-        if head is None:
-            self._wait_for_head()
-            return
-        self._reader = request_body(head)
-        self._phase = Phase.RESPONSE if self._reader is None else Phase.BODY
-        self.exchange = exchange = Exchange(self._hub, self, head)
-        exchange.open(has_body=self._reader is not None, head_bytes=size - len(self.stream.inbuf))
-        if self._phase is Phase.BODY and self.exchange is exchange:
-            self._receive(_NO_BYTES)
-        else:
-            self._set_deadline()
-
-    def _receive(self, data: memoryview) -> None:
-        """Passes on what has come of the body."""
-        exchange, reader = self.exchange, self._reader
-        assert exchange is not None and reader is not None
-        try:
-            body = take_body(reader, self.stream.inbuf, data)
-        except ProtocolError as error:
-            exchange.refuse(error.status, error.detail)
-            return
-        exchange.on_request_body(body)
-        if self.exchange is exchange:
-            if reader.stopped:
-                self.stream.take_rest_later()
-            elif reader.done:
-                self._reader = None
-                self._phase = Phase.RESPONSE
-                exchange.on_request_end()
-        self._set_deadline()
-
-    def _wait_for_head(self) -> None:
-        if self._phase is Phase.IDLE and self.stream.inbuf:
-            self._phase = Phase.HEAD
-            self._set_deadline()
+        reader, size = self._reader, len(self._reader.inbuf)
+        head = reader.next()
+        if isinstance(head, RequestHead):
+            has_body = not reader.is_at_end or reader.next() is not END
+            self.exchange = Exchange(self._hub, self, head)
+            self.exchange.open(has_body=has_body, head_bytes=size - len(reader.inbuf))
 
     def _refuse(self, error: ProtocolError) -> None:
-        head = error.head or head_of_refused(self.stream.inbuf)
-        exchange = self.exchange = Exchange(self._hub, self, head)
-        exchange.refuse(error.status, error.detail)
+        if self.exchange is None:
+            head = error.head or head_of_refused(self._reader.inbuf)
+            self.exchange = Exchange(self._hub, self, head)
+        self.exchange.refuse(error.status, error.detail)
 
     # .. out ..
 
-    def write(self, data: Bytes) -> None:
-        """Sends a part of a response; what the consumer does not take yet is kept."""
-        stream = self.stream
-        kept_before = stream.outbuf is not None
-        stream.write(data)
-        if stream.outbuf is not None and not kept_before:
-            self._set_deadline()
-
     def on_taken(self) -> None:
-        if self.exchange is not None and self.exchange.worker is not None:
-            self.exchange.worker.resume()
+        if self.exchange is not None:
+            self.exchange.on_consumer_took()
 
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.on_consumer_drained()
-        elif self.stream.inbuf:
+        elif self._reader.inbuf:
             self.stream.take_rest_later()
-        self._set_deadline()
 
     def resume(self) -> None:
         """What keeps bytes from being read may have changed."""
-        self._set_deadline()
         self._hub.loop.touch(self.stream)
 
     def end_exchange(self, *, keep_alive: bool) -> None:
         """The response is on its way; the stream is kept for the next request, or closed."""
-        self.exchange = self._reader = None
+        exchange, self.exchange = self.exchange, None
+        assert exchange is not None
+        self._served += 1
         stream = self.stream
-        if not keep_alive:
-            if stream.inbuf or stream.outbuf is not None or self._phase is not Phase.RESPONSE:
-                self._hub.needy.discard(self)
-                Farewell(self._hub.loop, stream)
-            else:
-                self._close()
-            return
-        self._hub.needy.add(self)
-        self._phase = Phase.IDLE
-        self._set_deadline()
-        if stream.inbuf:
-            stream.take_rest_later()
+        if keep_alive:
+            self._hub.needy.add(self)
+            self.resume()
+            if self._reader.inbuf:
+                stream.take_rest_later()
+        elif not exchange.received or self._reader.inbuf or stream.outbuf is not None:
+            self._hub.needy.discard(self)
+            Farewell(self._hub.loop, stream)
+        else:
+            self._close()
 
     def cut(self) -> None:
         """Breaks the connection, so that what was sent cannot be taken for a whole response."""
-        self.exchange = self._reader = None
+        self.exchange = None
         self._close(abort=True)
 
     def _close(self, *, abort: bool = False) -> None:
@@ -2635,12 +2743,9 @@ class Consumer:
 
     def on_drain(self) -> None:
         """The hub drains: an idle stream is closed at once, or soon if its next request would be served."""
-        if self._phase is not Phase.IDLE or self.stream.outbuf is not None or self.stream.inbuf:
-            return
-        if not self._hub.refuses:
-            self._set_deadline()
-        elif not self.stream.has_news():  # one that has just come is refused in words
-            self._close()
+        self.resume()
+        if self._hub.refuses and self._wait()[0] is Wait.REQUEST and not self.stream.transport.has_news():
+            self._close()  # one whose request has just come is refused in words
 
     def on_hangup(self, *, reset: bool) -> None:
         if self.exchange is not None:
@@ -2652,46 +2757,48 @@ class Consumer:
             self.exchange.finish(Outcome.HUB_FAULT)
         self._close()
 
-    def on_deadline(self) -> None:
-        options, exchange = self._hub.options, self.exchange
-        if self.stream.outbuf is not None and self.stream.written > self._taken_before:
-            self._set_deadline()  # slow, but not stalled
-        elif self.stream.outbuf is not None:
-            if exchange is not None:
-                exchange.on_consumer_gone(f"it took nothing for {options.stall_timeout:g} s")
-            self._close(abort=True)
-        elif self.room() <= 0:
-            if self.stream.has_hung_up():
-                self.on_hangup(reset=False)
-            self._set_deadline()
-        elif self._phase is Phase.HEAD:
-            self._refuse(ProtocolError(408, f"no whole head within {options.head_timeout:g} s"))
-        elif exchange is not None:
-            exchange.refuse(408, f"nothing more of the body for {options.stall_timeout:g} s")
-        elif self.stream.has_news():
-            self._set_deadline()  # a request has come this very moment: the next turn reads it
-        else:
-            self._close()
+    def _wait(self) -> tuple[Wait, int, float]:
+        """Returns what it waits for, how far that has come, and for how many seconds it need not go on.
 
-    def _set_deadline(self) -> None:
-        """Every phase that waits for the consumer has a limit; those that wait for the hub have none."""
-        stream, options, now = self.stream, self._hub.options, self._hub.loop.now
-        if stream.role is not self:
-            return  # it has said farewell
-        if stream.outbuf is not None:
-            self._taken_before = stream.written
-            stream.deadline = now + options.stall_timeout
-        elif self.room() <= 0:
-            stream.deadline = now + LIMITS.gone_check_s
-        elif self._phase is Phase.IDLE:
-            stream.deadline = now + self._hub.keep_alive_s
-        elif self._phase is Phase.HEAD:
-            stream.deadline = now + options.head_timeout
-        elif self._phase is Phase.BODY:
-            stream.deadline = now + options.stall_timeout
-        else:
-            stream.deadline = math.inf
-        self._hub.loop.touch(stream)
+        Every phase that waits for the consumer has a limit; those that wait for the hub have none.
+        """
+        options = self._hub.options
+        if self.stream.outbuf is not None:
+            return Wait.TAKING, self.stream.written, options.stall_timeout
+        if self.room() <= 0:
+            return Wait.HUB, 0, LIMITS.gone_check_s
+        if self.exchange is None:
+            if self._reader.inbuf:
+                return Wait.HEAD, self._served, options.head_timeout
+            return Wait.REQUEST, self._served, self._hub.keep_alive_s
+        if self._reader.body is not None:
+            return Wait.BODY, self.exchange.bytes_in, options.stall_timeout
+        return Wait.RESPONSE, 0, math.inf
+
+    def settle(self) -> None:
+        wait = self._wait()
+        if wait != self._waits_for:
+            self._waits_for = wait
+            self.stream.deadline = self._hub.loop.now + wait[2]
+
+    def on_deadline(self) -> None:
+        assert self._waits_for is not None
+        wait, _, limit_s = self._waits_for
+        self._waits_for = None
+        exchange, stream = self.exchange, self.stream
+        if wait is Wait.TAKING:
+            if exchange is not None:
+                exchange.on_consumer_gone(f"it took nothing for {limit_s:g} s")
+            self._close(abort=True)
+        elif wait is Wait.HUB:
+            if stream.transport.has_hung_up():
+                self.on_hangup(reset=False)
+        elif wait is Wait.HEAD:
+            self._refuse(ProtocolError(408, f"no whole head within {limit_s:g} s"))
+        elif wait is Wait.BODY:
+            self._refuse(ProtocolError(408, f"nothing more of the body for {limit_s:g} s"))
+        elif not stream.transport.has_news():  # else a request has come this very moment
+            self._close()
 
 
 class Farewell:
@@ -2706,21 +2813,22 @@ class Farewell:
     def __init__(self, loop: EventLoop, stream: Stream) -> None:
         self._stream = stream
         stream.role = self
-        stream.inbuf.clear()
         stream.deadline = loop.now + LIMITS.lingering_s
         loop.touch(stream)
         if stream.outbuf is None:
-            stream.end_output()
+            stream.transport.end_output()
 
     def room(self) -> int:
         return LIMITS.receive_bytes
+
+    def settle(self) -> None: ...
 
     def on_bytes(self, data: memoryview) -> None: ...
 
     def on_taken(self) -> None: ...
 
     def on_drained(self) -> None:
-        self._stream.end_output()
+        self._stream.transport.end_output()
 
     def on_hangup(self, *, reset: bool) -> None:
         self._stream.close()
@@ -2731,22 +2839,13 @@ class Farewell:
     def on_fault(self) -> None: ...
 
 
-class Worker:
-    """The role of a stream from a worker: a slot, waiting or busy."""
+class Slot:
+    """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
-        "_has_old_body",
-        "_hub",
-        "_keep_alive",
-        "_reader",
-        "exchange",
-        "machine",
-        "parked_at",
-        "record",
-        "served",
-        "since",
-        "stream",
-    )
+        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "parked_at", "record",
+        "served", "since", "stream",
+    )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
@@ -2757,10 +2856,14 @@ class Worker:
         self.since = self.parked_at = hub.loop.now
         self.served = 0
         self.record = hub.machines.join(self.machine)
-        self._has_old_body = False  # still to be sent, of a request that it answered before it had read it
+        self._reader = MessageReader(take_response_head, self._body_of)
+        self._has_old_body = False  # still to be sent, of a request that was answered before it was read
         self._keep_alive = True  # the connection, after the response under way
-        self._reader: BodyReader | None = None
-        stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
+        stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
+
+    def _body_of(self, head: ResponseHead) -> BodyReader | None:
+        assert self.exchange is not None
+        return response_body(head, self.exchange.head.method)
 
     def begin(self, exchange: Exchange) -> None:
         """The slot is busy with ``exchange``."""
@@ -2770,15 +2873,16 @@ class Worker:
 
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more; it is free when all that has been sent."""
-        self.exchange = self._reader = self.stream.shortcut = None
-        self.stream.set_unacknowledged_s(LIMITS.unacknowledged_s)
+        self.exchange = self.stream.shortcut = None
+        self.stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
-        if reusable and self.stream.outbuf is not None and not self.stream.inbuf:
+        reusable = reusable and self._keep_alive and not self._reader.inbuf
+        if reusable and self.stream.outbuf is not None:
             self._has_old_body = True
             self.stream.deadline = self._hub.loop.now + LIMITS.unacknowledged_s
         else:
-            self._hub.release(self, reusable=reusable and not self.stream.inbuf)
+            self._hub.release(self, reusable=reusable)
 
     def _leave_old_body(self, *, reusable: bool) -> None:
         """The end of a body that was answered early has been sent, or the connection is over."""
@@ -2802,63 +2906,60 @@ class Worker:
     def room(self) -> int:
         if self.exchange is not None and not self.exchange.may_relay():
             return 0
-        return max(LIMITS.pipelined_bytes, 0 if self._reader is None else self._reader.verbatim)
+        body = self._reader.body
+        return LIMITS.pipelined_bytes if body is None else max(LIMITS.pipelined_bytes, body.verbatim)
+
+    def settle(self) -> None: ...
 
     def on_bytes(self, data: memoryview) -> None:
-        if self.exchange is None:
+        exchange, reader = self.exchange, self._reader
+        if exchange is None:
             self._hub.on_breach(self)
             return
-        try:
-            if self._reader is None:
-                self.stream.inbuf += data
-                self._take_heads(self.exchange)
-            else:
-                self._take_body(self.exchange, self._reader, take_body(self._reader, self.stream.inbuf, data))
-            if self._reader is not None and self._reader.stopped:
-                self.stream.take_rest_later()
-        except ProtocolError as error:
-            self.exchange.on_worker_garbage(error)
-
-    def _take_heads(self, exchange: Exchange) -> None:
-        """Takes interim responses and the head of the final one."""
         exchange.on_heard()
-        for _ in range(LIMITS.heads_a_turn):
-            head = take_response_head(self.stream.inbuf)
-            if head is None:
-                return
-            if head.status >= 200:
-                self._take_response(exchange, head)
-                return
-            exchange.on_interim(head)
-        self.stream.take_rest_later()
+        reader.feed(data)
+        try:
+            while (event := reader.next()) is not None:
+                if event is END:
+                    if exchange.state is RESPONDING:  # and not an interim response
+                        exchange.on_response_end(reusable=True)
+                        return
+                elif isinstance(event, ResponseHead):
+                    self._on_head(exchange, event)
+                else:
+                    exchange.on_response_body(event, is_last=reader.is_at_end)
+        except ProtocolError as error:
+            exchange.on_worker_garbage(error)
+            return
+        exchange.flush()
+        if reader.stopped:
+            self.stream.take_rest_later()
+        elif reader.body is not None and reader.body.verbatim > LIMITS.receive_bytes:
+            self._take_shortcut(exchange, reader.body)
 
-    def _take_response(self, exchange: Exchange, head: ResponseHead) -> None:
-        reader = self._reader = response_body(head, exchange.head.method)
-        self._keep_alive = head.keep_alive and not isinstance(reader, UntilCloseBody)
+    def _on_head(self, exchange: Exchange, head: ResponseHead) -> None:
+        if head.status < 200:
+            exchange.on_interim(head)
+            return
+        body = self._reader.body
+        assert body is not None
+        self._keep_alive = head.keep_alive and not isinstance(body, UntilCloseBody)
         self.stream.deadline = math.inf
-        body = reader.take(self.stream.inbuf) if reader is not None else b""
-        is_last = reader is None or reader.done
-        exchange.on_response(head, reader, body, is_last=is_last)
-        if is_last:
-            exchange.on_worker_done(reusable=self._keep_alive)
-        elif CAN_SPLICE and reader is not None and reader.verbatim > LIMITS.receive_bytes:
-            target = exchange.shortcut()
-            if target is not None:
-                self.stream.shortcut = Shortcut(target, lambda: reader.verbatim, self._on_moved)
+        exchange.on_response(head, body)
+
+    def _take_shortcut(self, exchange: Exchange, body: BodyReader) -> None:
+        target = exchange.shortcut()
+        if CAN_SPLICE and target is not None and self.stream.shortcut is None:
+            self.stream.shortcut = Shortcut(target, lambda: body.verbatim, self._on_moved)
 
     def _on_moved(self, size: int) -> None:
         """A part of the body has gone to the consumer by itself."""
-        exchange, reader = self.exchange, self._reader
-        assert exchange is not None and reader is not None
-        reader.skip(size)
-        exchange.on_response_moved(size, is_last=reader.done)
-        if reader.done:
-            exchange.on_worker_done(reusable=self._keep_alive)
-
-    def _take_body(self, exchange: Exchange, reader: BodyReader, data: Bytes) -> None:
-        exchange.on_response_body(data, is_last=reader.done)
-        if reader.done:
-            exchange.on_worker_done(reusable=self._keep_alive)
+        exchange, body = self.exchange, self._reader.body
+        assert exchange is not None and body is not None
+        body.skip(size)
+        exchange.on_response_moved(size, is_last=body.done)
+        if body.done:
+            self.on_bytes(NO_BYTES)
 
     def on_taken(self) -> None: ...
 
@@ -2869,26 +2970,26 @@ class Worker:
             self._leave_old_body(reusable=True)
 
     def on_hangup(self, *, reset: bool) -> None:
-        exchange, reader = self.exchange, self._reader
+        exchange = self.exchange
         if self._has_old_body:
             self._leave_old_body(reusable=False)
         elif exchange is None:
             self._hub.on_worker_left(self)
-        elif reader is None or reset:
+        elif reset or exchange.state is not RESPONDING:
             exchange.on_worker_gone("it reset the connection" if reset else "it closed the connection")
         else:
-            self._end_body(exchange, reader)
+            self._end_body(exchange)
         self.stream.close()
 
-    def _end_body(self, exchange: Exchange, reader: BodyReader) -> None:
+    def _end_body(self, exchange: Exchange) -> None:
         """The connection has ended: so has the body, or it was cut."""
         try:
-            reader.on_eof()
+            self._reader.end()
         except ProtocolError as error:
             exchange.on_worker_gone(error.detail)
             return
         exchange.on_response_body(b"", is_last=True)
-        exchange.on_worker_done(reusable=False)
+        exchange.on_response_end(reusable=False)
 
     def on_deadline(self) -> None:
         if self.exchange is not None:
@@ -2908,22 +3009,25 @@ class Worker:
 class Admin:
     """The role of a stream on the admin port: the hub itself answers, at once."""
 
-    __slots__ = ("_hub", "_stream")
+    __slots__ = ("_hub", "_reader", "_stream")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self._stream = stream
+        self._reader = MessageReader(take_request_head, request_body)
         stream.role = self
         self._set_deadline()
 
     def room(self) -> int:
         return 0 if self._stream.outbuf is not None else LIMITS.pipelined_bytes
 
+    def settle(self) -> None: ...
+
     def on_bytes(self, data: memoryview) -> None:
-        self._stream.inbuf += data
+        self._reader.feed(data)
         try:
-            head = take_request_head(self._stream.inbuf)
-            if head is not None:
+            head = self._reader.next()
+            if isinstance(head, RequestHead):
                 self._answer(head)
                 self._take_next()
         except ProtocolError as error:
@@ -2932,7 +3036,7 @@ class Admin:
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
-        if request_body(head) is not None:
+        if self._reader.next() is not END:
             raise ProtocolError(413, "no body is wanted here")
         answer = answer_admin(self._hub, head)
         page = own_response(
@@ -2946,7 +3050,7 @@ class Admin:
 
     def _take_next(self) -> None:
         """Looks at what has come after a request: in the next turn, and when its answer has been taken."""
-        if self._stream.inbuf and self._stream.outbuf is None:
+        if self._reader.inbuf and self._stream.outbuf is None:
             self._stream.take_rest_later()
 
     def _end(self, page: bytes) -> None:
@@ -3114,9 +3218,9 @@ class Hub:
         self.options = options = options or Options()
         self.loop = EventLoop()
         self.queue: RequestQueue[Exchange] = RequestQueue(options.max_queue, options.queue_timeout)
-        self.idle: IdleSlots[Worker] = IdleSlots()
+        self.idle: IdleSlots[Slot] = IdleSlots()
         self.exchanges: set[Exchange] = set()
-        self.workers: set[Worker] = set()
+        self.slots: set[Slot] = set()
         # Consumers whose next request, or the one that they have sent, no slot has been given yet.
         self.needy: set[Consumer] = set()
         self.machines = Machines()
@@ -3199,18 +3303,17 @@ class Hub:
         return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
     def _new_stream(self, sock: socket.socket, address: str) -> Stream:
-        stream = Stream(self.loop, sock, address, self._new_outbuf)
+        stream = Stream(self.loop, Transport(sock), address, self._new_outbuf)
         self.loop.add(stream)
-        _tune(sock)
         return stream
 
     def _accept_consumer(self, stream: Stream) -> None:
         self.needy.add(Consumer(self, stream))
 
     def _accept_worker(self, stream: Stream) -> None:
-        worker = Worker(self, stream)
-        self.workers.add(worker)
-        self.idle.park(worker)
+        slot = Slot(self, stream)
+        self.slots.add(slot)
+        self.idle.park(slot)
 
     def _accept_admin(self, stream: Stream) -> None:
         Admin(self, stream)
@@ -3233,7 +3336,7 @@ class Hub:
         while self.queue.length and self.idle.waiting and not self.paused:
             worker = self.idle.take()
             assert worker is not None
-            if worker.stream.has_news():  # it has left, or spoken: it will be told which
+            if worker.stream.transport.has_news():  # it has left, or spoken: it will be told which
                 self.idle.release(worker)
                 continue
             exchange = self._take_wanted()
@@ -3251,7 +3354,7 @@ class Hub:
         while (exchange := self.queue.take()) is not None:
             # One that came in this very turn has just been heard.
             consumer = exchange.consumer
-            if exchange.since == self.loop.now or not consumer.stream.has_hung_up():
+            if exchange.since == self.loop.now or not consumer.stream.transport.has_hung_up():
                 break
             self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
         return exchange
@@ -3277,25 +3380,25 @@ class Hub:
         self.needy.add(exchange.consumer)
         self.queue.put_back(exchange, exchange.worker_s)
 
-    def release(self, worker: Worker, *, reusable: bool) -> None:
+    def release(self, worker: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
         reusable = reusable and not worker.stream.closed
         self.idle.release(worker, park=reusable)
         if not reusable:
             self._forget(worker)
 
-    def on_worker_left(self, worker: Worker) -> None:
+    def on_worker_left(self, worker: Slot) -> None:
         """A waiting slot has hung up: its offer is withdrawn."""
         self.idle.remove(worker)
         self._forget(worker)
 
-    def _forget(self, worker: Worker) -> None:
-        if worker in self.workers:
-            self.workers.remove(worker)
+    def _forget(self, worker: Slot) -> None:
+        if worker in self.slots:
+            self.slots.remove(worker)
             self.machines.leave(worker.machine, self.loop.now)
         worker.stream.close()
 
-    def on_breach(self, worker: Worker) -> None:
+    def on_breach(self, worker: Slot) -> None:
         """A waiting slot has spoken without being asked."""
         log.warning("worker %s sent bytes while it waited; closed", worker.stream.address)
         self.counters.breaches += 1
@@ -3354,7 +3457,7 @@ class Hub:
 
     def _note(self) -> None:
         """Keeps the plot of the status page; a step of the loop, so that an idle hub need not wake for it."""
-        self.history.note(self.loop.now, (self.queue.length, self.idle.running, len(self.workers)))
+        self.history.note(self.loop.now, (self.queue.length, self.idle.running, len(self.slots)))
 
     def on_finished(self, exchange: Exchange) -> None:
         """Counts and logs."""
@@ -3826,7 +3929,7 @@ def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
         f" method={head.method.decode()} path={head.path.decode()} status={exchange.status}"
         f" bytes_in={exchange.bytes_in} bytes_out={exchange.bytes_out}"
         f" queued_ms={exchange.queued_s * 1000:.1f} worker_ms={exchange.worker_s * 1000:.1f}"
-        f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.worker_address}"
+        f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.slot_address}"
         f" attempts={exchange.attempts} code={outcome.code}{detail}\n"
     )
 
@@ -3847,7 +3950,7 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
         "queued_ms": round(exchange.queued_s * 1000, 1),
         "worker_ms": round(exchange.worker_s * 1000, 1),
         "total_ms": round((now - exchange.received_at) * 1000, 1),
-        "worker": exchange.worker_address,
+        "worker": exchange.slot_address,
         "attempts": exchange.attempts,
         "code": outcome.code,
     }
@@ -3958,7 +4061,7 @@ def readable_json(fields: Mapping[str, object]) -> str:
 def describe_hub(hub: Hub) -> dict[str, object]:
     """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
     now, counters = hub.loop.now, hub.counters
-    workers = sorted(hub.workers, key=lambda each: each.since)
+    workers = sorted(hub.slots, key=lambda each: each.since)
     running = [each.exchange for each in workers if each.exchange is not None]
     running.sort(key=lambda each: each.received_at)
     return {
@@ -4022,7 +4125,7 @@ def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
     return rows
 
 
-def describe_machines(hub: Hub, workers: Sequence[Worker], now: float) -> list[dict[str, object]]:
+def describe_machines(hub: Hub, workers: Sequence[Slot], now: float) -> list[dict[str, object]]:
     """Returns the machines that have slots, then those that had some, the last that went first."""
     busy = Counter(each.machine for each in workers if each.exchange is not None)
     known = itertools.chain(hub.machines.connected.items(), reversed(hub.machines.gone.items()))
@@ -4049,7 +4152,7 @@ def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
         "method": exchange.head.method.decode(),
         "path": short_path(exchange.head),
         "status": exchange.status,
-        "worker": exchange.worker_address,
+        "worker": exchange.slot_address,
         "code": outcome.code,
         "meaning": outcome.sentence or "the app answered with an error",
         "detail": exchange.detail,
@@ -4169,7 +4272,7 @@ class MetricsCollector:
         hub = self._hub
         roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
         connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
-        for kind, role in (("consumers", Consumer), ("workers", Worker), ("admin", Admin)):
+        for kind, role in (("consumers", Consumer), ("workers", Slot), ("admin", Admin)):
             connections.add_metric([kind], roles[role])
         yield connections
         spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])

@@ -59,9 +59,9 @@ class Rig:
         self.turn()  # what a timer did may have left something to do
 
     def slot(self) -> Peer:
-        count = len(self.hub.workers)
+        count = len(self.hub.slots)
         peer = self.connect(self.hub.worker_address)
-        self.until(lambda: len(self.hub.workers) == count + 1)
+        self.until(lambda: len(self.hub.slots) == count + 1)
         return peer
 
     def consumer(self, data: bytes = b"") -> Peer:
@@ -201,15 +201,15 @@ def test_illegal_steps_are_faults_of_the_hub(rig: Rig) -> None:
     head = pothead.take_response_head(pothead.Inbuf(OK))
     assert head
     with pytest.raises(AssertionError):  # a response to what was sent to nobody
-        exchange.on_response(head, None, b"", is_last=True)
+        exchange.on_response(head, pothead.FixedBody(0))
     assert exchange.state is State.QUEUED
     rig.slot()
     rig.until(lambda: exchange.state is State.SENT)
-    (worker,) = rig.hub.workers
+    (worker,) = rig.hub.slots
     with pytest.raises(AssertionError):  # a second worker for one request
         exchange.start(worker)
     exchange.finish(Outcome.WORKER_LOST)
-    for step in (lambda: exchange.start(worker), lambda: exchange.on_response(head, None, b"", is_last=True)):
+    for step in (lambda: exchange.start(worker), lambda: exchange.on_response(head, pothead.FixedBody(0))):
         with pytest.raises(AssertionError):
             step()
 
@@ -285,7 +285,7 @@ def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogC
         True
     ]
     assert "ZeroDivisionError" in caplog.text
-    assert len(rig.hub.idle) == len(rig.hub.workers) == 2  # the slot in the midst of the fault is let go
+    assert len(rig.hub.idle) == len(rig.hub.slots) == 2  # the slot in the midst of the fault is let go
 
 
 @pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
@@ -533,7 +533,7 @@ def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig
     slot.read_request()
     send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
     slot.close()
-    rig.until(lambda: not rig.hub.workers)
+    rig.until(lambda: not rig.hub.slots)
     for _ in range(3):
         rig.until(lambda: take(consumer) >= 4 << 20)
         consumer.received.clear()
@@ -602,6 +602,10 @@ def send_in_background(peer: Peer, data: bytes) -> threading.Thread:
     return sender
 
 
+def has_sent_body(exchange: pothead.Exchange) -> bool:
+    return exchange.attempt is not None and exchange.attempt.body_sent
+
+
 def turns_until(rig: Rig, holds: Callable[[], object]) -> int:
     """Turn until it holds, without a new look at anything else in between; returns how often."""
     for turns in range(100_000):
@@ -630,14 +634,14 @@ def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]
     eager = rig.consumer(b"")
     rig.until(lambda: len(rig.consumers()) == 2)
     (stream,) = [each.stream for each in rig.consumers() if each.exchange is None]
-    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     sender = send_in_background(eager, get(b"/refused") * 100_000)
     turns_until(rig, lambda: stream.outbuf is not None)
     answered = len(rig.lines)
     turns_until(rig, lambda: stream.role.room() <= 0)  # it is not even heard any more
     assert len(rig.lines) == answered
     assert rig.hub.budget.memory_used < 1 << 20 and rig.hub.budget.files == 0
-    assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
+    assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
     while len(rig.lines) < answered + 100:  # when it reads, it goes on
         take(eager)
         rig.turn()
@@ -650,7 +654,7 @@ def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
     sender = send_in_background(consumer, get(b"/next") * 40_000)
     (stream,) = [each.stream for each in rig.consumers()]
     turns_until(rig, lambda: stream.role.room() == 0)
-    assert len(stream.inbuf) <= pothead.LIMITS.pipelined_bytes
+    assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
     consumer.sock.shutdown(socket.SHUT_RDWR)
     sender.join()
 
@@ -692,7 +696,7 @@ def test_body_for_a_worker_that_takes_all_is_sent_a_piece_a_turn(rig: Rig) -> No
     size = 8 << 20
     head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size
     sender = send_in_background(consumer, head + bytes(size))
-    (worker,) = rig.hub.workers
+    (worker,) = rig.hub.slots
     turns_until(rig, lambda: worker.exchange is not None)
     while not has_bytes(slot) or take(slot) < size:
         before = worker.stream.written
@@ -743,14 +747,14 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
 
 def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: Rig) -> None:
     slot, consumer = rig.slot(), rig.consumer()
-    (worker,) = rig.hub.workers
-    worker.stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    (worker,) = rig.hub.slots
+    worker.stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
     body = bytes(300_000)
     consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     rig.until(lambda: rig.hub.exchanges)
     exchange = rig.exchange(b"/")
-    rig.until(lambda: exchange._body_sent or (has_bytes(slot) and take(slot) < 0))
+    rig.until(lambda: has_sent_body(exchange) or (has_bytes(slot) and take(slot) < 0))
     assert worker.stream.outbuf is not None, "the end of the body must still be unsent"
     slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
     assert rig.response(consumer).status == 413
@@ -770,21 +774,21 @@ def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: R
 @pytest.mark.parametrize("ending", ["leaves", "takes nothing"])
 def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -> None:
     slot, consumer = rig.slot(), rig.consumer()
-    (worker,) = rig.hub.workers
-    worker.stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    (worker,) = rig.hub.slots
+    worker.stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
     body = bytes(300_000)
     consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     rig.until(lambda: rig.hub.exchanges)
     exchange = rig.exchange(b"/")
-    rig.until(lambda: exchange._body_sent or (has_bytes(slot) and take(slot) < 0))
+    rig.until(lambda: has_sent_body(exchange) or (has_bytes(slot) and take(slot) < 0))
     slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
     assert rig.response(consumer).status == 413
     if ending == "leaves":
         slot.close()
     else:
         rig.pass_time(pothead.LIMITS.unacknowledged_s + 1)
-    rig.until(lambda: not rig.hub.workers)
+    rig.until(lambda: not rig.hub.slots)
     assert (len(rig.hub.idle), rig.hub.idle.running) == (0, 0)
 
 
@@ -794,7 +798,7 @@ def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
     (stream,) = [each.stream for each in rig.consumers()]
-    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     hint = b"HTTP/1.1 103 Early Hints\r\nLink: <%b>\r\n\r\n" % (b"x" * 30_000)
     count = 0
     while stream.outbuf is None:

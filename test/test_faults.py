@@ -1038,7 +1038,7 @@ class Ledger:
 
         self.rig.until(is_clean)
         assert (hub.budget.memory_used, hub.budget.files) == (0, 0)
-        assert not hub.exchanges and not len(hub.queue) and not hub.needy and len(hub.workers) == 2
+        assert not hub.exchanges and not len(hub.queue) and not hub.needy and len(hub.slots) == 2
         assert sum(hub.counters.outcomes.values()) == len(self.rig.lines)
 
 
@@ -1215,7 +1215,7 @@ def test_consumer_that_leaves_after_any_byte_of_its_response_frees_the_slot(
         rig.turn()
         leave(consumer)
         rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
-        assert not hub.exchanges and not hub.workers
+        assert not hub.exchanges and not hub.slots
         slot.expect_eof()
         slot.close()
     assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CR"}

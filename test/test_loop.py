@@ -18,7 +18,7 @@ from typing import IO
 import pytest
 
 import pothead
-from pothead import LIMITS, EventLoop, Listener, Spool, SpoolBudget, Stream, Timer, Watched
+from pothead import LIMITS, EventLoop, Listener, Spool, SpoolBudget, Stream, Timer, Transport, Watched
 
 DEADLINE_S = 10.0
 MIB = 1 << 20
@@ -63,6 +63,8 @@ class Recorder:
     def on_hangup(self, *, reset: bool) -> None:
         self.events.append("reset" if reset else "hangup")
         self.stream.close()
+
+    def settle(self) -> None: ...
 
     def on_taken(self) -> None: ...
 
@@ -122,7 +124,7 @@ class Rig:
         ours.setblocking(False)
         peer.settimeout(DEADLINE_S)
         self._cleanup.callback(peer.close)
-        stream = Stream(self.loop, ours, "peer:1", self._new_spool)
+        stream = Stream(self.loop, Transport(ours), "peer:1", self._new_spool)
         stream.role = role = role or Recorder()
         role.stream = stream
         self.loop.add(stream)
@@ -578,7 +580,7 @@ def test_hung_up_peer_of_a_stream_that_wants_nothing_keeps_the_loop_asleep(rig: 
     rig.turn()
     role.wants_bytes = False
     rig.loop.touch(stream)
-    stream.end_output()
+    stream.transport.end_output()
     peer.close()
     assert rig.count_turns_for(0.05) <= 3
     assert role.events == []
@@ -701,13 +703,13 @@ def test_role_can_be_exchanged_between_two_reads(rig: Rig) -> None:
 
 def test_hang_up_of_a_quiet_peer_is_seen_without_reading(rig: Rig) -> None:
     stream, role, peer = rig.pair()
-    assert not stream.has_news()
-    assert not stream.has_hung_up()
+    assert not stream.transport.has_news()
+    assert not stream.transport.has_hung_up()
     peer.send(b"speaks out of turn")
-    assert stream.has_news()
-    assert not stream.has_hung_up()
+    assert stream.transport.has_news()
+    assert not stream.transport.has_hung_up()
     peer.shutdown(socket.SHUT_WR)
-    assert stream.has_hung_up()
+    assert stream.transport.has_hung_up()
     rig.turn()
     assert role.events == [b"speaks out of turn"], "nothing was taken away"
 
@@ -829,7 +831,7 @@ def test_write_to_a_closed_stream_is_dropped(rig: Rig) -> None:
 def test_end_of_the_output_leaves_the_input_open(rig: Rig) -> None:
     stream, role, peer = rig.pair()
     stream.write(b"last")
-    stream.end_output()
+    stream.transport.end_output()
     assert peer.recv(10) == b"last"
     assert peer.recv(10) == b""
     peer.send(b"thanks")
