@@ -95,6 +95,8 @@ class Limits:
 
     request_line_bytes: int = 8 * KIB  # RFC 9112 §3 asks for 8000 at least; nginx and Apache take 8 KiB
     head_bytes: int = 32 * KIB  # nginx takes four buffers of 8 KiB
+    recalled_lines: int = 1024  # of fields that peers send again and again ...
+    recalled_line_bytes: int = 256  # ... as long as this, so that they take 0.5 MiB at most
     head_fields: int = 100  # http.client, gunicorn and HAProxy (101) stop there
     chunk_line_bytes: int = 1 * KIB  # a chunk's size and its extensions, which nobody uses
     trailer_bytes: int = 8 * KIB
@@ -227,14 +229,18 @@ def _is_network(text: str) -> bool:
 # A strict reader of RFC 9112.  What it does not understand it refuses: a hub that guesses is how requests
 # are smuggled.  http.client.parse_headers is not used because it guesses.
 
-Field = tuple[bytes, bytes]
+Field = tuple[bytes, bytes]  # name, value
+# A field line as it was read: its name in lower case if the hub acts on it (else nothing), its value, its
+# name in lower case with - for _, and the line to pass on.  X_Forwarded_For is X-Forwarded-For to every
+# program that reads fields as CGI variables.
+FieldLine = tuple[bytes, bytes, bytes, bytes]
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TOKEN_ONLY: Final = re.compile(_TOKEN)
-_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?\r\n")
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])(?=\r\n|\Z)")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~\x80-\xff]*))?")
 # The value's trailing white space is trimmed afterwards: in here it would cost quadratic time.
-_FIELD_LINE: Final = re.compile(rb"^(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+_FIELD_LINE: Final = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")
 _HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _DIGITS: Final = re.compile(rb"[0-9]+")
 _PLAIN_CHUNK: Final = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
@@ -254,8 +260,20 @@ _KNOWN_FIELDS: Final = frozenset(
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
         b"idempotency-key", b"max-forwards",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
+        b"pothead-action", b"sec-fetch-site",
     )
 )  # fmt: skip
+# Peers repeat themselves: short lines of these fields, which hold no secret, are recalled and not read again.
+_RECALLED_FIELDS: Final = frozenset(
+    (
+        b"accept", b"accept-encoding", b"accept-language", b"accept-ranges", b"cache-control", b"connection",
+        b"content-length", b"content-type", b"date", b"dnt", b"expires", b"host", b"origin", b"pragma",
+        b"priority", b"sec-ch-ua", b"sec-ch-ua-mobile", b"sec-ch-ua-platform", b"sec-fetch-dest",
+        b"sec-fetch-mode", b"sec-fetch-site", b"sec-fetch-user", b"server", b"te", b"transfer-encoding",
+        b"upgrade-insecure-requests", b"user-agent", b"vary",
+    )
+)  # fmt: skip
+_recalled: Final[dict[bytes, FieldLine]] = {}
 KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
@@ -299,7 +317,7 @@ class Inbuf(bytearray):
 
 
 class RequestHead(NamedTuple):
-    """A request line and its fields, as received but for the target, which is in origin form.
+    """What a request line and its fields say; the target is in origin form.
 
     A tuple, since a frozen dataclass takes three times as long to make, and each request makes one.
     """
@@ -308,13 +326,12 @@ class RequestHead(NamedTuple):
     target: bytes
     minor_version: int
     host: bytes | None
-    fields: Sequence[Field]
+    forwarded: bytes  # the lines for the worker, without those of the hub's own
     known: KnownFields
     content_length: int | None
     is_chunked: bool
     keep_alive: bool
     expects_continue: bool
-    connection_options: frozenset[bytes]
     max_forwards: int | None = None  # of an OPTIONS: how many more proxies may pass it on
 
     @property
@@ -336,18 +353,17 @@ IDEMPOTENT_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DE
 
 
 class ResponseHead(NamedTuple):
-    """A status line and its fields, as received."""
+    """What a status line and its fields say."""
 
     status: int
     reason: bytes
     minor_version: int
-    fields: Sequence[Field]
+    forwarded: bytes  # the lines for the consumer, without those of the hub's own
     content_length: int | None
     is_chunked: bool
     keep_alive: bool
     has_date: bool
     request_id: bytes  # the worker's own, mostly none
-    connection_options: frozenset[bytes]
 
 
 def take_request_head(buffer: Inbuf) -> RequestHead | None:
@@ -361,22 +377,23 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     head = _take_head(buffer, 431)
     if head is None:
         return None
-    line = _REQUEST_LINE.match(head)
-    if line is None or line.end() > LIMITS.request_line_bytes:
-        raise _request_line_error(head)
+    lines = head.split(b"\r\n")
+    line = _REQUEST_LINE.fullmatch(lines[0])
+    if line is None or len(lines[0]) + 2 > LIMITS.request_line_bytes:
+        raise _request_line_error(lines[0])
     try:
-        return _request_head(line, head)
+        return _request_head(line, lines)
     except ProtocolError as error:
         error.head = head_of_refused(head)
         raise
 
 
-def _request_head(line: re.Match[bytes], head: bytes) -> RequestHead:
+def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
     method, target, major, minor = line.groups()
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
     minor_version = min(int(minor), 1)
-    fields, known = _take_fields(head, line.end(), 400)
+    fields, known = _read_fields(lines[1:], 400)
     length, is_chunked = _framing(known, minor_version, 400)
     if method in REFUSED_METHODS:
         raise ProtocolError(*REFUSED_METHODS[method])
@@ -385,11 +402,18 @@ def _request_head(line: re.Match[bytes], head: bytes) -> RequestHead:
         target, host = _origin_form(method, target, host)
     options = _connection_options(known)
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
-    counts_down = method == b"OPTIONS" and b"max-forwards" in known
+    forwarded = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b" % (
+        method, target, host or b"", _end_to_end(fields, _REQUEST_DROPS, options)
+    )  # fmt: skip
+    max_forwards = None
+    if method == b"OPTIONS" and b"max-forwards" in known:
+        max_forwards = _max_forwards(known[b"max-forwards"])
+        forwarded += b"Max-Forwards: %d\r\n" % (max_forwards - 1)
+    elif b"max-forwards" in known:
+        forwarded += b"".join([b"Max-Forwards: %b\r\n" % value for value in known[b"max-forwards"]])
     return RequestHead(
-        method, target, minor_version, host, fields, known, length, is_chunked,
-        _keeps_alive(options, minor_version), expects_continue, options,
-        _max_forwards(known[b"max-forwards"]) if counts_down else None,
+        method, target, minor_version, host, forwarded, known, length, is_chunked,
+        _keeps_alive(options, minor_version), expects_continue, max_forwards,
     )  # fmt: skip
 
 
@@ -413,21 +437,25 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     head = _take_head(buffer, 502)
     if head is None:
         return None
-    line = _STATUS_LINE.match(head)
+    lines = head.split(b"\r\n")
+    line = _STATUS_LINE.fullmatch(lines[0])
     if line is None:
         raise ProtocolError(502, "no status line of HTTP/1.x")
-    minor_version = min(int(line[1]), 1)
-    fields, known = _take_fields(head, line.end(), 502)
+    minor_version, status, reason = min(int(line[1]), 1), int(line[2]), line[3] or b""
+    fields, known = _read_fields(lines[1:], 502)
     options = _connection_options(known)
     length, is_chunked = _framing(known, minor_version, 502)
+    forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _end_to_end(fields, _RESPONSE_DROPS, options))
+    if length is not None and status not in (204, 103):
+        forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
-        int(line[2]), line[3] or b"", minor_version, fields, length, is_chunked,
-        _keeps_alive(options, minor_version), b"date" in known, known.get(b"x-request-id", NO_ID)[0], options,
+        status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
+        b"date" in known, known.get(b"x-request-id", NO_ID)[0],
     )  # fmt: skip
 
 
 def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
-    """Removes a head with the line end of its last field but without the empty line after it."""
+    """Removes a head and returns it without its last two line ends."""
     end = buffer.find(b"\r\n\r\n", buffer.searched)
     if end > LIMITS.head_bytes or (end < 0 and len(buffer) > LIMITS.head_bytes):
         if too_large == 431 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
@@ -437,8 +465,10 @@ def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
         _refuse_hopeless(buffer, too_large)
         buffer.searched = max(0, len(buffer) - 3)
         return None
-    head = buffer.take(end + 4)
-    return head[:-2]
+    head = bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
+    del buffer[: end + 4]
+    buffer.searched = 0
+    return head
 
 
 def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
@@ -456,20 +486,19 @@ def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
         if not is_request and not buffer.startswith(b"HTTP/1."[: len(buffer)]):
             raise ProtocolError(502, "this is not HTTP/1.x")
     elif line_end + 2 > buffer.searched:  # the line has just become complete
-        line = bytes(buffer[: line_end + 2])
-        if not is_request and not _STATUS_LINE.match(line):
+        line = bytes(buffer[:line_end])
+        if not is_request and not _STATUS_LINE.fullmatch(line):
             raise ProtocolError(502, "no status line of HTTP/1.x")
         if is_request and not _is_request_line(line):
             raise _request_line_error(line)
 
 
 def _is_request_line(line: bytes) -> bool:
-    match = _REQUEST_LINE.match(line)
-    return match is not None and match[3] == b"1" and len(line) <= LIMITS.request_line_bytes
+    match = _REQUEST_LINE.fullmatch(line)
+    return match is not None and match[3] == b"1" and len(line) + 2 <= LIMITS.request_line_bytes
 
 
-def _request_line_error(head: bytes) -> ProtocolError:
-    line = head.partition(b"\r\n")[0]
+def _request_line_error(line: bytes) -> ProtocolError:
     if len(line) + 2 > LIMITS.request_line_bytes:
         return ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
     if re.fullmatch(_TOKEN + rb" [!\"$-~]+ HTTP/[0-9]\.[0-9]", line):
@@ -477,22 +506,38 @@ def _request_line_error(head: bytes) -> ProtocolError:
     return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
 
 
-def _take_fields(head: bytes, start: int, status: int) -> tuple[list[Field], dict[bytes, list[bytes]]]:
+def _read_fields(lines: list[bytes], status: int) -> tuple[list[FieldLine], dict[bytes, list[bytes]]]:
     """Returns all fields, and the values of those that the hub itself acts on by lower-case name."""
-    lines = _FIELD_LINE.findall(head, start)
-    if len(lines) != head.count(b"\n", start):
-        raise ProtocolError(status, "a field line that is not 'name: value'")
-    if len(lines) > LIMITS.head_fields:
+    fields = [_recalled.get(line) or _read_field(line, status) for line in lines]
+    if len(fields) > LIMITS.head_fields:
         raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
-    fields = []
     known: dict[bytes, list[bytes]] = {}
-    for name, padded in lines:
-        value = padded.strip(b" \t")
-        fields.append((name, value))
-        key = name.lower()
-        if key in _KNOWN_FIELDS:
-            known.setdefault(key, []).append(value)
+    for name, value, _, _ in fields:
+        if name:
+            known.setdefault(name, []).append(value)
     return fields, known
+
+
+def _read_field(line: bytes, status: int) -> FieldLine:
+    match = _FIELD_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(status, "a field line that is not 'name: value'")
+    name, value = match[1], match[2].strip(b" \t")
+    key = name.lower()
+    known_as = key if key in _KNOWN_FIELDS else b""
+    field = (known_as, value, key.replace(b"_", b"-"), b"%b: %b\r\n" % (name, value))
+    if key in _RECALLED_FIELDS and len(line) <= LIMITS.recalled_line_bytes:
+        if len(_recalled) >= LIMITS.recalled_lines:
+            _recalled.clear()
+        _recalled[line] = field
+    return field
+
+
+def _end_to_end(fields: list[FieldLine], dropped: frozenset[bytes], options: frozenset[bytes]) -> bytes:
+    """Returns the lines that are passed on; ``options`` are those of the Connection field."""
+    if options and not options <= dropped:
+        dropped |= options
+    return b"".join([line for _, _, key, line in fields if key not in dropped])
 
 
 def _list_of(values: Iterable[bytes]) -> list[bytes]:
@@ -503,7 +548,7 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
 NO_ID: Final = (b"",)
 # What stands in the log for a request whose first line could not be read.
-UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, (), {}, None, False, False, False, NO_OPTIONS)
+UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, b"", {}, None, False, False, False)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
@@ -541,7 +586,9 @@ def _check_codings(codings: list[bytes], status: int) -> None:
 
 def _content_length(values: list[bytes], status: int) -> int:
     """Returns the one length that all values agree on (RFC 9112 §6.3, rule 5)."""
-    members = set(values) if len(values) == 1 and b"," not in values[0] else set(_list_of(values))
+    if len(values) == 1 and values[0].isdigit() and len(values[0]) <= LIMITS.length_digits:
+        return int(values[0])  # the usual case
+    members = set(_list_of(values))
     digits = members.pop()
     if members or not _DIGITS.fullmatch(digits):
         raise ProtocolError(status, "a malformed Content-Length, or several that differ")
@@ -791,7 +838,7 @@ class ChunkedBody:
                     raise ProtocolError(self._status, "a control character in the trailer fields")
                 buffer.searched = max(0, len(buffer) - 3)
                 return False
-            _take_fields(buffer.take(end + 4)[:-2], 0, self._status)
+            _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status)
         self._part = _ChunkedPart.END
         self.done = True
         return False
@@ -915,7 +962,7 @@ HUB_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
-        b"proxy-authorization", b"http2-settings",
+        b"proxy-authorization", b"http2-settings", b"max-forwards",
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
@@ -937,21 +984,12 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
     ``length`` is the body's (``None``: chunked if the request was, else no body), ``hub_fields`` the
     ready field lines that the hub adds.
     """
-    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host or b"", b"\r\n"]
-    dropped = _REQUEST_DROPS | head.connection_options if head.connection_options else _REQUEST_DROPS
-    if head.max_forwards is not None:
-        dropped |= {b"max-forwards"}
-        parts.append(b"Max-Forwards: %d\r\n" % (head.max_forwards - 1))
-    for name, value in head.fields:
-        # X_Forwarded_For is X-Forwarded-For to every program that reads fields as CGI variables.
-        if name.lower().replace(b"_", b"-") not in dropped:
-            parts += (name, b": ", value, b"\r\n")
+    framing = b""
     if length is not None:
-        parts.append(b"Content-Length: %d\r\n" % length)
+        framing = b"Content-Length: %d\r\n" % length
     elif head.is_chunked:
-        parts.append(b"Transfer-Encoding: chunked\r\n")
-    parts += (hub_fields, b"\r\n")
-    return b"".join(parts)
+        framing = b"Transfer-Encoding: chunked\r\n"
+    return b"".join((head.forwarded, framing, hub_fields, b"\r\n"))
 
 
 def forwarded_response(
@@ -962,15 +1000,9 @@ def forwarded_response(
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     """
-    parts = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
-    dropped = _RESPONSE_DROPS | head.connection_options if head.connection_options else _RESPONSE_DROPS
-    for name, value in head.fields:
-        if name.lower() not in dropped:
-            parts += (name, b": ", value, b"\r\n")
+    parts = [head.forwarded]
     if framing is Framing.CHUNKED:
         parts.append(b"Transfer-Encoding: chunked\r\n")
-    elif head.content_length is not None and head.status not in (204, 103):
-        parts.append(b"Content-Length: %d\r\n" % head.content_length)
     if request_id := head.request_id or request_id:
         parts.append(b"X-Request-Id: %b\r\n" % request_id)
     if not head.has_date and head.status >= 200:
@@ -4026,9 +4058,8 @@ def _may_be_called(options: Options, host: bytes | None) -> bool:
 
 def _is_meant(head: RequestHead) -> bool:
     """Whether the request comes from the status page or a program, and not from a page of another site."""
-    fields = {name.lower(): value.strip().lower() for name, value in head.fields}
-    site = fields.get(b"sec-fetch-site", b"none")
-    return fields.get(ACTION_FIELD) == b"yes" and site in (b"none", b"same-origin")
+    site = head.known.get(b"sec-fetch-site", [b"none"])[-1].lower()
+    return head.known.get(ACTION_FIELD, [b""])[-1].lower() == b"yes" and site in (b"none", b"same-origin")
 
 
 # .. what can be looked at ..
