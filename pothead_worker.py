@@ -222,6 +222,7 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HEAD = re.compile(
     rf"({TOKEN}) (/[\x21-\x7e\x80-\xff]*|\*) HTTP/1\.([01])\r\n((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
+NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
 LENGTH = re.compile(r"[0-9]{1,18}")
 SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,9})?")
 ATTEMPT = re.compile(r"[0-9]{1,4}")
@@ -355,23 +356,32 @@ class Intake:
             raise self.failure(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
-        """Return what comes before `end`, and drop `end`; None when the hub closes first."""
-        data = self._buffer or self._sock.recv(RECEIVE_BYTES)
+        """Return what comes before `end`, and drop `end`; None when the hub closes first.
+
+        Nothing is lost when receiving raises; another call goes on.
+        """
         searched = 0
-        while (found := data.find(end, searched)) < 0 and len(data) < limit_bytes + len(end):
-            searched = max(0, len(data) - len(end) + 1)
-            piece = self._sock.recv(RECEIVE_BYTES) if data else b""
-            if not piece:
+        while (found := self._buffer.find(end, searched)) < 0 and len(self._buffer) < limit_bytes + len(end):
+            searched = max(0, len(self._buffer) - len(end) + 1)
+            if not self._receive():
                 return None
-            data += piece
         if not 0 <= found <= limit_bytes:
-            raise ProtocolError("too long")
-        self._buffer = data[found + len(end) :]
-        return data[:found]
+            raise ProtocolError("head too long")
+        data, self._buffer = self._buffer[:found], self._buffer[found + len(end) :]
+        return data
+
+    def _receive(self) -> bool:
+        """Receive once; False at the end of the connection."""
+        data = self._sock.recv(RECEIVE_BYTES)
+        self._buffer += data
+        return bool(data)
 
 
 class RequestBody(io.RawIOBase):
-    """A request's body as a raw stream with an end. Below an `io.BufferedReader` it is `wsgi.input`."""
+    """A request's body as a raw stream with an end. Below an `io.BufferedReader` it is `wsgi.input`.
+
+    While the connection does not block, a read raises BlockingIOError where it would wait; another goes on.
+    """
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
@@ -386,10 +396,6 @@ class RequestBody(io.RawIOBase):
     def has_rest(self) -> bool:
         """Return whether there is, or may be, more to read."""
         return self.left_bytes() > 0
-
-    def is_ready(self) -> bool:
-        """Return whether more can be read without waiting for the connection."""
-        return not self._intake.is_empty
 
 
 class FixedBody(RequestBody):
@@ -420,7 +426,9 @@ class ChunkedBody(RequestBody):
     def __init__(self, intake: Intake) -> None:
         super().__init__(intake)
         self._left_in_chunk = 0
-        self._has_begun = False
+        self._is_in_chunk = False  # until what ends it has come, too
+        self._is_in_trailers = False
+        self._left_of_trailers = MAX_TRAILER_BYTES
         self._has_ended = False
 
     def left_bytes(self) -> float:
@@ -437,21 +445,24 @@ class ChunkedBody(RequestBody):
         return count
 
     def _begin_chunk(self) -> None:
-        if self._has_begun:
-            self._intake.take_line(limit_bytes=0)  # what ends the chunk before
-        self._has_begun = True
-        match = self.SIZE_LINE.fullmatch(self._intake.take_line(MAX_CHUNK_LINE_BYTES))
-        if match is None:
-            self._intake.fail("malformed chunked body")
-        self._left_in_chunk = int(match[1], 16)
-        if self._left_in_chunk == 0:
+        """Take all up to the first byte of the next chunk; each line only once, since any may block."""
+        if self._is_in_chunk:
+            self._intake.take_line(limit_bytes=0)
+            self._is_in_chunk = False
+        if not self._is_in_trailers:
+            match = self.SIZE_LINE.fullmatch(self._intake.take_line(MAX_CHUNK_LINE_BYTES))
+            if match is None:
+                self._intake.fail("malformed chunked body")
+            self._left_in_chunk = int(match[1], 16)
+            self._is_in_chunk = self._left_in_chunk > 0
+            self._is_in_trailers = not self._is_in_chunk
+        if self._is_in_trailers:
             self._take_trailers()
             self._has_ended = True
 
     def _take_trailers(self) -> None:
-        left = MAX_TRAILER_BYTES
-        while line := self._intake.take_line(max(0, left)):
-            left -= len(line) + 2
+        while line := self._intake.take_line(max(0, self._left_of_trailers)):
+            self._left_of_trailers -= len(line) + 2
             if not self.TRAILER_LINE.fullmatch(line):
                 self._intake.fail("malformed trailers")
 
@@ -1053,7 +1064,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 # ---- Forwarding to a local program -------------------------------------------------------------------
 
 LOCAL_HEAD = re.compile(
-    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+    r"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
     rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
@@ -1066,7 +1077,7 @@ NOT_FORWARDED = (
     "transfer-encoding",
     "upgrade",
 )
-REPEATABLE_METHODS = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")
+LOCAL_HEAD_START = b"HTTP/1."
 
 
 def parse_forward(text: str) -> Address:
@@ -1095,7 +1106,6 @@ class LocalHead(NamedTuple):
     fields: list[tuple[str, str]]
     length: int | None
     is_chunked: bool
-    may_reuse: bool
 
 
 def parse_local_head(data: bytes) -> LocalHead:
@@ -1103,7 +1113,7 @@ def parse_local_head(data: bytes) -> LocalHead:
     match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
     if match is None:
         raise LocalError("malformed head")
-    minor_version, code, reason, lines = match.groups()
+    code, reason, lines = match.groups()
     pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     fields = [(name, value.strip(" \t")) for name, _, value in pairs]
     known: dict[str, str] = {}
@@ -1121,22 +1131,20 @@ def parse_local_head(data: bytes) -> LocalHead:
     if length is not None:
         kept = [field for field in kept if field[0].lower() != "content-length"]
         kept.append(("Content-Length", str(length)))
-    may_reuse = minor_version == "1" and "close" not in options
-    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked, may_reuse)
+    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked)
 
 
 class Forwarder:
     """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
 
-    Keeps connections to it that can take another request, with those in use never more than there are slots.
+    Each request has a connection of its own. One that is kept may be closed by the program just when the
+    next request comes, and nobody could tell whether that one was run: sending it again may run it twice.
     """
 
     def __init__(self, url: str) -> None:
         """Raises ValueError if `url` is not like `http://localhost:3000`."""
         self.address = parse_forward(url)
         self._lock = threading.Lock()
-        self._kept: list[socket.socket] = []
-        self._is_closed = False
         self._is_unreachable = False
 
     def open(self) -> socket.socket:
@@ -1162,41 +1170,23 @@ class Forwarder:
         elif was_unreachable and not is_unreachable:
             log.info("http://%s reached again", self.address)
 
-    def take_kept(self) -> socket.socket | None:
-        """Return a connection that was kept, unless the program has closed them all."""
-        while True:
-            with self._lock:
-                sock = self._kept.pop() if self._kept else None
-            if sock is None or not is_readable(sock):
-                return sock
-            sock.close()
-
-    def keep(self, sock: socket.socket) -> None:
-        with self._lock:
-            if not self._is_closed:
-                self._kept.append(sock)
-                return
-        sock.close()
-
-    def close(self) -> None:
-        """Close what is kept, now and from now on."""
-        with self._lock:
-            self._is_closed = True
-            kept, self._kept = self._kept, []
-        for sock in kept:
-            sock.close()
-
-
-def is_readable(sock: socket.socket) -> bool:
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
-
 
 class LocalIntake(Intake):
     """What the local program sends."""
 
     failure = LocalError
+
+    def take_head(self) -> bytes | None:
+        """Raises ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
+        searched = 0
+        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= MAX_HEAD_BYTES:
+            is_http = self._buffer.startswith(LOCAL_HEAD_START[: len(self._buffer)])
+            if not is_http or NEVER_IN_A_HEAD.search(self._buffer, searched):
+                raise ProtocolError("this is not HTTP/1.x")
+            searched = len(self._buffer)
+            if not self._receive():
+                return None
+        return super().take_head()
 
     def take_rest(self) -> bytes:
         """Return what has come, or b"" at the end of the connection."""
@@ -1215,17 +1205,10 @@ class LocalConnection:
 
     def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
         self.sock = sock
-        self.has_received = False
-        self.is_sent = handler.body is None  # all of the request has been taken from the hub
+        self._is_taken = handler.body is None  # all of the request, from the hub
         self._handler = handler
         self._is_chunked = is_chunked
         self._unsent = memoryview(head)
-        self._is_refused = False  # the local program takes no more of the request
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the local program has got all of the request."""
-        return self.is_sent and not self._unsent and not self._is_refused
 
     def recv(self, size: int, /) -> bytes:
         data = bytearray(size)
@@ -1234,41 +1217,42 @@ class LocalConnection:
     def recv_into(self, target: memoryview, /) -> int:
         self._wait()
         try:
-            count = self.sock.recv_into(target)
+            return self.sock.recv_into(target)
         except OSError as exc:
             raise LocalError(exc.strerror or str(exc)) from None
-        self.has_received = self.has_received or count > 0
-        return count
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
         hub, local = self._handler.connection.fileno(), self.sock.fileno()
         while True:
-            if not self._unsent and not self.is_sent and self._body().is_ready():
+            if not self._unsent and not self._is_taken:
                 self._take_body()
             poller = select.poll()
             poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            poller.register(hub, self.HANG_UP | (0 if self._unsent or self.is_sent else select.POLLIN))
+            poller.register(hub, self.HANG_UP | (0 if self._unsent or self._is_taken else select.POLLIN))
             events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
             if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
-            if hub in events:
-                self._take_body()
             if self._unsent and events.get(local, 0) & select.POLLOUT:
                 self._send()
             if events.get(local, 0) & ~select.POLLOUT:
                 return
 
-    def _body(self) -> RequestBody:
-        assert self._handler.body is not None
-        return self._handler.body
-
     def _take_body(self) -> None:
-        data = self._body().read(RECEIVE_BYTES) or b""
-        self.is_sent = not self._body().has_rest()
+        """Take what has come of the request's body, be it only a part of a chunk's framing."""
+        body, connection = self._handler.body, self._handler.connection
+        assert body is not None
+        connection.setblocking(False)
+        try:
+            data = body.read(RECEIVE_BYTES) or b""
+        except BlockingIOError:
+            return
+        finally:
+            connection.setblocking(True)
+        self._is_taken = not body.has_rest()
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" if self.is_sent else b""
+            data += b"0\r\n\r\n" if self._is_taken else b""
         self._unsent = memoryview(data)
 
     def _send(self) -> None:
@@ -1277,7 +1261,7 @@ class LocalConnection:
         except BlockingIOError:
             return
         except OSError:  # it has closed; perhaps its response is there all the same
-            self._is_refused = self.is_sent = True
+            self._is_taken = True
             self._unsent = memoryview(b"")
 
 
@@ -1287,9 +1271,7 @@ class LocalExchange:
     def __init__(self, forwarder: Forwarder, response: Response) -> None:
         self._forwarder = forwarder
         self._response = response
-        self._connection: LocalConnection | None = None
-        self._may_reuse = False
-        self._is_whole = False
+        self._sock: socket.socket | None = None
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
@@ -1303,75 +1285,40 @@ class LocalExchange:
         return self
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._response.has_body:
-            yield from self._pieces()
-        self._is_whole = True
-
-    def _pieces(self) -> Iterator[bytes]:
         head = self._head
+        if not self._response.has_body:
+            return
         if head.is_chunked or head.length is not None:
             body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
             while data := body.read(RECEIVE_BYTES):
                 yield data
         else:
-            self._may_reuse = False
             while data := self._intake.take_rest():
                 yield data
 
     def close(self) -> None:
-        """Give the connection back if it can take another request, else close it."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        is_clean = self._is_whole and connection.is_settled and self._intake.is_empty
-        if is_clean and self._may_reuse:
-            self._forwarder.keep(connection.sock)
-        else:
-            connection.sock.close()
+        if self._sock:
+            self._sock.close()
 
     # -- asking
 
     def _ask(self) -> LocalHead:
-        """Send the request and return the response's head.
-
-        A kept connection may be closed by the other end at any moment. So it is used only for a request that
-        may be sent again, on a new one, when that happens.
-        """
-        kept = self._forwarder.take_kept()
-        if kept and self._may_repeat():
-            try:
-                return self._ask_on(kept)
-            except LocalError:
-                if self._connection and self._connection.has_received:
-                    raise
-                self.close()
-        elif kept:
-            kept.close()  # or there would be one more with each such request; some programs serve only one
-        return self._ask_on(self._forwarder.open())
-
-    def _may_repeat(self) -> bool:
-        has_no_body = self._response.handler.body is None
-        return has_no_body and self._response.request.method in REPEATABLE_METHODS
-
-    def _ask_on(self, sock: socket.socket) -> LocalHead:
-        request = self._response.request
-        self._connection = connection = LocalConnection(
-            sock, self._response.handler, self._request_head(), request.is_chunked
-        )
-        self._intake = LocalIntake(connection)
+        """Send the request and return the response's head."""
+        self._sock = sock = self._forwarder.open()
+        handler, is_chunked = self._response.handler, self._response.request.is_chunked
+        self._intake = LocalIntake(LocalConnection(sock, handler, self._request_head(), is_chunked))
         head = self._take_head()
         while head.status.startswith("1"):
             if head.status.startswith("101"):
                 raise LocalError("it switched protocols")
             head = self._take_head()
-        self._may_reuse = head.may_reuse
         return head
 
     def _take_head(self) -> LocalHead:
         try:
             data = self._intake.take_head()
-        except ProtocolError:
-            raise LocalError("head too long") from None
+        except ProtocolError as exc:
+            raise LocalError(str(exc)) from None
         if data is None:
             raise LocalError("it closed the connection before its response")
         return parse_local_head(data)
@@ -1385,6 +1332,7 @@ class LocalExchange:
             for name, value in fields
             if is_forwarded(name, options) and name != "Expect"
         ]
+        lines.append("Connection: close\r\n")
         if request.is_chunked:
             lines.append("Transfer-Encoding: chunked\r\n")
         return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
@@ -1480,8 +1428,6 @@ def make_watcher() -> HangUpWatcher | PeekingWatcher:
 
 
 # ---- Side doors: ports of the worker's own -----------------------------------------------------------
-
-NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
 
 Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
 
@@ -1855,9 +1801,6 @@ class SeparableBody(RequestBody):
 
     def has_rest(self) -> bool:
         return bool(self._fetched.peek(1)) if self._fetched else super().has_rest()
-
-    def is_ready(self) -> bool:
-        return self._fetched is not None or super().is_ready()
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         with self._lock:
@@ -4369,8 +4312,6 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
     )
     metrics, scrapes = open_metrics(options, stack)
     app, fork_server = load(options, metrics)
-    if isinstance(app, Forwarder):
-        stack.callback(app.close)
     pool = WorkerPool(
         app,
         options.connect,
