@@ -3303,12 +3303,9 @@ class Offer:
     def __init__(self, reservation: object) -> None:
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
+        # Whether the gate gets to know when the job is over; one that is made of several may say otherwise.
+        self.is_counted = bool(getattr(reservation, "is_counted", self._done is not None))
         self._lock = threading.Lock()
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether the gate gets to know when the job is over."""
-        return self._done is not None
 
     def on_request(self, environ: WSGIEnvironment) -> None:
         self._tell(self._request_received, environ)
