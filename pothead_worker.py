@@ -86,7 +86,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+
+class SteadyLogger(logging.Logger):
+    """Is never disabled: `logging.config` does that by default to each logger that an app does not name."""
+
+    @property
+    def disabled(self) -> bool:
+        return False
+
+    @disabled.setter
+    def disabled(self, _value: bool) -> None:
+        """Levels and handlers are what there is to silence it."""
+
+
 log = logging.getLogger("pothead.worker")
+log.__class__ = SteadyLogger  # and not another object: somebody may have configured this one already
 
 T = TypeVar("T")
 

@@ -1813,3 +1813,28 @@ def test_process_does_not_wait_for_threads_that_the_app_left_behind(
         worker.terminate()
         worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
         assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize("where", ["import", "request"])
+def test_app_that_configures_logging_does_not_silence_the_worker(
+    where: str, mode: list[str], listener: wire.Listener, tmp_path: Path
+) -> None:
+    configure = "logging.config.dictConfig({'version': 1})"  # disables what it does not name
+    (tmp_path / "loud.py").write_text(
+        "import logging.config\n"
+        f"{configure if where == 'import' else ''}\n"
+        "def app(environ, start_response):\n"
+        f"    {configure}\n"
+        "    raise RuntimeError('oops')\n"
+    )
+    with wire.worker_process(listener, *mode, "loud:app", cwd=tmp_path) as worker, listener.accept() as peer:
+        for _ in range(2):
+            assert ask(peer).status == 500
+        for text in ("connected slots=1", "application raised an exception", "RuntimeError: oops"):
+            worker.wait_for_error(is_line(text))
+        worker.terminate()
+        worker.wait_for_error(is_line("draining"))
+        assert worker.wait() == 0
+        assert worker.stderr.count("RuntimeError: oops") == 2
+        worker.errors.clear()  # its tracebacks would be faults otherwise
