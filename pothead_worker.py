@@ -890,6 +890,7 @@ class Response(BaseHandler):
 # ---- One connection ----------------------------------------------------------------------------------
 
 GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
+LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
 class RequestHandler(BaseHTTPRequestHandler):
@@ -2297,13 +2298,18 @@ class RequestProcess:
                 self.report = report
             case {"ending": ending}:
                 self._has_ended = True
-                self.failure = "" if ending == "ended with status 0" else ending
+                if ending != "ended with status 0":
+                    self.failure = ending
+                elif self.report is None:  # which is the last thing that it tells
+                    self.failure = f"{ending} in the midst of its request"
 
     def _on_silence(self) -> None:
         """The channel is closed, and the fork server has not said how the process ended."""
         self._has_ended = True
         self.failure = "was cut off with the fork server"
-        if self.pid is not None:
+        if self.pid is None:
+            self.failure = "could not be started: the fork server has died, or can open no more files"
+        else:
             # Its parent is dead, so it is dying, too; the group still holds its descendants. This may come
             # before `on_fork_server_lost`.
             with contextlib.suppress(OSError):
@@ -2328,7 +2334,12 @@ class ProcessHandler(RedirectingHandler):
         fork_server = self.slot.fork_server
         assert fork_server is not None
         request_id = head.fields.get("X_REQUEST_ID", "-")
-        self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        try:
+            self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        except OSError as exc:  # too many open files
+            log.error("request %s: its process %s", request_id, f"could not be started: {exc.strerror}")
+            self.status, self.close_connection = LOST_STATUS, True
+            return
         if self.is_hung_up:  # perhaps before there was a process to be told
             process.cancel("the consumer has gone")
         received = data + b"\r\n" + self.intake.take_received()
@@ -2364,7 +2375,7 @@ class ProcessHandler(RedirectingHandler):
         if not self.is_whole or process.failure:
             self._log_ending(process, request_id)
         if process.failure and not process.has_responded and not process.reason:
-            self.status = "502"  # from the hub
+            self.status = LOST_STATUS
         if process.is_overdue and not process.has_responded:
             self.status = "504"
             with contextlib.suppress(OSError):
@@ -2431,6 +2442,7 @@ def run_fork_server(fd: int) -> int:
     """Be the fork server at the other end of `fd`. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
         signal.signal(number, ignore_signal)
+    ignore_hang_up()
     with socket.socket(fileno=fd) as orders:
         orders.set_inheritable(False)
         with orders.makefile("rb") as file:
@@ -2460,6 +2472,12 @@ def flush_output() -> None:
 
 def ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Unlike SIG_IGN, this is not inherited by the programs that an app starts."""
+
+
+def ignore_hang_up() -> None:
+    """Ignore SIGHUP in this process; in those it starts only if it has been told to (by `nohup`)."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, ignore_signal)
 
 
 class Forked(NamedTuple):
@@ -2609,10 +2627,12 @@ class Forker:
     def _kill_strays(self) -> bool:
         """Kill what the ended processes have left behind; return whether there was anything.
 
-        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes.
+        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes. What is of
+        our own session was started here, by a thread of the app's import: each request's process began a
+        session, and nothing comes back from there.
         """
         known = self._helpers | {forked.pid for forked in self._forked.values()}
-        strays = children_of_this_process() - known
+        strays = {pid for pid in children_of_this_process() - known if not is_of_our_session(pid)}
         for pid in strays:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -2642,6 +2662,13 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     for _, _, content in ancillary:
         fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     return data, list(fds)
+
+
+def is_of_our_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == os.getsid(0)
+    except ProcessLookupError:
+        return False
 
 
 def kill_group(pid: int) -> None:
@@ -4227,7 +4254,7 @@ class Signals:
         self._writer.setblocking(False)
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ignore_hang_up()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self._is_loading:

@@ -1709,6 +1709,26 @@ def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -
             assert worker.wait() == 0
 
 
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_programs_that_the_app_starts_ignore_sighup_only_if_the_worker_was_told_to(
+    is_ignored: bool, mode: list[str], listener: wire.Listener, tmp_path: Path
+) -> None:
+    (tmp_path / "starting.py").write_text(
+        "import subprocess\n"
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [])\n"
+        "    return [subprocess.check_output(['grep', 'SigIgn', '/proc/self/status'])]\n"
+    )
+    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "{}:{}".format(*listener.worker))
+    nohup = ["nohup"] if is_ignored else []
+    with wire.running(wire.WorkerProcess([*nohup, *command, *mode, "starting:app"], tmp_path)) as worker:
+        with listener.accept() as peer:
+            worker.send_signal(signal.SIGHUP)
+            mask = int(ask(peer).body.split()[1], 16)
+            assert bool(mask & 1 << signal.SIGHUP - 1) == is_ignored
+
+
 def test_process_can_be_run_as_a_module_with_its_options_in_the_environment(
     listener: wire.Listener, slow_app: Path
 ) -> None:
