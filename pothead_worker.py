@@ -134,6 +134,7 @@ KEEP_ALIVE_PROBES = 3
 CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
+LONGEST_POLL_S = 3600.0  # the kernel's longest is 24 days
 
 SIDE_HEAD_BYTES = 16 << 10  # of a request to a port of the worker's own
 SIDE_HEAD_TIMEOUT_S = 10.0
@@ -2268,10 +2269,9 @@ class RequestProcess:
         except ConnectionResetError:  # it ended before it had read everything
             return b""
 
-    def _left_ms(self) -> float | None:
-        if self._deadline == math.inf:
-            return None
-        return max(0.0, (self._deadline - time.monotonic()) * 1000 + 1)
+    def _left_ms(self) -> float:
+        left_s = max(0.0, self._deadline - time.monotonic())
+        return min(left_s, LONGEST_POLL_S) * 1000 + 1
 
     def _tell_draining(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -3945,7 +3945,10 @@ def parse_duration(text: str) -> float:
     match = DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a duration like 500ms, 30s, 5m or 1h")
-    return float(match[1]) * DURATION_UNITS_S[match[2]]
+    duration_s = float(match[1]) * DURATION_UNITS_S[match[2]]
+    if duration_s > threading.TIMEOUT_MAX:
+        raise ValueError(f"{text!r} is too long")
+    return duration_s
 
 
 def parse_limit(text: str) -> float:
@@ -3954,6 +3957,14 @@ def parse_limit(text: str) -> float:
     if limit_s <= 0:
         raise ValueError(f"{text!r} is no time at all")
     return limit_s
+
+
+def parse_interval(text: str) -> float:
+    """Return seconds, up to an hour. Raises ValueError."""
+    interval_s = parse_duration(text)
+    if not 0 < interval_s <= LONGEST_POLL_S:
+        raise ValueError(f"{text!r} is not more than 0 and at most 1h")
+    return interval_s
 
 
 def parse_host(text: str) -> str | None:
@@ -4153,7 +4164,7 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         redirect_host=given.choose("redirect_host", parse_host, ""),
         pickup_expiry_s=given.read_variable("OOB_ITEM_EXPIRY_SECONDS", parse_limit, str(PICKUP_EXPIRY_S)),
         pickup_interval_s=given.read_variable(
-            "OOB_CLEANUP_INTERVAL_SECONDS", parse_limit, str(SIDE_INTERVAL_S)
+            "OOB_CLEANUP_INTERVAL_SECONDS", parse_interval, str(SIDE_INTERVAL_S)
         ),
         forward=given.choose("forward", parse_url, ""),
         inspection_port=given.choose("inspection_port", parse_port_or_off, "off"),

@@ -1540,6 +1540,9 @@ def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | No
         (["--redirect-response", "0", "--redirect-host", "a/b"], {}, "'a/b' is not a host name"),
         ([], {"OOB_ITEM_EXPIRY_SECONDS": "x"}, "OOB_ITEM_EXPIRY_SECONDS: 'x'"),
         ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "0"}, "OOB_CLEANUP_INTERVAL_SECONDS: '0'"),
+        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "off"}, "OOB_CLEANUP_INTERVAL_SECONDS: 'off'"),
+        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "600h"}, "OOB_CLEANUP_INTERVAL_SECONDS: '600h'"),
+        (["--graceful-timeout", "999999999h"], {}, "--graceful-timeout: '999999999h' is too long"),
         (["--inspection-port", "65536"], {}, "--inspection-port: '65536' is not a port from 0 to 65535"),
         (
             ["--inspection-port", "0", "--inspection-host", "a b"],

@@ -432,6 +432,12 @@ def test_timeout_before_the_response_gives_504(start: Any, listener: wire.Listen
         peer.expect_eof()
 
 
+def test_timeout_may_be_longer_than_the_kernel_polls(start: Any, listener: wire.Listener) -> None:
+    start("--request-timeout", "600h")
+    with listener.accept() as peer:
+        assert ask(peer).status == 200
+
+
 def test_timeout_after_the_head_cuts_the_response(start: Any, listener: wire.Listener) -> None:
     worker = start("--request-timeout", "300ms")
     with listener.accept() as peer:
