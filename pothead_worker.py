@@ -3085,6 +3085,7 @@ def parse_address(text: str) -> Address:
 # What socket.getaddrinfo returns for each address: family, type, protocol, canonical name, address.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
+Answers = list[Sequence[AddressInfo] | OSError]  # of the name service: none yet, or one
 
 
 class Connector:
@@ -3094,6 +3095,8 @@ class Connector:
         self._address = address
         self._halt = halt
         self._last_found: Sequence[AddressInfo] = ()
+        self._lock = threading.Lock()
+        self._answers: Answers | None = None  # to the latest question
 
     def connect(self) -> socket.socket | None:
         """Return a new connection, or None when halted. Raises OSError."""
@@ -3109,21 +3112,34 @@ class Connector:
 
     def _look_up(self) -> Sequence[AddressInfo]:
         """Return the hub's addresses; the last ones when the name service fails; none when halted."""
-        found: list[Sequence[AddressInfo] | OSError] = []
+        answers = self._ask_resolver()
+        if self._halt.wait(CONNECT_TIMEOUT_S, unless=lambda: answers):
+            return ()
+        found = answers[0] if answers else OSError(errno.ETIMEDOUT, "the name service does not answer")
+        if not isinstance(found, OSError):
+            self._last_found = found
+        elif not self._last_found:
+            raise found
+        return self._last_found
+
+    def _ask_resolver(self) -> Answers:
+        """Return where the answer will be, to this question or to one that is under way.
+
+        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
+        All slots share that one, or a resolver that hangs would cost a thread for each slot and try.
+        """
 
         def ask() -> None:
-            found.append(look_up(self._address))
+            answers.append(look_up(self._address))
             self._halt.notify()
 
-        # The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
-        threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
-        if self._halt.wait(unless=lambda: found):
-            return ()
-        if not isinstance(found[0], OSError):
-            self._last_found = found[0]
-        elif not self._last_found:
-            raise found[0]
-        return self._last_found
+        with self._lock:
+            if self._answers is not None and not self._answers:
+                return self._answers
+            answers: Answers = []
+            self._answers = answers
+            threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
+            return answers
 
     def _dial(
         self,

@@ -1275,6 +1275,25 @@ def test_hub_without_an_address_is_unreachable(
     assert pool.join()
 
 
+def test_name_service_that_hangs_is_told_once_and_costs_one_thread(
+    listener: wire.Listener, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back = threading.Event()
+
+    def answer() -> list[Any]:
+        assert is_back.wait(wire.DEADLINE_S)
+        return [address_info(listener.worker)]
+
+    answers_from(monkeypatch, answer)
+    monkeypatch.setattr(pothead_worker, "CONNECT_TIMEOUT_S", 0.1)
+    with running_pool(hello, listener, workers=3):
+        lines.wait_for("unreachable, trying again: the name service does not answer")
+        assert sum(thread.name == "pothead-resolver" for thread in threading.enumerate()) == 1
+        is_back.set()
+        lines.wait_for("connected slots=3")
+        assert len(lines.having("unreachable")) == 1
+
+
 # ---- Ending a pool -----------------------------------------------------------------------------------
 
 
