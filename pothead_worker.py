@@ -108,6 +108,8 @@ T = TypeVar("T")
 # ---- Limits ------------------------------------------------------------------------------------------
 
 MAX_HEAD_BYTES = 64 << 10  # twice what the hub lets through, which adds fields of its own
+MAX_RESPONSE_HEAD_BYTES = (32 << 10) - 256  # the hub takes 32 KiB
+MAX_RESPONSE_FIELDS = 97  # the hub takes 100; the worker adds a date, a framing and a Connection
 MAX_CHUNK_LINE_BYTES = 1 << 10
 MAX_TRAILER_BYTES = 8 << 10
 RECEIVE_BYTES = 64 << 10
@@ -627,7 +629,20 @@ def check_head(status: str, fields: list[tuple[str, str]]) -> ResponseHead:
             length = check_length(field[1], length)
         elif name == "date":
             has_date = True
+    if excess := describe_excess(status, fields):
+        raise WSGIViolation(f"the app's {excess}")
     return ResponseHead(status, fields.copy(), length, has_date)
+
+
+def describe_excess(status: str, fields: list[tuple[str, str]]) -> str:
+    """Return in what way a response's head is more than the hub takes, or ""."""
+    if len(fields) > MAX_RESPONSE_FIELDS:
+        return f"head has {len(fields)} fields, and may have {MAX_RESPONSE_FIELDS}"
+    size = len(status) + sum([len(name) + len(value) + 4 for name, value in fields])
+    if size > MAX_RESPONSE_HEAD_BYTES:
+        longest = max(fields, key=lambda field: len(field[1]), default=("the status", ""))[0]
+        return f"head has {size} bytes, and may have {MAX_RESPONSE_HEAD_BYTES}; most are in {longest}"
+    return ""
 
 
 def check_field(field: tuple[str, str]) -> str:
@@ -1147,6 +1162,8 @@ def parse_local_head(data: bytes) -> LocalHead:
     if length is not None:
         kept = [field for field in kept if field[0].lower() != "content-length"]
         kept.append(("Content-Length", str(length)))
+    if excess := describe_excess(code, kept):
+        raise LocalError(f"its {excess}")
     return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked)
 
 

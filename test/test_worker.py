@@ -383,6 +383,28 @@ def test_violation_before_the_head_is_named_and_gives_500(
     assert "Traceback" not in line
 
 
+def test_largest_head_that_the_hub_takes_is_sent_and_no_larger_one(
+    hub: wire.HubProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "large.py").write_text(
+        "def app(environ, start_response):\n"
+        "    count, size = map(int, environ['QUERY_STRING'].split('-'))\n"
+        "    fields = [(f'X-{number:02}', '') for number in range(count)]\n"
+        "    left = size - len('200 OK') - sum(len(name) + 4 for name, _ in fields)\n"
+        "    fields[1] = ('X-01', 'x' * left)\n"
+        "    start_response('200 OK', fields)\n"
+        "    return [b'a', b'b']\n"
+    )
+    most, largest = pothead_worker.MAX_RESPONSE_FIELDS, pothead_worker.MAX_RESPONSE_HEAD_BYTES
+    with wire.worker_process(hub, "large:app", cwd=tmp_path) as worker, wire.Peer.connect(hub.main) as peer:
+        assert ask(peer, f"GET /?{most}-{largest}").body == b"ab"
+        assert ask(peer, f"GET /?{most + 1}-5000").status == 500
+        assert ask(peer, f"GET /?{most}-{largest + 1}").status == 500
+        worker.wait_for_error(is_line(f"WSGI violation: the app's head has {most + 1} fields, and may have"))
+        worker.wait_for_error(is_line(f"the app's head has {largest + 1} bytes, and may have {largest}; "))
+        worker.wait_for_error(is_line("most are in X-01"))
+
+
 def raising_after_starting(environ: Environ, start_response: Any) -> Iterable[bytes]:
     start_response("200 OK", [("X", "y")])
     raise RuntimeError("oops")

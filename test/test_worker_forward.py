@@ -370,6 +370,8 @@ def test_program_that_is_down_gives_502_and_one_line_an_episode(
         b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\nx",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 33_000 + b"\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100 + b"Content-Length: 0\r\n\r\n",
     ],
 )
 def test_program_that_gives_no_understandable_response_gives_502_and_one_line(
