@@ -41,6 +41,7 @@ if __name__ == "__main__":
 
 import argparse
 import array
+import ast
 import contextlib
 import email.utils
 import errno
@@ -49,6 +50,7 @@ import gc
 import glob
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -550,6 +552,7 @@ def build_environ(head: RequestHead, hub_host: str) -> WSGIEnvironment:
         "SERVER_PORT": port,
         "SERVER_PROTOCOL": "HTTP/1.1",
         "REMOTE_ADDR": forwarded_address(fields) or hub_host,
+        "REMOTE_PORT": "0",  # of which only the first proxy knows; some apps need a number there
         "REQUEST_ID": fields.get("X_REQUEST_ID", "-"),
         "pothead.queue_seconds": matched(SECONDS, fields.get("POTHEAD_QUEUE_SECONDS"), float, 0.0),
         "pothead.attempt": matched(ATTEMPT, fields.get("POTHEAD_ATTEMPT"), int, 1),
@@ -743,7 +746,9 @@ class Response(BaseHandler):
 
     def finish_response(self) -> None:
         if isinstance(self.result, (str, bytes)) or not hasattr(self.result, "__iter__"):
-            raise WSGIViolation(f"the app returned {type(self.result).__name__}, not an iterable of bytes")
+            hint = " (does it make the app?)" if callable(self.result) else ""
+            kind = type(self.result).__name__
+            raise WSGIViolation(f"the app returned {kind}, not an iterable of bytes{hint}")
         for data in self.result:
             self.write(data)
             if self.headers_sent and not self.has_body:
@@ -3866,7 +3871,7 @@ demo_app.wait_for_slot = demo_gate  # type: ignore[attr-defined]  # as any app m
 
 # ---- Loading an application --------------------------------------------------------------------------
 
-APP_NAME = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
+DOTTED_NAME = re.compile(r"\w+(?:\.\w+)*")
 DEFAULT_ATTRIBUTES = ("app", "application")
 
 
@@ -3874,19 +3879,51 @@ class LoadError(Exception):
     """The application could not be loaded; the text is for the user."""
 
 
+class AppName(NamedTuple):
+    """The parts of `module:attribute` or `module:factory(arguments)`."""
+
+    module: str
+    attribute: str = ""
+    arguments: tuple[list[object], dict[str, object]] | None = None  # of the factory, if it is one
+
+
 def parse_app_name(text: str) -> str:
-    """Check `module` or `module:attribute`, either of which may be dotted. Raises ValueError."""
-    if not APP_NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app")
+    """Check the app's name. Raises ValueError."""
+    split_app_name(text)
     return text
 
 
+def split_app_name(text: str) -> AppName:
+    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError."""
+    module, colon, wanted = text.partition(":")
+    expression: ast.expr | None = None
+    with contextlib.suppress(SyntaxError):
+        expression = ast.parse(wanted, mode="eval").body
+    call = expression if isinstance(expression, ast.Call) else None
+    named = call.func if call else expression
+    attribute = ast.unparse(named) if isinstance(named, (ast.Name, ast.Attribute)) else ""
+    if not DOTTED_NAME.fullmatch(module) or (colon and not DOTTED_NAME.fullmatch(attribute)):
+        raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app or mymodule:create_app()")
+    return AppName(module, attribute, literal_arguments(text, call) if call else None)
+
+
+def literal_arguments(text: str, call: ast.Call) -> tuple[list[object], dict[str, object]]:
+    """Return the arguments of a factory's call. Raises ValueError."""
+    try:
+        keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if "**" in keywords:
+            raise ValueError
+        return [ast.literal_eval(argument) for argument in call.args], keywords
+    except (ValueError, TypeError):
+        raise ValueError(f"{text!r}: the arguments must be literals, like 'x', 1 or debug=True") from None
+
+
 def load_app(name: str) -> WSGIApplication:
-    """Import the app called `module:attribute`; `module` alone means its `app`, or else its `application`.
+    """Import the app of that name; `module` alone means its `app`, or else its `application`.
 
     Raises LoadError. When the module's own code failed, its traceback has been written to stderr.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, attribute, arguments = split_app_name(name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = import_module(module_name, name)
@@ -3900,7 +3937,42 @@ def load_app(name: str) -> WSGIApplication:
         raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted!r}")
     if not callable(found):
         raise LoadError(f"cannot load {name!r}: {path!r} of module {module_name!r} is not callable")
-    return found
+    app = found if arguments is None else make_app(name, found, *arguments)
+    if not takes_two(app):
+        hint = f"if it makes the app, say {f'{module_name}:{path}()'!r}"
+        if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(type(app).__call__):
+            hint = "an ASGI app needs a server of its own, and --forward"
+        raise LoadError(f"cannot load {name!r}: it does not take (environ, start_response); {hint}")
+    return app
+
+
+def make_app(
+    name: str, factory: Callable[..., object], arguments: list[object], keywords: dict[str, object]
+) -> WSGIApplication:
+    """Return what the factory makes. Raises LoadError."""
+    try:
+        app = factory(*arguments, **keywords)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:
+        if isinstance(exc, TypeError) and exc.__traceback__ and not exc.__traceback__.tb_next:
+            raise LoadError(f"cannot load {name!r}: {exc}") from None  # the arguments are not the right ones
+        print_import_error(exc)
+        raise LoadError(f"cannot load {name!r}: making the app failed") from None
+    if not callable(app):
+        raise LoadError(f"cannot load {name!r}: it made {type(app).__name__}, which is not callable")
+    return app
+
+
+def takes_two(app: Callable[..., object]) -> bool:
+    """Return whether an app can be called with two arguments, or does not tell what it takes."""
+    with contextlib.suppress(ValueError):
+        signature = inspect.signature(app, follow_wrapped=False)
+        try:
+            signature.bind(None, None)
+        except TypeError:
+            return False
+    return True
 
 
 def find_gate(app: object) -> Gate:
@@ -4119,7 +4191,8 @@ def build_parser() -> OptionParser:
         "app",
         nargs="?",
         metavar="MODULE:APP",
-        help="the WSGI application; without :APP, the module's app or application (default: a built-in demo)",
+        help="the WSGI application, or a call that makes it, like MODULE:create_app(); without :APP, the "
+        "module's app or application (default: a built-in demo)",
     )
     for name, (metavar, text) in OPTION_HELP.items():
         if metavar:

@@ -342,6 +342,7 @@ def writing_text(environ: Environ, start_response: Any) -> Iterable[bytes]:
         (app_returning("text"), "returned str"),
         (app_returning(b"bytes"), "returned bytes"),
         (app_returning(5), "returned int"),
+        (app_returning(print), "not an iterable of bytes (does it make the app?)"),
         (app_returning(["text"]), "type str instead of bytes"),
         (app_returning([None]), "type NoneType instead of bytes"),
         (app_returning([], "200"), "'200'"),
@@ -827,6 +828,7 @@ def test_environ_says_what_the_request_said(serving: Any) -> None:
         "SERVER_PORT": "443",
         "SERVER_PROTOCOL": "HTTP/1.1",
         "REMOTE_ADDR": "192.0.2.7",
+        "REMOTE_PORT": "0",
         "REQUEST_ID": "r1",
         "CONTENT_TYPE": "text/plain",
         "CONTENT_LENGTH": "0",
@@ -1560,6 +1562,14 @@ def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | No
         (["--work", "2"], {}, "--work"),
         ([":app"], {}, "':app' is not MODULE:APP"),
         (["a.py:app:x"], {}, "'a.py:app:x' is not MODULE:APP"),
+        *[
+            ([f"a:{app}"], {}, f"'a:{app}' is not MODULE:APP")
+            for app in ("", "1", "b+c", "b(", "b()()", "b().c")
+        ],
+        *[
+            ([f"a:b({given})"], {}, f"'a:b({given})': the arguments must be literals")
+            for given in ("x", "*[1]", "**{}", "{[]: 1}", "len(y)")
+        ],
         ([], {"POTHEAD_CONNECT": "x"}, "POTHEAD_CONNECT: 'x'"),
         ([], {"POTHEAD_WORKER_CONNECT": "x", "POTHEAD_CONNECT": "a:1"}, "POTHEAD_WORKER_CONNECT: 'x'"),
         ([], {"POTHEAD_WORKERS": "-1"}, "POTHEAD_WORKERS: '-1'"),
@@ -1673,6 +1683,78 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_app_is_found_in_the_working_directory(modules: Path, source: str, name: str) -> None:
     (modules / "mod.py").write_text(source)
     assert pothead_worker.load_app(name)({}, None) == "it"  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize(
+    ("name", "made_with"),
+    [
+        ("mod:make()", (1, "no")),
+        ("mod:make(2)", (2, "no")),
+        ("mod:make(-2, debug='yes')", (-2, "yes")),
+        ("mod:make(debug={'a': [None, b'x']})", (1, {"a": [None, b"x"]})),
+        ("mod:Site.make('it')", ("it", "no")),
+    ],
+)
+def test_app_is_made_by_a_function_with_literal_arguments(
+    modules: Path, name: str, made_with: tuple[object, object]
+) -> None:
+    (modules / "mod.py").write_text(
+        "def make(number=1, *, debug='no'): return lambda environ, start_response: (number, debug)\n"
+        "class Site: make = staticmethod(make)\n"
+    )
+    assert pothead_worker.load_app(name)({}, None) == made_with  # type: ignore[arg-type, comparison-overlap]
+
+
+FACTORIES = """
+    def make(name): return lambda environ, start_response: [name]
+    def make_by_default(*, name="x"): return make(name)
+    async def asgi(scope, receive, send): pass
+    class Asgi:
+        async def __call__(self, scope, receive, send): pass
+    also_asgi = Asgi()
+    def make_nothing(): pass
+    def make_asgi(): return also_asgi
+    def fail(): return 1 / 0
+"""
+NOT_CALLED_LIKE_THAT = "it does not take (environ, start_response)"
+NEEDS_SERVER = f"{NOT_CALLED_LIKE_THAT}; an ASGI app needs a server of its own, and --forward"
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("mod:make", f"{NOT_CALLED_LIKE_THAT}; if it makes the app, say 'mod:make()'"),
+        ("mod:make_by_default", f"{NOT_CALLED_LIKE_THAT}; if it makes the app, say 'mod:make_by_default()'"),
+        ("mod:asgi", NEEDS_SERVER),
+        ("mod:also_asgi", NEEDS_SERVER),
+        ("mod:make_asgi()", NEEDS_SERVER),
+        ("mod:make()", "make() missing 1 required positional argument: 'name'"),
+        ("mod:make('a', b=1)", "make() got an unexpected keyword argument 'b'"),
+        ("mod:make_nothing()", "it made NoneType, which is not callable"),
+        ("mod:none()", "module 'mod' has no attribute 'none'"),
+        ("mod:fail()", "making the app failed"),
+    ],
+)
+def test_function_that_is_or_makes_no_app_is_told(
+    modules: Path, name: str, wanted: str, mode: list[str]
+) -> None:
+    (modules / "mod.py").write_text(textwrap.dedent(FACTORIES))
+    status, stderr = run_worker([*mode, name], modules)
+    *trace, last = stderr.splitlines()
+    assert (status, last) == (3, f"pothead-worker: cannot load {name!r}: {wanted}")
+    assert trace[-1:] == (["ZeroDivisionError: division by zero"] if "fail" in name else [])
+    assert "pothead_worker.py" not in stderr
+
+
+def test_decorated_app_is_taken_for_what_it_is(modules: Path) -> None:
+    (modules / "mod.py").write_text(
+        "import functools\n"
+        "def inner(environ, start_response, database): return database\n"
+        "@functools.wraps(inner)\n"
+        "def app(*arguments): return inner(*arguments, 'it')\n"
+    )
+    assert pothead_worker.load_app("mod:app")({}, None) == "it"  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize(
