@@ -821,7 +821,7 @@ def all_of(*gates: WaitForSlot) -> WaitForSlot:
     def wait_for_slot(halt: Halt) -> Tickets | None:
         with contextlib.ExitStack() as release:
             tickets = Tickets()
-            release.callback(tickets.done)
+            release.callback(tickets.give_back)
             for gate in gates:
                 tickets.add(gate(halt))
                 if halt():
@@ -833,13 +833,24 @@ def all_of(*gates: WaitForSlot) -> WaitForSlot:
 
 
 class Tickets:
-    """The tickets of several gates as one; a gate may have given None, or an object without some method."""
+    """The tickets of several gates as one; a gate may have given None, or an object without some method.
+
+    With a `done`, who asks takes it that the gate counts its jobs, and asks for the next one at once. So it
+    has one only if a ticket has, and tells by `is_counted` if another has none: that one's gate must not be
+    asked again before its job has begun, or it would let through any number.
+    """
+
+    done: Callable[[], None]
 
     def __init__(self) -> None:
         self._tickets: list[object] = []
+        self.is_counted = True
 
     def add(self, ticket: object) -> None:
         self._tickets.append(ticket)
+        if hasattr(ticket, "done"):
+            self.done = self.give_back
+        self.is_counted = self.is_counted and is_counted(ticket)
 
     def request_received(self, environ: Environ) -> None:
         for ticket in self._tickets:
@@ -847,13 +858,17 @@ class Tickets:
             if call is not None:
                 call(environ)
 
-    def done(self) -> None:
+    def give_back(self) -> None:
         """Return all tickets, even if returning one raises."""
         with contextlib.ExitStack() as calls:
             for ticket in self._tickets:
                 call = getattr(ticket, "done", None)
                 if call is not None:
                     calls.callback(call)
+
+
+def is_counted(ticket: object) -> bool:
+    return bool(getattr(ticket, "is_counted", hasattr(ticket, "done")))
 
 
 # ---- Checking arguments ------------------------------------------------------------------------------

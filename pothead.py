@@ -4563,7 +4563,10 @@ def parse_duration(text: str) -> float:
     match = DURATION.fullmatch(text.lower())
     if match is None:
         raise ValueError(f"{text!r} is not a duration like 250ms, 10s, 5m, 1h or off")
-    return float(match[1]) * UNITS_S[match[2]]
+    seconds = float(match[1]) * UNITS_S[match[2]]
+    if seconds > 1e9:  # 31 years; no lock waits for ten times as long
+        raise ValueError(f"{text!r} is too long; off is forever")
+    return seconds
 
 
 UNITS_BYTES: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB}

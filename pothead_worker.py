@@ -44,6 +44,7 @@ if __name__ == "__main__":
 
 import argparse
 import array
+import ast
 import contextlib
 import difflib
 import email.utils
@@ -53,6 +54,7 @@ import gc
 import glob
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -91,7 +93,21 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
+
+class SteadyLogger(logging.Logger):
+    """Is never disabled: `logging.config` does that by default to each logger that an app does not name."""
+
+    @property
+    def disabled(self) -> bool:
+        return False
+
+    @disabled.setter
+    def disabled(self, _value: bool) -> None:
+        """Levels and handlers are what there is to silence it."""
+
+
 log = logging.getLogger("pothead.worker")
+log.__class__ = SteadyLogger  # and not another object: somebody may have configured this one already
 
 T = TypeVar("T")
 
@@ -99,6 +115,8 @@ T = TypeVar("T")
 # ---- Limits ------------------------------------------------------------------------------------------
 
 MAX_HEAD_BYTES = 64 << 10  # twice what the hub lets through, which adds fields of its own
+MAX_RESPONSE_HEAD_BYTES = (32 << 10) - 256  # the hub takes 32 KiB
+MAX_RESPONSE_FIELDS = 97  # the hub takes 100; the worker adds a date, a framing and a Connection
 MAX_CHUNK_LINE_BYTES = 1 << 10
 MAX_TRAILER_BYTES = 8 << 10
 RECEIVE_BYTES = 64 << 10
@@ -125,6 +143,7 @@ KEEP_ALIVE_PROBES = 3
 CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
+LONGEST_POLL_S = 3600.0  # the kernel's longest is 24 days
 
 SIDE_HEAD_BYTES = 16 << 10  # of a request to a port of the worker's own
 SIDE_HEAD_TIMEOUT_S = 10.0
@@ -229,6 +248,7 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HEAD = re.compile(
     rf"({TOKEN}) (/[\x21-\x7e\x80-\xff]*|\*) HTTP/1\.([01])\r\n((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
+NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
 LENGTH = re.compile(r"[0-9]{1,18}")
 SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,9})?")
 ATTEMPT = re.compile(r"[0-9]{1,4}")
@@ -362,23 +382,32 @@ class Intake:
             raise self.failure(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
-        """Return what comes before `end`, and drop `end`; None when the hub closes first."""
-        data = self._buffer or self._sock.recv(RECEIVE_BYTES)
+        """Return what comes before `end`, and drop `end`; None when the hub closes first.
+
+        Nothing is lost when receiving raises; another call goes on.
+        """
         searched = 0
-        while (found := data.find(end, searched)) < 0 and len(data) < limit_bytes + len(end):
-            searched = max(0, len(data) - len(end) + 1)
-            piece = self._sock.recv(RECEIVE_BYTES) if data else b""
-            if not piece:
+        while (found := self._buffer.find(end, searched)) < 0 and len(self._buffer) < limit_bytes + len(end):
+            searched = max(0, len(self._buffer) - len(end) + 1)
+            if not self._receive():
                 return None
-            data += piece
         if not 0 <= found <= limit_bytes:
-            raise ProtocolError("too long")
-        self._buffer = data[found + len(end) :]
-        return data[:found]
+            raise ProtocolError("head too long")
+        data, self._buffer = self._buffer[:found], self._buffer[found + len(end) :]
+        return data
+
+    def _receive(self) -> bool:
+        """Receive once; False at the end of the connection."""
+        data = self._sock.recv(RECEIVE_BYTES)
+        self._buffer += data
+        return bool(data)
 
 
 class RequestBody(io.RawIOBase):
-    """A request's body as a raw stream with an end. Below an `io.BufferedReader` it is `wsgi.input`."""
+    """A request's body as a raw stream with an end. Below an `io.BufferedReader` it is `wsgi.input`.
+
+    While the connection does not block, a read raises BlockingIOError where it would wait; another goes on.
+    """
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
@@ -393,10 +422,6 @@ class RequestBody(io.RawIOBase):
     def has_rest(self) -> bool:
         """Return whether there is, or may be, more to read."""
         return self.left_bytes() > 0
-
-    def is_ready(self) -> bool:
-        """Return whether more can be read without waiting for the connection."""
-        return not self._intake.is_empty
 
 
 class FixedBody(RequestBody):
@@ -432,7 +457,9 @@ class ChunkedBody(RequestBody):
     def __init__(self, intake: Intake) -> None:
         super().__init__(intake)
         self._left_in_chunk = 0
-        self._has_begun = False
+        self._is_in_chunk = False  # until what ends it has come, too
+        self._is_in_trailers = False
+        self._left_of_trailers = MAX_TRAILER_BYTES
         self._has_ended = False
 
     def left_bytes(self) -> float:
@@ -449,21 +476,24 @@ class ChunkedBody(RequestBody):
         return count
 
     def _begin_chunk(self) -> None:
-        if self._has_begun:
-            self._intake.take_line(limit_bytes=0)  # what ends the chunk before
-        self._has_begun = True
-        match = self.SIZE_LINE.fullmatch(self._intake.take_line(MAX_CHUNK_LINE_BYTES))
-        if match is None:
-            self._intake.fail("malformed chunked body")
-        self._left_in_chunk = int(match[1], 16)
-        if self._left_in_chunk == 0:
+        """Take all up to the first byte of the next chunk; each line only once, since any may block."""
+        if self._is_in_chunk:
+            self._intake.take_line(limit_bytes=0)
+            self._is_in_chunk = False
+        if not self._is_in_trailers:
+            match = self.SIZE_LINE.fullmatch(self._intake.take_line(MAX_CHUNK_LINE_BYTES))
+            if match is None:
+                self._intake.fail("malformed chunked body")
+            self._left_in_chunk = int(match[1], 16)
+            self._is_in_chunk = self._left_in_chunk > 0
+            self._is_in_trailers = not self._is_in_chunk
+        if self._is_in_trailers:
             self._take_trailers()
             self._has_ended = True
 
     def _take_trailers(self) -> None:
-        left = MAX_TRAILER_BYTES
-        while line := self._intake.take_line(max(0, left)):
-            left -= len(line) + 2
+        while line := self._intake.take_line(max(0, self._left_of_trailers)):
+            self._left_of_trailers -= len(line) + 2
             if not self.TRAILER_LINE.fullmatch(line):
                 self._intake.fail("malformed trailers")
 
@@ -534,6 +564,7 @@ def build_environ(head: RequestHead, hub_host: str) -> WSGIEnvironment:
         "SERVER_PORT": port,
         "SERVER_PROTOCOL": "HTTP/1.1",
         "REMOTE_ADDR": forwarded_address(fields) or hub_host,
+        "REMOTE_PORT": "0",  # of which only the first proxy knows; some apps need a number there
         "REQUEST_ID": fields.get("X_REQUEST_ID", "-"),
         "pothead.queue_seconds": matched(SECONDS, fields.get("POTHEAD_QUEUE_SECONDS"), float, 0.0),
         "pothead.attempt": matched(ATTEMPT, fields.get("POTHEAD_ATTEMPT"), int, 1),
@@ -613,7 +644,20 @@ def check_head(status: str, fields: list[tuple[str, str]]) -> ResponseHead:
             length = check_length(field[1], length)
         elif name == "date":
             has_date = True
+    if excess := describe_excess(status, fields):
+        raise WSGIViolation(f"the app's {excess}")
     return ResponseHead(status, fields.copy(), length, has_date)
+
+
+def describe_excess(status: str, fields: list[tuple[str, str]]) -> str:
+    """Return in what way a response's head is more than the hub takes, or ""."""
+    if len(fields) > MAX_RESPONSE_FIELDS:
+        return f"head has {len(fields)} fields, and may have {MAX_RESPONSE_FIELDS}"
+    size = len(status) + sum([len(name) + len(value) + 4 for name, value in fields])
+    if size > MAX_RESPONSE_HEAD_BYTES:
+        longest = max(fields, key=lambda field: len(field[1]), default=("the status", ""))[0]
+        return f"head has {size} bytes, and may have {MAX_RESPONSE_HEAD_BYTES}; most are in {longest}"
+    return ""
 
 
 def check_field(field: tuple[str, str]) -> str:
@@ -714,7 +758,9 @@ class Response(BaseHandler):
 
     def finish_response(self) -> None:
         if isinstance(self.result, (str, bytes)) or not hasattr(self.result, "__iter__"):
-            raise WSGIViolation(f"the app returned {type(self.result).__name__}, not an iterable of bytes")
+            hint = " (does it make the app?)" if callable(self.result) else ""
+            kind = type(self.result).__name__
+            raise WSGIViolation(f"the app returned {kind}, not an iterable of bytes{hint}")
         for data in self.result:
             self.write(data)
             if self.headers_sent and not self.has_body:
@@ -877,6 +923,7 @@ class Response(BaseHandler):
 # ---- One connection ----------------------------------------------------------------------------------
 
 GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
+LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
 class RequestHandler(BaseHTTPRequestHandler):
@@ -1069,7 +1116,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 # ---- Forwarding to a local program -------------------------------------------------------------------
 
 LOCAL_HEAD = re.compile(
-    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+    r"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
     rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
@@ -1082,7 +1129,7 @@ NOT_FORWARDED = (
     "transfer-encoding",
     "upgrade",
 )
-REPEATABLE_METHODS = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")
+LOCAL_HEAD_START = b"HTTP/1."
 
 
 def parse_forward(text: str) -> Address:
@@ -1111,7 +1158,6 @@ class LocalHead(NamedTuple):
     fields: list[tuple[str, str]]
     length: int | None
     is_chunked: bool
-    may_reuse: bool
 
 
 def parse_local_head(data: bytes) -> LocalHead:
@@ -1119,7 +1165,7 @@ def parse_local_head(data: bytes) -> LocalHead:
     match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
     if match is None:
         raise LocalError("malformed head")
-    minor_version, code, reason, lines = match.groups()
+    code, reason, lines = match.groups()
     pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     fields = [(name, value.strip(" \t")) for name, _, value in pairs]
     known: dict[str, str] = {}
@@ -1137,22 +1183,22 @@ def parse_local_head(data: bytes) -> LocalHead:
     if length is not None:
         kept = [field for field in kept if field[0].lower() != "content-length"]
         kept.append(("Content-Length", str(length)))
-    may_reuse = minor_version == "1" and "close" not in options
-    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked, may_reuse)
+    if excess := describe_excess(code, kept):
+        raise LocalError(f"its {excess}")
+    return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked)
 
 
 class Forwarder:
     """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
 
-    Keeps connections to it that can take another request, with those in use never more than there are slots.
+    Each request has a connection of its own. One that is kept may be closed by the program just when the
+    next request comes, and nobody could tell whether that one was run: sending it again may run it twice.
     """
 
     def __init__(self, url: str) -> None:
         """Raises ValueError if `url` is not like `http://localhost:3000`."""
         self.address = parse_forward(url)
         self._lock = threading.Lock()
-        self._kept: list[socket.socket] = []
-        self._is_closed = False
         self._is_unreachable = False
 
     def open(self) -> socket.socket:
@@ -1178,41 +1224,23 @@ class Forwarder:
         elif was_unreachable and not is_unreachable:
             log.info("http://%s reached again", self.address)
 
-    def take_kept(self) -> socket.socket | None:
-        """Return a connection that was kept, unless the program has closed them all."""
-        while True:
-            with self._lock:
-                sock = self._kept.pop() if self._kept else None
-            if sock is None or not is_readable(sock):
-                return sock
-            sock.close()
-
-    def keep(self, sock: socket.socket) -> None:
-        with self._lock:
-            if not self._is_closed:
-                self._kept.append(sock)
-                return
-        sock.close()
-
-    def close(self) -> None:
-        """Close what is kept, now and from now on."""
-        with self._lock:
-            self._is_closed = True
-            kept, self._kept = self._kept, []
-        for sock in kept:
-            sock.close()
-
-
-def is_readable(sock: socket.socket) -> bool:
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
-
 
 class LocalIntake(Intake):
     """What the local program sends."""
 
     failure = LocalError
+
+    def take_head(self) -> bytes | None:
+        """Raises ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
+        searched = 0
+        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= MAX_HEAD_BYTES:
+            is_http = self._buffer.startswith(LOCAL_HEAD_START[: len(self._buffer)])
+            if not is_http or NEVER_IN_A_HEAD.search(self._buffer, searched):
+                raise ProtocolError("this is not HTTP/1.x")
+            searched = len(self._buffer)
+            if not self._receive():
+                return None
+        return super().take_head()
 
     def take_rest(self) -> bytes:
         """Return what has come, or b"" at the end of the connection."""
@@ -1231,17 +1259,10 @@ class LocalConnection:
 
     def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
         self.sock = sock
-        self.has_received = False
-        self.is_sent = handler.body is None  # all of the request has been taken from the hub
+        self._is_taken = handler.body is None  # all of the request, from the hub
         self._handler = handler
         self._is_chunked = is_chunked
         self._unsent = memoryview(head)
-        self._is_refused = False  # the local program takes no more of the request
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the local program has got all of the request."""
-        return self.is_sent and not self._unsent and not self._is_refused
 
     def recv(self, size: int, /) -> bytes:
         data = bytearray(size)
@@ -1250,41 +1271,42 @@ class LocalConnection:
     def recv_into(self, target: memoryview, /) -> int:
         self._wait()
         try:
-            count = self.sock.recv_into(target)
+            return self.sock.recv_into(target)
         except OSError as exc:
             raise LocalError(exc.strerror or str(exc)) from None
-        self.has_received = self.has_received or count > 0
-        return count
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
         hub, local = self._handler.connection.fileno(), self.sock.fileno()
         while True:
-            if not self._unsent and not self.is_sent and self._body().is_ready():
+            if not self._unsent and not self._is_taken:
                 self._take_body()
             poller = select.poll()
             poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            poller.register(hub, self.HANG_UP | (0 if self._unsent or self.is_sent else select.POLLIN))
+            poller.register(hub, self.HANG_UP | (0 if self._unsent or self._is_taken else select.POLLIN))
             events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
             if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
-            if hub in events:
-                self._take_body()
             if self._unsent and events.get(local, 0) & select.POLLOUT:
                 self._send()
             if events.get(local, 0) & ~select.POLLOUT:
                 return
 
-    def _body(self) -> RequestBody:
-        assert self._handler.body is not None
-        return self._handler.body
-
     def _take_body(self) -> None:
-        data = self._body().read(RECEIVE_BYTES) or b""
-        self.is_sent = not self._body().has_rest()
+        """Take what has come of the request's body, be it only a part of a chunk's framing."""
+        body, connection = self._handler.body, self._handler.connection
+        assert body is not None
+        connection.setblocking(False)
+        try:
+            data = body.read(RECEIVE_BYTES) or b""
+        except BlockingIOError:
+            return
+        finally:
+            connection.setblocking(True)
+        self._is_taken = not body.has_rest()
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" if self.is_sent else b""
+            data += b"0\r\n\r\n" if self._is_taken else b""
         self._unsent = memoryview(data)
 
     def _send(self) -> None:
@@ -1293,7 +1315,7 @@ class LocalConnection:
         except BlockingIOError:
             return
         except OSError:  # it has closed; perhaps its response is there all the same
-            self._is_refused = self.is_sent = True
+            self._is_taken = True
             self._unsent = memoryview(b"")
 
 
@@ -1303,9 +1325,7 @@ class LocalExchange:
     def __init__(self, forwarder: Forwarder, response: Response) -> None:
         self._forwarder = forwarder
         self._response = response
-        self._connection: LocalConnection | None = None
-        self._may_reuse = False
-        self._is_whole = False
+        self._sock: socket.socket | None = None
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
@@ -1319,75 +1339,40 @@ class LocalExchange:
         return self
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._response.has_body:
-            yield from self._pieces()
-        self._is_whole = True
-
-    def _pieces(self) -> Iterator[bytes]:
         head = self._head
+        if not self._response.has_body:
+            return
         if head.is_chunked or head.length is not None:
             body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
             while data := body.read(RECEIVE_BYTES):
                 yield data
         else:
-            self._may_reuse = False
             while data := self._intake.take_rest():
                 yield data
 
     def close(self) -> None:
-        """Give the connection back if it can take another request, else close it."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        is_clean = self._is_whole and connection.is_settled and self._intake.is_empty
-        if is_clean and self._may_reuse:
-            self._forwarder.keep(connection.sock)
-        else:
-            connection.sock.close()
+        if self._sock:
+            self._sock.close()
 
     # -- asking
 
     def _ask(self) -> LocalHead:
-        """Send the request and return the response's head.
-
-        A kept connection may be closed by the other end at any moment. So it is used only for a request that
-        may be sent again, on a new one, when that happens.
-        """
-        kept = self._forwarder.take_kept()
-        if kept and self._may_repeat():
-            try:
-                return self._ask_on(kept)
-            except LocalError:
-                if self._connection and self._connection.has_received:
-                    raise
-                self.close()
-        elif kept:
-            kept.close()  # or there would be one more with each such request; some programs serve only one
-        return self._ask_on(self._forwarder.open())
-
-    def _may_repeat(self) -> bool:
-        has_no_body = self._response.handler.body is None
-        return has_no_body and self._response.request.method in REPEATABLE_METHODS
-
-    def _ask_on(self, sock: socket.socket) -> LocalHead:
-        request = self._response.request
-        self._connection = connection = LocalConnection(
-            sock, self._response.handler, self._request_head(), request.is_chunked
-        )
-        self._intake = LocalIntake(connection)
+        """Send the request and return the response's head."""
+        self._sock = sock = self._forwarder.open()
+        handler, is_chunked = self._response.handler, self._response.request.is_chunked
+        self._intake = LocalIntake(LocalConnection(sock, handler, self._request_head(), is_chunked))
         head = self._take_head()
         while head.status.startswith("1"):
             if head.status.startswith("101"):
                 raise LocalError("it switched protocols")
             head = self._take_head()
-        self._may_reuse = head.may_reuse
         return head
 
     def _take_head(self) -> LocalHead:
         try:
             data = self._intake.take_head()
-        except ProtocolError:
-            raise LocalError("head too long") from None
+        except ProtocolError as exc:
+            raise LocalError(str(exc)) from None
         if data is None:
             raise LocalError("it closed the connection before its response")
         return parse_local_head(data)
@@ -1401,6 +1386,7 @@ class LocalExchange:
             for name, value in fields
             if is_forwarded(name, options) and name != "Expect"
         ]
+        lines.append("Connection: close\r\n")
         if request.is_chunked:
             lines.append("Transfer-Encoding: chunked\r\n")
         return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
@@ -1496,8 +1482,6 @@ def make_watcher() -> HangUpWatcher | PeekingWatcher:
 
 
 # ---- Side doors: ports of the worker's own -----------------------------------------------------------
-
-NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n")
 
 Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
 
@@ -1871,9 +1855,6 @@ class SeparableBody(RequestBody):
 
     def has_rest(self) -> bool:
         return bool(self._fetched.peek(1)) if self._fetched else super().has_rest()
-
-    def is_ready(self) -> bool:
-        return self._fetched is not None or super().is_ready()
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         with self._lock:
@@ -2333,10 +2314,9 @@ class RequestProcess:
         except ConnectionResetError:  # it ended before it had read everything
             return b""
 
-    def _left_ms(self) -> float | None:
-        if self._deadline == math.inf:
-            return None
-        return max(0.0, (self._deadline - time.monotonic()) * 1000 + 1)
+    def _left_ms(self) -> float:
+        left_s = max(0.0, self._deadline - time.monotonic())
+        return min(left_s, LONGEST_POLL_S) * 1000 + 1
 
     def _tell_draining(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -2363,13 +2343,18 @@ class RequestProcess:
                 self.report = report
             case {"ending": ending}:
                 self._has_ended = True
-                self.failure = "" if ending == "ended with status 0" else ending
+                if ending != "ended with status 0":
+                    self.failure = ending
+                elif self.report is None:  # which is the last thing that it tells
+                    self.failure = f"{ending} in the midst of its request"
 
     def _on_silence(self) -> None:
         """The channel is closed, and the fork server has not said how the process ended."""
         self._has_ended = True
         self.failure = "was cut off with the fork server"
-        if self.pid is not None:
+        if self.pid is None:
+            self.failure = "could not be started: the fork server has died, or can open no more files"
+        else:
             # Its parent is dead, so it is dying, too; the group still holds its descendants. This may come
             # before `on_fork_server_lost`.
             with contextlib.suppress(OSError):
@@ -2394,7 +2379,12 @@ class ProcessHandler(RedirectingHandler):
         fork_server = self.slot.fork_server
         assert fork_server is not None
         request_id = head.fields.get("X_REQUEST_ID", "-")
-        self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        try:
+            self._process = process = RequestProcess(self, self.slot.request_timeout_s)
+        except OSError as exc:  # too many open files
+            log.error("request %s: its process %s", request_id, f"could not be started: {exc.strerror}")
+            self.status, self.close_connection = LOST_STATUS, True
+            return
         if self.is_hung_up:  # perhaps before there was a process to be told
             process.cancel("the consumer has gone")
         received = data + b"\r\n" + self.intake.take_received()
@@ -2430,7 +2420,7 @@ class ProcessHandler(RedirectingHandler):
         if not self.is_whole or process.failure:
             self._log_ending(process, request_id)
         if process.failure and not process.has_responded and not process.reason:
-            self.status = "502"  # from the hub
+            self.status = LOST_STATUS
         if process.is_overdue and not process.has_responded:
             self.status = "504"
             with contextlib.suppress(OSError):
@@ -2497,6 +2487,7 @@ def run_fork_server(fd: int) -> int:
     """Be the fork server at the other end of `fd`. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
         signal.signal(number, ignore_signal)
+    ignore_hang_up()
     with socket.socket(fileno=fd) as orders:
         orders.set_inheritable(False)
         with orders.makefile("rb") as file:
@@ -2527,6 +2518,12 @@ def flush_output() -> None:
 
 def ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Unlike SIG_IGN, this is not inherited by the programs that an app starts."""
+
+
+def ignore_hang_up() -> None:
+    """Ignore SIGHUP in this process; in those it starts only if it has been told to (by `nohup`)."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, ignore_signal)
 
 
 class Forked(NamedTuple):
@@ -2676,10 +2673,12 @@ class Forker:
     def _kill_strays(self) -> bool:
         """Kill what the ended processes have left behind; return whether there was anything.
 
-        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes.
+        Each stray's death hands its children up to here and raises SIGCHLD, so that none escapes. What is of
+        our own session was started here, by a thread of the app's import: each request's process began a
+        session, and nothing comes back from there.
         """
         known = self._helpers | {forked.pid for forked in self._forked.values()}
-        strays = children_of_this_process() - known
+        strays = {pid for pid in children_of_this_process() - known if not is_of_our_session(pid)}
         for pid in strays:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -2709,6 +2708,13 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     for _, _, content in ancillary:
         fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     return data, list(fds)
+
+
+def is_of_our_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == os.getsid(0)
+    except ProcessLookupError:
+        return False
 
 
 def kill_group(pid: int) -> None:
@@ -3125,6 +3131,7 @@ def parse_address(text: str) -> Address:
 # What socket.getaddrinfo returns for each address: family, type, protocol, canonical name, address.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
+Answers = list[Sequence[AddressInfo] | OSError]  # of the name service: none yet, or one
 
 
 class Connector:
@@ -3134,6 +3141,8 @@ class Connector:
         self._address = address
         self._halt = halt
         self._last_found: Sequence[AddressInfo] = ()
+        self._lock = threading.Lock()
+        self._answers: Answers | None = None  # to the latest question
 
     def connect(self) -> socket.socket | None:
         """Return a new connection, or None when halted. Raises OSError."""
@@ -3149,21 +3158,34 @@ class Connector:
 
     def _look_up(self) -> Sequence[AddressInfo]:
         """Return the hub's addresses; the last ones when the name service fails; none when halted."""
-        found: list[Sequence[AddressInfo] | OSError] = []
+        answers = self._ask_resolver()
+        if self._halt.wait(CONNECT_TIMEOUT_S, unless=lambda: answers):
+            return ()
+        found = answers[0] if answers else OSError(errno.ETIMEDOUT, "the name service does not answer")
+        if not isinstance(found, OSError):
+            self._last_found = found
+        elif not self._last_found:
+            raise found
+        return self._last_found
+
+    def _ask_resolver(self) -> Answers:
+        """Return where the answer will be, to this question or to one that is under way.
+
+        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
+        All slots share that one, or a resolver that hangs would cost a thread for each slot and try.
+        """
 
         def ask() -> None:
-            found.append(look_up(self._address))
+            answers.append(look_up(self._address))
             self._halt.notify()
 
-        # The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
-        threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
-        if self._halt.wait(unless=lambda: found):
-            return ()
-        if not isinstance(found[0], OSError):
-            self._last_found = found[0]
-        elif not self._last_found:
-            raise found[0]
-        return self._last_found
+        with self._lock:
+            if self._answers is not None and not self._answers:
+                return self._answers
+            answers: Answers = []
+            self._answers = answers
+            threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
+            return answers
 
     def _dial(
         self,
@@ -3427,12 +3449,9 @@ class Offer:
     def __init__(self, reservation: object) -> None:
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
+        # Whether the gate gets to know when the job is over; one that is made of several may say otherwise.
+        self.is_counted = bool(getattr(reservation, "is_counted", self._done is not None))
         self._lock = threading.Lock()
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether the gate gets to know when the job is over."""
-        return self._done is not None
 
     def on_request(self, environ: WSGIEnvironment) -> None:
         self._tell(self._request_received, environ)
@@ -3919,7 +3938,7 @@ demo_app.wait_for_slot = demo_gate  # type: ignore[attr-defined]  # as any app m
 
 # ---- Loading an application --------------------------------------------------------------------------
 
-APP_NAME = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
+DOTTED_NAME = re.compile(r"\w+(?:\.\w+)*")
 DEFAULT_ATTRIBUTES = ("app", "application")
 
 
@@ -3931,19 +3950,51 @@ class LoadError(Exception):
         self.trace = trace
 
 
+class AppName(NamedTuple):
+    """The parts of `module:attribute` or `module:factory(arguments)`."""
+
+    module: str
+    attribute: str = ""
+    arguments: tuple[list[object], dict[str, object]] | None = None  # of the factory, if it is one
+
+
 def parse_app_name(text: str) -> str:
-    """Check `module` or `module:attribute`, either of which may be dotted. Raises ValueError."""
-    if not APP_NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app")
+    """Check the app's name. Raises ValueError."""
+    split_app_name(text)
     return text
 
 
+def split_app_name(text: str) -> AppName:
+    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError."""
+    module, colon, wanted = text.partition(":")
+    expression: ast.expr | None = None
+    with contextlib.suppress(SyntaxError):
+        expression = ast.parse(wanted, mode="eval").body
+    call = expression if isinstance(expression, ast.Call) else None
+    named = call.func if call else expression
+    attribute = ast.unparse(named) if isinstance(named, (ast.Name, ast.Attribute)) else ""
+    if not DOTTED_NAME.fullmatch(module) or (colon and not DOTTED_NAME.fullmatch(attribute)):
+        raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app or mymodule:create_app()")
+    return AppName(module, attribute, literal_arguments(text, call) if call else None)
+
+
+def literal_arguments(text: str, call: ast.Call) -> tuple[list[object], dict[str, object]]:
+    """Return the arguments of a factory's call. Raises ValueError."""
+    try:
+        keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if "**" in keywords:
+            raise ValueError
+        return [ast.literal_eval(argument) for argument in call.args], keywords
+    except (ValueError, TypeError):
+        raise ValueError(f"{text!r}: the arguments must be literals, like 'x', 1 or debug=True") from None
+
+
 def load_app(name: str) -> WSGIApplication:
-    """Import the app called `module:attribute`; `module` alone means its `app`, or else its `application`.
+    """Import the app of that name; `module` alone means its `app`, or else its `application`.
 
     Raises LoadError.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, attribute, arguments = split_app_name(name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = import_module(module_name, name)
@@ -3957,7 +4008,42 @@ def load_app(name: str) -> WSGIApplication:
         raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted!r}")
     if not callable(found):
         raise LoadError(f"cannot load {name!r}: {path!r} of module {module_name!r} is not callable")
-    return found
+    app = found if arguments is None else make_app(name, found, *arguments)
+    if not takes_two(app):
+        hint = f"if it makes the app, say {f'{module_name}:{path}()'!r}"
+        if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(type(app).__call__):
+            hint = "an ASGI app needs a server of its own, and --forward"
+        raise LoadError(f"cannot load {name!r}: it does not take (environ, start_response); {hint}")
+    return app
+
+
+def make_app(
+    name: str, factory: Callable[..., object], arguments: list[object], keywords: dict[str, object]
+) -> WSGIApplication:
+    """Return what the factory makes. Raises LoadError."""
+    try:
+        app = factory(*arguments, **keywords)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:
+        if isinstance(exc, TypeError) and exc.__traceback__ and not exc.__traceback__.tb_next:
+            raise LoadError(f"cannot load {name!r}: {exc}") from None  # the arguments are not the right ones
+        text = f"cannot load {name!r}: making the app failed"
+        raise LoadError(text, format_import_error(exc)) from None
+    if not callable(app):
+        raise LoadError(f"cannot load {name!r}: it made {type(app).__name__}, which is not callable")
+    return app
+
+
+def takes_two(app: Callable[..., object]) -> bool:
+    """Return whether an app can be called with two arguments, or does not tell what it takes."""
+    with contextlib.suppress(ValueError):
+        signature = inspect.signature(app, follow_wrapped=False)
+        try:
+            signature.bind(None, None)
+        except TypeError:
+            return False
+    return True
 
 
 def find_gate(app: object) -> Gate:
@@ -4040,7 +4126,10 @@ def parse_duration(text: str) -> float:
     match = DURATION.fullmatch(text.lower())
     if match is None:
         raise ValueError(f"{text!r} is not a duration like 250ms, 10s, 5m, 1h or off")
-    return float(match[1]) * UNITS_S[match[2]]
+    seconds = float(match[1]) * UNITS_S[match[2]]
+    if seconds > 1e9:  # 31 years; no lock waits for ten times as long
+        raise ValueError(f"{text!r} is too long; off is forever")
+    return seconds
 
 
 def parse_limit(text: str) -> float:
@@ -4049,6 +4138,14 @@ def parse_limit(text: str) -> float:
     if limit_s <= 0:
         raise ValueError(f"{text!r} is no time at all")
     return limit_s
+
+
+def parse_interval(text: str) -> float:
+    """Return seconds, up to an hour. Raises ValueError."""
+    interval_s = parse_duration(text)
+    if not 0 < interval_s <= LONGEST_POLL_S:
+        raise ValueError(f"{text!r} is not more than 0 and at most 1h")
+    return interval_s
 
 
 def parse_host(text: str) -> str | None:
@@ -4180,7 +4277,7 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
 # What is said in the environment only, and older names of what is an option now.
 VARIABLES: Mapping[str, tuple[str, Callable[[str], object]]] = {
     "pickup_expiry_s": ("OOB_ITEM_EXPIRY_SECONDS", parse_limit),
-    "pickup_interval_s": ("OOB_CLEANUP_INTERVAL_SECONDS", parse_limit),
+    "pickup_interval_s": ("OOB_CLEANUP_INTERVAL_SECONDS", parse_interval),
     "metrics_directory": ("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory),
     "metrics_port": ("PROMETHEUS_PORT", parse_port),
 }
@@ -4215,7 +4312,8 @@ def build_parser() -> OptionParser:
         "app",
         nargs="?",
         metavar="MODULE:APP",
-        help="the WSGI application; without :APP, the module's app or application (default: a built-in demo)",
+        help="the WSGI application, or a call that makes it, like MODULE:create_app(); without :APP, the "
+        "module's app or application (default: a built-in demo)",
     )
     add_options(parser)
     parser.add_argument("--version", action="version", version=f"pothead-worker {__version__}")
@@ -4545,7 +4643,7 @@ class Signals:
         self._writer.setblocking(False)
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ignore_hang_up()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self._is_loading:
@@ -4641,8 +4739,6 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
     )
     metrics, scrapes = open_metrics(options, stack)
     app, fork_server = load(options, metrics)
-    if isinstance(app, Forwarder):
-        stack.callback(app.close)
     pool = WorkerPool(
         app,
         options.connect,

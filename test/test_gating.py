@@ -1048,6 +1048,20 @@ def test_all_of_returns_one_ticket_for_all_gates() -> None:
     assert sorted(calls[2:]) == ["a done", "b done"]
 
 
+@pytest.mark.parametrize(
+    ("counts", "has_done", "is_counted"),
+    [((True, True), True, True), ((True, False), True, False), ((False, False), False, False)],
+)
+def test_all_of_looks_counted_only_if_its_gates_are(
+    counts: tuple[bool, ...], has_done: bool, is_counted: bool
+) -> None:
+    gates = [Scripted([], "a") if counted else lambda halt: None for counted in counts]
+    for gate in (gating.all_of(*gates), gating.all_of(gating.all_of(gates[0]), gating.all_of(gates[1]))):
+        ticket = gate(never)
+        assert hasattr(ticket, "done") == has_done
+        assert getattr(ticket, "is_counted", None) == is_counted
+
+
 def test_all_of_gives_back_what_it_has_when_a_later_gate_raises() -> None:
     calls: list[str] = []
     gate = gating.all_of(Scripted(calls, "a"), Scripted(calls, "b"), Scripted(calls, "c", OSError("no")))

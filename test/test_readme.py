@@ -369,10 +369,38 @@ def test_gate_of_the_readme_counts(tmp_path: Path, listener: wire.Listener) -> N
             assert serve_once(listener, worker) == b"one of three"
 
 
+@pytest.mark.parametrize("app", ["app", "create_app()", "create_app(rounds=5)"])
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+def test_app_of_the_readme_in_flask_is_served(
+    tmp_path: Path, listener: wire.Listener, app: str, mode: list[str]
+) -> None:
+    pytest.importorskip("flask")
+    _, source = blocks("python", section("Your own app"))
+    (tmp_path / "flaskhash.py").write_text(source)
+    assert f"`flaskhash:{app}`" in section("Your own app").replace("'", "")
+    with wire.worker_process(listener, *mode, f"flaskhash:{app}", cwd=tmp_path) as worker:
+        assert len(serve_once(listener, worker, b"some text")) == 65
+
+
+def test_app_of_the_readme_in_fastapi_is_served(tmp_path: Path, listener: wire.Listener) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    (source,) = blocks("python", section("A service in another language"))
+    serve, work = blocks("sh", section("A service in another language"))[1].splitlines()
+    (tmp_path / "asgihash.py").write_text(source)
+    command = [sys.executable, *serve.removesuffix(" &").replace("8000", "0").split()[1:]]
+    with wire.running(wire.Program(command, tmp_path)) as service:
+        line = service.wait_for_error(lambda text: "running on http://" in text)
+        port = re.findall(r"http://127\.0\.0\.1:([0-9]+)", line)[0]
+        with wire.worker_process(listener, *options_of(work.replace("8000", port))) as worker:
+            assert len(serve_once(listener, worker, b"some text")) == 65
+            assert len(serve_once(listener, worker, b"x" * 1_000_000)) == 65
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_service_of_the_readme_in_javascript_gets_requests(tmp_path: Path, listener: wire.Listener) -> None:
     (source,) = blocks("javascript", section("A service in another language"))
-    (commands,) = blocks("sh", section("A service in another language"))
+    commands = blocks("sh", section("A service in another language"))[0]
     port = str(free_ports()["MAIN"])
     (tmp_path / "render.js").write_text(source.replace("8000", port) + "console.log('ready');\n")
     service = wire.Program(["node", "render.js"], tmp_path)

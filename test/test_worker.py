@@ -342,6 +342,7 @@ def writing_text(environ: Environ, start_response: Any) -> Iterable[bytes]:
         (app_returning("text"), "returned str"),
         (app_returning(b"bytes"), "returned bytes"),
         (app_returning(5), "returned int"),
+        (app_returning(print), "not an iterable of bytes (does it make the app?)"),
         (app_returning(["text"]), "type str instead of bytes"),
         (app_returning([None]), "type NoneType instead of bytes"),
         (app_returning([], "200"), "'200'"),
@@ -381,6 +382,28 @@ def test_violation_before_the_head_is_named_and_gives_500(
     line = lines.wait_for("WSGI violation", 2)
     assert line.startswith("ERROR request r1: WSGI violation: ") and named in line
     assert "Traceback" not in line
+
+
+def test_largest_head_that_the_hub_takes_is_sent_and_no_larger_one(
+    hub: wire.HubProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "large.py").write_text(
+        "def app(environ, start_response):\n"
+        "    count, size = map(int, environ['QUERY_STRING'].split('-'))\n"
+        "    fields = [(f'X-{number:02}', '') for number in range(count)]\n"
+        "    left = size - len('200 OK') - sum(len(name) + 4 for name, _ in fields)\n"
+        "    fields[1] = ('X-01', 'x' * left)\n"
+        "    start_response('200 OK', fields)\n"
+        "    return [b'a', b'b']\n"
+    )
+    most, largest = pothead_worker.MAX_RESPONSE_FIELDS, pothead_worker.MAX_RESPONSE_HEAD_BYTES
+    with wire.worker_process(hub, "large:app", cwd=tmp_path) as worker, wire.Peer.connect(hub.main) as peer:
+        assert ask(peer, f"GET /?{most}-{largest}").body == b"ab"
+        assert ask(peer, f"GET /?{most + 1}-5000").status == 500
+        assert ask(peer, f"GET /?{most}-{largest + 1}").status == 500
+        worker.wait_for_error(is_line(f"WSGI violation: the app's head has {most + 1} fields, and may have"))
+        worker.wait_for_error(is_line(f"the app's head has {largest + 1} bytes, and may have {largest}; "))
+        worker.wait_for_error(is_line("most are in X-01"))
 
 
 def raising_after_starting(environ: Environ, start_response: Any) -> Iterable[bytes]:
@@ -809,6 +832,7 @@ def test_environ_says_what_the_request_said(serving: Any) -> None:
         "SERVER_PORT": "443",
         "SERVER_PROTOCOL": "HTTP/1.1",
         "REMOTE_ADDR": "192.0.2.7",
+        "REMOTE_PORT": "0",
         "REQUEST_ID": "r1",
         "CONTENT_TYPE": "text/plain",
         "CONTENT_LENGTH": "0",
@@ -1334,6 +1358,25 @@ def test_hub_without_an_address_is_unreachable(
     assert pool.join()
 
 
+def test_name_service_that_hangs_is_told_once_and_costs_one_thread(
+    listener: wire.Listener, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back = threading.Event()
+
+    def answer() -> list[Any]:
+        assert is_back.wait(wire.DEADLINE_S)
+        return [address_info(listener.worker)]
+
+    answers_from(monkeypatch, answer)
+    monkeypatch.setattr(pothead_worker, "CONNECT_TIMEOUT_S", 0.1)
+    with running_pool(hello, listener, workers=3):
+        lines.wait_for("unreachable, trying again: the name service does not answer")
+        assert sum(thread.name == "pothead-resolver" for thread in threading.enumerate()) == 1
+        is_back.set()
+        lines.wait_for("connected slots=3")
+        assert len(lines.having("unreachable")) == 1
+
+
 # ---- Ending a pool -----------------------------------------------------------------------------------
 
 
@@ -1578,6 +1621,14 @@ def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | No
         (["--work", "2"], {}, "--work"),
         ([":app"], {}, "':app' is not MODULE:APP"),
         (["a.py:app:x"], {}, "'a.py:app:x' is not MODULE:APP"),
+        *[
+            ([f"a:{app}"], {}, f"'a:{app}' is not MODULE:APP")
+            for app in ("", "1", "b+c", "b(", "b()()", "b().c")
+        ],
+        *[
+            ([f"a:b({given})"], {}, f"'a:b({given})': the arguments must be literals")
+            for given in ("x", "*[1]", "**{}", "{[]: 1}", "len(y)")
+        ],
         ([], {"POTHEAD_CONNECT": "x"}, "POTHEAD_CONNECT: 'x'"),
         ([], {"POTHEAD_WORKER_CONNECT": "x", "POTHEAD_CONNECT": "a:1"}, "POTHEAD_WORKER_CONNECT: 'x'"),
         ([], {"POTHEAD_WORKERS": "-1"}, "POTHEAD_WORKERS: '-1'"),
@@ -1599,6 +1650,9 @@ def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | No
         (["--redirect-response", "0", "--redirect-host", "a/b"], {}, "'a/b' is not a host name"),
         ([], {"OOB_ITEM_EXPIRY_SECONDS": "x"}, "OOB_ITEM_EXPIRY_SECONDS: 'x'"),
         ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "0"}, "OOB_CLEANUP_INTERVAL_SECONDS: '0'"),
+        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "off"}, "OOB_CLEANUP_INTERVAL_SECONDS: 'off'"),
+        ([], {"OOB_CLEANUP_INTERVAL_SECONDS": "600h"}, "OOB_CLEANUP_INTERVAL_SECONDS: '600h'"),
+        (["--graceful-timeout", "999999999h"], {}, "--graceful-timeout: '999999999h' is too long"),
         (["--inspection-port", "65536"], {}, "--inspection-port: '65536' is not a port from 0 to 65535"),
         (
             ["--inspection-port", "0", "--inspection-host", "a b"],
@@ -1691,6 +1745,78 @@ def test_app_is_found_in_the_working_directory(modules: Path, source: str, name:
 
 
 @pytest.mark.parametrize(
+    ("name", "made_with"),
+    [
+        ("mod:make()", (1, "no")),
+        ("mod:make(2)", (2, "no")),
+        ("mod:make(-2, debug='yes')", (-2, "yes")),
+        ("mod:make(debug={'a': [None, b'x']})", (1, {"a": [None, b"x"]})),
+        ("mod:Site.make('it')", ("it", "no")),
+    ],
+)
+def test_app_is_made_by_a_function_with_literal_arguments(
+    modules: Path, name: str, made_with: tuple[object, object]
+) -> None:
+    (modules / "mod.py").write_text(
+        "def make(number=1, *, debug='no'): return lambda environ, start_response: (number, debug)\n"
+        "class Site: make = staticmethod(make)\n"
+    )
+    assert pothead_worker.load_app(name)({}, None) == made_with  # type: ignore[arg-type, comparison-overlap]
+
+
+FACTORIES = """
+    def make(name): return lambda environ, start_response: [name]
+    def make_by_default(*, name="x"): return make(name)
+    async def asgi(scope, receive, send): pass
+    class Asgi:
+        async def __call__(self, scope, receive, send): pass
+    also_asgi = Asgi()
+    def make_nothing(): pass
+    def make_asgi(): return also_asgi
+    def fail(): return 1 / 0
+"""
+NOT_CALLED_LIKE_THAT = "it does not take (environ, start_response)"
+NEEDS_SERVER = f"{NOT_CALLED_LIKE_THAT}; an ASGI app needs a server of its own, and --forward"
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("mod:make", f"{NOT_CALLED_LIKE_THAT}; if it makes the app, say 'mod:make()'"),
+        ("mod:make_by_default", f"{NOT_CALLED_LIKE_THAT}; if it makes the app, say 'mod:make_by_default()'"),
+        ("mod:asgi", NEEDS_SERVER),
+        ("mod:also_asgi", NEEDS_SERVER),
+        ("mod:make_asgi()", NEEDS_SERVER),
+        ("mod:make()", "make() missing 1 required positional argument: 'name'"),
+        ("mod:make('a', b=1)", "make() got an unexpected keyword argument 'b'"),
+        ("mod:make_nothing()", "it made NoneType, which is not callable"),
+        ("mod:none()", "module 'mod' has no attribute 'none'"),
+        ("mod:fail()", "making the app failed"),
+    ],
+)
+def test_function_that_is_or_makes_no_app_is_told(
+    modules: Path, name: str, wanted: str, mode: list[str]
+) -> None:
+    (modules / "mod.py").write_text(textwrap.dedent(FACTORIES))
+    status, stderr = run_worker([*mode, name], modules)
+    *trace, last = stderr.splitlines()
+    assert (status, last) == (3, f"pothead-worker: cannot load {name!r}: {wanted}")
+    assert trace[-1:] == (["ZeroDivisionError: division by zero"] if "fail" in name else [])
+    assert "pothead_worker.py" not in stderr
+
+
+def test_decorated_app_is_taken_for_what_it_is(modules: Path) -> None:
+    (modules / "mod.py").write_text(
+        "import functools\n"
+        "def inner(environ, start_response, database): return database\n"
+        "@functools.wraps(inner)\n"
+        "def app(*arguments): return inner(*arguments, 'it')\n"
+    )
+    assert pothead_worker.load_app("mod:app")({}, None) == "it"  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize(
     ("name", "wanted"),
     [
         ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'"),
@@ -1766,6 +1892,26 @@ def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -
             one.expect_eof()
             two.expect_eof()
             assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_programs_that_the_app_starts_ignore_sighup_only_if_the_worker_was_told_to(
+    is_ignored: bool, mode: list[str], listener: wire.Listener, tmp_path: Path
+) -> None:
+    (tmp_path / "starting.py").write_text(
+        "import subprocess\n"
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [])\n"
+        "    return [subprocess.check_output(['grep', 'SigIgn', '/proc/self/status'])]\n"
+    )
+    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "{}:{}".format(*listener.worker))
+    nohup = ["nohup"] if is_ignored else []
+    with wire.running(wire.WorkerProcess([*nohup, *command, *mode, "starting:app"], tmp_path)) as worker:
+        with listener.accept() as peer:
+            worker.send_signal(signal.SIGHUP)
+            mask = int(ask(peer).body.split()[1], 16)
+            assert bool(mask & 1 << signal.SIGHUP - 1) == is_ignored
 
 
 def test_process_can_be_run_as_a_module_with_its_options_in_the_environment(
@@ -1872,3 +2018,28 @@ def test_process_does_not_wait_for_threads_that_the_app_left_behind(
         worker.terminate()
         worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
         assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+@pytest.mark.parametrize("where", ["import", "request"])
+def test_app_that_configures_logging_does_not_silence_the_worker(
+    where: str, mode: list[str], listener: wire.Listener, tmp_path: Path
+) -> None:
+    configure = "logging.config.dictConfig({'version': 1})"  # disables what it does not name
+    (tmp_path / "loud.py").write_text(
+        "import logging.config\n"
+        f"{configure if where == 'import' else ''}\n"
+        "def app(environ, start_response):\n"
+        f"    {configure}\n"
+        "    raise RuntimeError('oops')\n"
+    )
+    with wire.worker_process(listener, *mode, "loud:app", cwd=tmp_path) as worker, listener.accept() as peer:
+        for _ in range(2):
+            assert ask(peer).status == 500
+        for text in ("connected slots=1", "application raised an exception", "RuntimeError: oops"):
+            worker.wait_for_error(is_line(text))
+        worker.terminate()
+        worker.wait_for_error(is_line("draining"))
+        assert worker.wait() == 0
+        assert worker.stderr.count("RuntimeError: oops") == 2
+        worker.errors.clear()  # its tracebacks would be faults otherwise

@@ -44,7 +44,6 @@ def forwarding(listener: wire.Listener) -> Iterator[Forwarding]:
         forwarder = pothead_worker.Forwarder(f"http://{local.worker[0]}:{local.worker[1]}")
         with running_pool(forwarder, listener), listener.accept() as peer:  # type: ignore[arg-type]
             yield Forwarding(local, peer)
-        forwarder.close()
 
 
 # ---- Requests and responses, byte by byte ------------------------------------------------------------
@@ -61,7 +60,7 @@ def test_request_arrives_without_what_concerns_one_connection_only(forwarding: F
         program.expect(
             b"PUT /a%20b?c=%2F HTTP/1.1\r\nHost: consumer.example:81\r\nX-Many: 1, 2\r\n"
             b"Cookie: a=1; b=2\r\nContent-Length: 3\r\nX-Latin: \xe9\r\n"
-            b"Pothead-Queue-Seconds: 0.5\r\n\r\nabc"
+            b"Pothead-Queue-Seconds: 0.5\r\nConnection: close\r\n\r\nabc"
         )
         program.send(HELLO)
         assert forwarding.peer.read_response().body == b"hello"
@@ -113,14 +112,13 @@ def test_response_arrives_with_every_field_in_order_and_without_what_concerns_on
         ),
     ],
 )
-def test_next_request_comes_on_the_same_connections(
+def test_next_request_comes_on_the_same_connection_of_the_hub(
     start: str, answer: bytes, wanted: bytes | None, forwarding: Forwarding
 ) -> None:
     with forwarding.pass_on(request(start), b"HTTP/1.1 " + answer) as program:
         forwarding.peer.expect(b"HTTP/1.1 " + (wanted or answer))
-        forwarding.peer.send(request("GET /next"))  # a byte too many would show in front of the next response
-        assert program.read_request().target == b"/next"
-        program.send(HELLO)
+        program.expect_eof()
+    with forwarding.pass_on(request("GET /next"), HELLO):  # a byte too many would show before its response
         assert forwarding.peer.read_response().body == b"hello"
 
 
@@ -184,6 +182,49 @@ def test_response_may_flow_while_the_request_still_comes(forwarding: Forwarding)
         program.expect(b"def")
         program.send(b"DEF")
         forwarding.peer.expect(b"DEF")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"3\r\none\r\n", b"3\r\ntwo\r\n"),
+        (b"3\r\none", b"\r\n", b"3\r\ntwo\r\n"),
+        (b"3", b"\r", b"\n", b"one\r", b"\n3\r\ntwo\r\n"),
+        (b"3;x=y\r\none\r\n3", b"\r\ntwo\r\n"),
+    ],
+)
+def test_framing_of_a_request_never_holds_up_its_response(
+    pieces: tuple[bytes, ...], forwarding: Forwarding
+) -> None:
+    forwarding.peer.send(request("POST /", "Transfer-Encoding: chunked"))
+    with forwarding.local.accept() as program:
+        program.read_head()
+        program.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        forwarding.peer.read_head()
+        for number, piece in enumerate(pieces):
+            forwarding.peer.send(piece)
+            if b"one" in piece:
+                program.expect(b"3\r\none\r\n")
+            chunk = b"1\r\n%d\r\n" % number
+            program.send(chunk)
+            forwarding.peer.expect(chunk)
+        program.expect(b"3\r\ntwo\r\n")
+        for piece in (b"0\r\n", b"X: 1\r\n", b"\r\n"):
+            program.send(b"1\r\nx\r\n")
+            forwarding.peer.expect(b"1\r\nx\r\n")
+            forwarding.peer.send(piece)
+        program.expect(b"0\r\n\r\n")
+        program.send(b"0\r\n\r\n")
+        forwarding.peer.expect(b"0\r\n\r\n")
+
+
+def test_refusal_of_a_chunked_request_arrives_in_its_middle(forwarding: Forwarding) -> None:
+    forwarding.peer.send(request("POST /", "Transfer-Encoding: chunked") + b"3\r\none\r\n")
+    with forwarding.local.accept() as program:
+        program.read_until(b"3\r\none\r\n")
+        program.send(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno")
+        response = forwarding.peer.read_response()
+    assert (response.status, response.body) == (401, b"no")
 
 
 def test_large_bodies_pass_each_other_without_a_deadlock(forwarding: Forwarding) -> None:
@@ -257,81 +298,29 @@ def test_consumer_that_leaves_in_the_middle_of_its_request_has_the_local_one_clo
         program.expect_eof()
 
 
-# ---- Kept connections --------------------------------------------------------------------------------
+# ---- A connection for each request -------------------------------------------------------------------
 
 
-def test_connection_that_the_program_closed_meanwhile_is_not_used(forwarding: Forwarding) -> None:
-    forwarding.pass_on(request(), HELLO).close()
-    assert forwarding.peer.read_response().body == b"hello"
-    with forwarding.pass_on(request("GET /next"), HELLO):
-        assert forwarding.peer.read_response().body == b"hello"
-
-
+@pytest.mark.parametrize("start", ["GET", "PUT", "POST"])
 @pytest.mark.parametrize("leave", [Peer.close, Peer.reset])
-def test_request_is_sent_again_when_a_kept_connection_is_closed_under_it(
-    leave: Callable[[Peer], None], forwarding: Forwarding
+def test_request_is_never_sent_a_second_time(
+    start: str, leave: Callable[[Peer], None], forwarding: Forwarding
 ) -> None:
-    program = forwarding.pass_on(request(), HELLO)
-    assert forwarding.peer.read_response().body == b"hello"
-    forwarding.peer.send(request("GET /next"))
-    assert program.read_request().target == b"/next"
-    leave(program)
-    with forwarding.local.accept() as again:
-        assert again.read_request().target == b"/next"
-        again.send(HELLO)
+    with forwarding.pass_on(request(f"{start} /"), HELLO):
         assert forwarding.peer.read_response().body == b"hello"
-
-
-def test_request_is_not_sent_a_third_time(forwarding: Forwarding) -> None:
-    program = forwarding.pass_on(request(), HELLO)
-    assert forwarding.peer.read_response().body == b"hello"
-    forwarding.peer.send(request("GET /next"))
-    with program:
-        program.read_head()
-    with forwarding.local.accept() as second:
-        second.read_head()
+        leave(forwarding.pass_on(request(f"{start} /"), b""))
     assert forwarding.peer.read_response().status == 502
-
-
-def test_request_that_was_answered_in_part_is_not_sent_again(forwarding: Forwarding) -> None:
-    program = forwarding.pass_on(request(), HELLO)
-    assert forwarding.peer.read_response().body == b"hello"
-    forwarding.peer.send(request("GET /next"))
-    program.read_head()
-    program.send(b"HTTP/1.1 200")
-    program.close()
-    assert forwarding.peer.read_response().status == 502
-
-
-@pytest.mark.parametrize(
-    "data", [request("POST /"), request("PATCH /"), request("POST /", body=b"x"), request("PUT /", body=b"x")]
-)
-def test_request_that_cannot_be_repeated_gets_a_connection_of_its_own(
-    data: bytes, forwarding: Forwarding
-) -> None:
-    with forwarding.pass_on(request(), HELLO) as kept:
+    forwarding.peer.send(request(f"{start} /next"))
+    with forwarding.local.accept() as program:
+        assert program.read_request().target == b"/next"
+        program.send(HELLO)
         assert forwarding.peer.read_response().body == b"hello"
-        forwarding.peer.send(data)
-        kept.expect_eof()  # or a program that serves one connection at a time would wait there for ever
-        with forwarding.local.accept() as program:
-            program.read_head()
-            program.send(HELLO)
-            assert forwarding.peer.read_response().body == b"hello"
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.1 200 OK\r\nConnection: foo, Close\r\nContent-Length: 5\r\n\r\nhello",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhelloHTTP/1.1",
-    ],
-    ids=["close", "version", "excess"],
-)
-def test_connection_that_cannot_take_another_request_is_closed(answer: bytes, forwarding: Forwarding) -> None:
-    with forwarding.pass_on(request(), answer) as program:
+def test_connection_is_closed_after_its_response(forwarding: Forwarding) -> None:
+    with forwarding.pass_on(request(), HELLO) as program:
         assert forwarding.peer.read_response().body == b"hello"
-        program.expect_eof()
+        program.expect_eof()  # or a program that serves one connection at a time would wait there for ever
 
 
 # ---- A program that fails ----------------------------------------------------------------------------
@@ -358,7 +347,6 @@ def test_program_that_is_down_gives_502_and_one_line_an_episode(
             sock.close()
             peer.send(request("POST /"))
             assert peer.read_response().status == 502
-    forwarder.close()
     assert len(lines.having("unreachable, answering 502")) == 2
     assert not lines.having("Traceback")
 
@@ -382,6 +370,8 @@ def test_program_that_is_down_gives_502_and_one_line_an_episode(
         b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\nx",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 33_000 + b"\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100 + b"Content-Length: 0\r\n\r\n",
     ],
 )
 def test_program_that_gives_no_understandable_response_gives_502_and_one_line(
@@ -396,6 +386,30 @@ def test_program_that_gives_no_understandable_response_gives_502_and_one_line(
     assert not lines.having("Traceback")
     with forwarding.pass_on(request(), HELLO):
         assert forwarding.peer.read_response().body == b"hello"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0", b"\n"),
+        (b"\x15\x03\x03\x00\x02\x02\x50",),
+        (b"220 mail.example ESMTP\r\n",),
+        (b"HT", b"ML"),
+        (b"HTTP/1.1 200 OK\r\nX: \0",),
+        (b"HTTP/2 200\r\n",),
+    ],
+)
+def test_program_that_speaks_no_http_and_then_is_silent_gives_502_at_once_and_one_line(
+    pieces: tuple[bytes, ...], forwarding: Forwarding, lines: Lines
+) -> None:
+    with forwarding.pass_on(request(), b"") as program:
+        for piece in pieces:
+            program.send(piece)
+        assert forwarding.peer.read_response().status == 502
+        program.expect_eof()
+    assert lines.wait_for("ERROR") == "ERROR request r1: the local program failed: this is not HTTP/1.x"
+    assert len(lines.having("the local program failed")) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from test_worker import Environ, Lines, ask, hello, lines, request, running_pool
 
+import gating
 import pothead_worker
 import wire
 
@@ -153,6 +154,33 @@ def test_gate_that_returns_nothing_is_asked_again_when_its_connection_is_taken(
             with listener.accept() as peer:
                 assert ask(peer).status == 200
     assert [count - number for number, count in enumerate(asked_at_request)] <= [2] * 5
+
+
+@pytest.mark.parametrize("beside", [(), (CountingGate(jobs=40),)], ids=["alone", "beside one that counts"])
+def test_gate_that_returns_nothing_is_asked_no_more_often_as_one_of_several(
+    beside: tuple[CountingGate, ...], listener: wire.Listener
+) -> None:
+    asked: list[int] = []
+    has_begun = threading.Event()
+
+    def gate(halt: Callable[[], bool]) -> None:
+        asked.append(len(asked))
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        has_begun.set()
+        return hello(environ, start_response)
+
+    with gated(gating.all_of(*beside, gate), listener, app):
+        with listener.accept() as first:
+            listener.sock.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                listener.accept()
+            assert (len(asked), has_begun.is_set()) == (1, False)
+            listener.sock.settimeout(wire.DEADLINE_S)
+            first.send(request())
+            with listener.accept() as second:
+                assert has_begun.wait(wire.DEADLINE_S)
+                assert [ask(second).status, first.read_response().status] == [200, 200]
 
 
 def test_jobs_never_outnumber_what_the_gate_permits(hub: wire.HubProcess) -> None:

@@ -152,7 +152,6 @@ def forwarding(listener: wire.Listener, local: wire.Listener) -> Iterator[wire.P
     forwarder = Forwarder(f"http://127.0.0.1:{local.worker[1]}")
     with running_pool(forwarder, listener, pickups=PickupPort(0)), listener.accept() as peer:  # type: ignore[arg-type]
         yield peer
-    forwarder.close()
 
 
 def test_forwarded_response_can_be_redirected(listener: wire.Listener) -> None:
@@ -195,7 +194,6 @@ def test_program_loses_its_connection_when_nobody_comes(listener: wire.Listener)
                 program.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfi")
                 assert peer.read_response().status == 303
                 program.expect_eof()
-        forwarder.close()
 
 
 # ---- What is refused ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -93,6 +94,8 @@ APP = """
             raise RuntimeError("oops")
         if path == "/exit":
             os._exit(3)
+        if path == "/quit":
+            os._exit(0)
         if path == "/segfault":
             ctypes.string_at(0)
         if path == "/sys.exit":
@@ -324,6 +327,7 @@ def test_sys_exit_gives_500(start: Any, listener: wire.Listener) -> None:
     ("path", "ending"),
     [
         ("/exit", "ended with status 3"),
+        ("/quit", "ended with status 0 in the midst of its request"),
         ("/segfault", "was killed by SIGSEGV"),
         ("/crash", "ended with status 3"),
     ],
@@ -347,6 +351,26 @@ def test_what_a_finished_request_leaves_running_is_killed(start: Any, listener: 
     with listener.accept() as peer:
         assert ask(peer, "GET /leave").status == 200
         expect_dead(started(worker))
+        assert ask(peer).status == 200
+
+
+@pytest.mark.parametrize("is_fork_server", [False, True])
+def test_process_that_cannot_be_made_for_want_of_descriptors_is_told(
+    start: Any, listener: wire.Listener, is_fork_server: bool
+) -> None:
+    worker = start()
+    with listener.accept() as peer:
+        fork_server = identity(ask(peer))[1]
+        starved = fork_server if is_fork_server else worker.pid
+        limits = resource.prlimit(starved, resource.RLIMIT_NOFILE)
+        resource.prlimit(starved, resource.RLIMIT_NOFILE, (5, limits[1]))
+        peer.send(request())
+        peer.expect_eof()
+        reason = "the fork server has died, or can open no more files"
+        told = f"could not be started: {reason if is_fork_server else 'Too many open files'}"
+        worker.wait_for_error(is_line(f"ERROR request r1: its process {told}"))
+        resource.prlimit(starved, resource.RLIMIT_NOFILE, limits)
+    with listener.accept() as peer:
         assert ask(peer).status == 200
 
 
@@ -408,6 +432,12 @@ def test_timeout_before_the_response_gives_504(start: Any, listener: wire.Listen
         peer.expect_eof()
 
 
+def test_timeout_may_be_longer_than_the_kernel_polls(start: Any, listener: wire.Listener) -> None:
+    start("--request-timeout", "600h")
+    with listener.accept() as peer:
+        assert ask(peer).status == 200
+
+
 def test_timeout_after_the_head_cuts_the_response(start: Any, listener: wire.Listener) -> None:
     worker = start("--request-timeout", "300ms")
     with listener.accept() as peer:
@@ -439,7 +469,7 @@ def test_drain_finishes_what_runs(start: Any, listener: wire.Listener) -> None:
     with listener.accept() as peer:
         fork_server = identity(ask(peer))[1]
         peer.send(request("POST /checksum", "Content-Length: 4"))
-        for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal or a supervisor may send it to all
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as a terminal or a supervisor may do
             os.kill(fork_server, number)
         worker.terminate()
         worker.wait_for_error(is_line("draining"))
@@ -589,6 +619,41 @@ def test_output_threads_and_signals_of_the_import(start: Any, listener: wire.Lis
     assert worker.wait() == 0
     assert worker.lines == ["imported with chatty:app"]
     assert worker.stderr.count("left-behind") == 1 and "Deprecat" not in worker.stderr
+
+
+def test_command_that_a_thread_of_the_import_starts_is_no_stray(
+    start: Any, listener: wire.Listener, app_dir: Path
+) -> None:
+    (app_dir / "threaded.py").write_text(
+        textwrap.dedent(
+            """
+            import os, subprocess, threading
+            reader, writer = os.pipe()
+
+            def run():
+                os.read(reader, 1)  # a request has come
+                with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as command:
+                    print("started", command.pid, flush=True)
+                    os.read(reader, 1)  # another one has come, after the first one's process had ended
+                    print("answer", *command.communicate(b"alive")[0].splitlines(), flush=True)
+
+            threading.Thread(target=run, daemon=True).start()
+
+            def app(environ, start_response):
+                start_response("200 OK", [])
+                if environ["PATH_INFO"] == "/tell":
+                    os.write(writer, b"x")
+                return []
+            """
+        )
+    )
+    worker = start(app="threaded:app")
+    with listener.accept() as peer:
+        ask(peer, "GET /tell")
+        started(worker, 1)
+        for path in ("/", "/", "/tell"):
+            assert ask(peer, f"GET {path}").status == 200
+        assert worker.wait_for_line(is_line("answer")) == "answer b'alive'"
 
 
 def test_demo_is_served_by_processes_too(listener: wire.Listener) -> None:
