@@ -1056,141 +1056,248 @@ def _reason(status: int) -> bytes:
     return http.HTTPStatus(status).phrase.encode()
 
 
-# ---- The queue and the waiting slots (pure) ---------------------------------------------------------------
-
-Item = TypeVar("Item")
+# ---- The policy: who is next, and who serves it (pure) ----------------------------------------------------
 
 
-class _Entry(Generic[Item]):
-    """A place in the queue; a cancelled one stays in the deque, without its item, until it is swept."""
+class SlotLike(Protocol):
+    """What the policy needs to know of a slot."""
 
-    __slots__ = ("item", "number", "returned_as", "since", "waits")
+    @property
+    def machine(self) -> Machine[Any]:
+        """The machine that it is on, as ``Policy.join`` has given it."""
 
-    def __init__(self, item: Item, number: int, since: float) -> None:
-        self.item: Item | None = item
-        self.number = number
-        self.returned_as = number  # another number, if it has come back
-        self.since = since
+
+ItemT = TypeVar("ItemT")
+SlotT = TypeVar("SlotT", bound=SlotLike)
+
+
+class Ticket(Generic[ItemT]):
+    """A request's place in the line.  One that does not wait may come back to it."""
+
+    __slots__ = ("expires_at", "filed", "item", "number", "since", "waits")
+
+    def __init__(self, item: ItemT, number: int, since: float, expires_at: float) -> None:
+        self.item = item
+        self.number = number  # by arrival
+        self.since = since  # monotonic seconds
+        self.expires_at = expires_at
+        self.filed = 0  # the number of its entry among the expiries
         self.waits = True
 
 
-class RequestQueue(Generic[Item]):
-    """First come, first served, with a bound and a time limit.  ``now`` is monotonic seconds."""
+class Machine(Generic[SlotT]):
+    """What is known of a machine that has, or had, slots.
 
-    def __init__(self, max_length: int, timeout_s: float) -> None:
+    A slot that fails is closed and forgotten: only its machine tells that there were failures.
+    """
+
+    __slots__ = (
+        "entry", "failures", "idle", "left_at", "name", "requeues", "running", "served", "slots",
+    )  # fmt: skip
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.slots = 0  # connected now
+        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
+        self.running = 0
+        self.entry: tuple[int, int, Machine[SlotT]] | None = None  # in the policy's heap, if a slot waits
+        self.served = 0
+        self.failures = 0
+        self.requeues = 0  # those of the failures after which the request was tried again
+        self.left_at = 0.0  # when the last slot went
+
+
+class Policy(Generic[ItemT, SlotT]):
+    """Requests and slots in, pairs out.
+
+    Requests are served first come, first served; one that comes back has its old place again.  Of the slots
+    that wait, one on the machine with the fewest running is taken, there the one parked last.  Each step
+    costs O(log n) at most.  ``now`` is monotonic seconds.
+    """
+
+    def __init__(self, max_length: int) -> None:
         self._max_length = max_length
-        self._timeout_s = timeout_s
-        self._deque: deque[_Entry[Item]] = deque()
-        # Heaps of those that were put back: by arrival, which was before that of all in the deque, and by how
-        # long they have waited. What has been taken or cancelled since stays there until it comes up.
-        self._returned: list[tuple[int, _Entry[Item]]] = []
-        self._aged: list[tuple[float, int, _Entry[Item]]] = []
-        self._entries: dict[Item, _Entry[Item]] = {}  # those that wait, and those that may come back
-        self._numbers = itertools.count()
-        self.length = 0  # of those that wait
+        self._numbers = itertools.count(1)
+        self._line: deque[Ticket[ItemT]] = deque()  # with tickets that do not wait any more, until swept
+        self._returned: list[tuple[int, Ticket[ItemT]]] = []  # heap; these came before those in the line
+        self._unfiled: list[Ticket[ItemT]] = []  # came in this turn, and mostly go in it
+        self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
+        self._machines: list[tuple[int, int, Machine[SlotT]]] = []  # heap: fewest running, last parked
+        self.machines: dict[str, Machine[SlotT]] = {}  # that have slots
+        self.gone: dict[str, Machine[SlotT]] = {}  # that had some, in the order in which they went
+        self.waiting = 0  # requests
+        self.idle = 0  # slots
+        self.running = 0  # slots
 
-    def __len__(self) -> int:
-        return self.length
+    # .. requests ..
 
-    def __iter__(self) -> Iterator[Item]:
-        returned = (entry for _, entry in sorted(self._returned))
-        for entry in itertools.chain(returned, self._deque):
-            if entry.item is not None:
-                yield entry.item
+    def __iter__(self) -> Iterator[ItemT]:
+        """Yields what waits, in the order in which it will be served."""
+        for ticket in itertools.chain((ticket for _, ticket in sorted(self._returned)), self._line):
+            if ticket.waits:
+                yield ticket.item
 
     @property
     def is_full(self) -> bool:
-        return self.length >= self._max_length
+        """Whether no other request may wait."""
+        return self.waiting >= self._max_length
 
-    def put(self, item: Item, now: float) -> bool:
-        """Appends the item; false if the queue is full."""
-        if self.length >= self._max_length:
-            return False
-        entry = _Entry(item, next(self._numbers), now)
-        self._deque.append(entry)
-        self._entries[item] = entry
-        self.length += 1
-        return True
+    def put(self, item: ItemT, now: float, limit_s: float) -> Ticket[ItemT]:
+        """Has ``item`` wait behind all others, for so many seconds at most.  Ask ``is_full`` before."""
+        ticket = Ticket(item, next(self._numbers), now, now + limit_s)
+        self._line.append(ticket)
+        self._unfiled.append(ticket)
+        self.waiting += 1
+        return ticket
 
-    def put_back(self, item: Item, away_s: float) -> None:
-        """Returns an item that ``take`` gave to its old place, ahead of all that came later.
-
-        The ``away_s`` seconds since it was taken do not count as waiting.
-        """
-        entry = self._entries[item]
-        entry.since += away_s
-        entry.waits = True
-        self.length += 1
-        entry.returned_as = next(self._numbers)
-        heapq.heappush(self._returned, (entry.number, entry))
-        heapq.heappush(self._aged, (entry.since, entry.returned_as, entry))
+    def put_back(self, ticket: Ticket[ItemT], away_s: float) -> None:
+        """Has a request wait again, at its old place; the ``away_s`` seconds do not count as waiting."""
+        ticket.since += away_s
+        ticket.expires_at += away_s
+        ticket.waits = True
+        heapq.heappush(self._returned, (ticket.number, ticket))
+        self._file_expiry(ticket)
+        self.waiting += 1
         self._sweep()
 
-    def take(self) -> Item | None:
-        """Removes and returns the oldest item.  ``cancel`` it when it is sure not to come back."""
-        while self._returned or self._deque:
-            entry = heapq.heappop(self._returned)[1] if self._returned else self._deque.popleft()
-            if entry.item is not None:
-                entry.waits = False
-                self.length -= 1
-                return entry.item
-        return None
-
-    def cancel(self, item: Item) -> None:
-        """Forgets the item, wherever it is; does nothing if it is not known."""
-        entry = self._entries.pop(item, None)
-        if entry is None:
-            return
-        self.length -= entry.waits
-        entry.item, entry.waits = None, False
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Drops what waits no more, when it is more than what does."""
-        if len(self._deque) + len(self._aged) > 2 * self.length + 16:
-            self._deque = deque(entry for entry in self._deque if entry.waits)
-            self._returned = [each for each in self._returned if each[1].waits]
-            self._aged = [each for each in self._aged if _is_of_now(each)]
-            heapq.heapify(self._returned)
-            heapq.heapify(self._aged)
-
-    def expire(self, now: float) -> list[Item]:
-        """Removes and returns all that have waited for the time limit or longer."""
-        latest = now - self._timeout_s
-        returned = set()
-        while self._returned_since() <= latest:
-            returned.add(heapq.heappop(self._aged)[2])
-        late = sorted(returned, key=lambda entry: entry.number)
-        late += itertools.takewhile(lambda entry: entry.since <= latest, self._deque)
-        expired = [entry.item for entry in late if entry.item is not None]
-        for item in expired:
-            self.cancel(item)
-        return expired
+    def withdraw(self, ticket: Ticket[ItemT]) -> None:
+        """Has a request not wait any more; does nothing if it does not."""
+        if ticket.waits:
+            ticket.waits = False
+            self.waiting -= 1
+            self._sweep()
 
     def next_expiry(self) -> float:
-        """Returns when ``expire`` will next have something to do, infinity if nothing waits."""
-        return self._oldest_since() + self._timeout_s
+        """Returns when the time of the next request is over, infinity if there is none."""
+        if not self.waiting:
+            self._unfiled.clear()
+            return math.inf
+        for ticket in self._unfiled:
+            if ticket.waits and not ticket.filed:
+                self._file_expiry(ticket)
+        self._unfiled.clear()
+        while self._expiries and not _is_of_now(self._expiries[0]):
+            heapq.heappop(self._expiries)
+        return self._expiries[0][0] if self._expiries else math.inf
+
+    def expire(self, now: float) -> list[ItemT]:
+        """Withdraws and returns all whose time is over."""
+        expired = []
+        while self.next_expiry() <= now:
+            ticket = heapq.heappop(self._expiries)[2]
+            self.withdraw(ticket)
+            expired.append(ticket.item)
+        return expired
 
     def oldest_wait(self, now: float) -> float:
-        """Returns how long the item that has waited longest has waited, in seconds."""
-        return now - self._oldest_since() if self.length else 0.0
+        """Returns how long the request that has waited longest has waited, in seconds."""
+        first = itertools.islice((ticket.since for ticket in self._line if ticket.waits), 1)
+        returned = (ticket.since for _, ticket in self._returned if ticket.waits)
+        return now - min([*first, *returned], default=now)
 
-    def _oldest_since(self) -> float:
-        while self._deque and self._deque[0].item is None:
-            self._deque.popleft()
-        since = self._deque[0].since if self._deque else math.inf
-        return min(since, self._returned_since())
+    def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
+        ticket.filed = next(self._numbers)
+        if ticket.expires_at < math.inf:
+            heapq.heappush(self._expiries, (ticket.expires_at, ticket.filed, ticket))
 
-    def _returned_since(self) -> float:
-        while self._aged and not _is_of_now(self._aged[0]):
-            heapq.heappop(self._aged)
-        return self._aged[0][0] if self._aged else math.inf
+    def _take_ticket(self) -> Ticket[ItemT]:
+        while True:
+            ticket = heapq.heappop(self._returned)[1] if self._returned else self._line.popleft()
+            if ticket.waits:
+                ticket.waits = False
+                self.waiting -= 1
+                return ticket
+
+    def _sweep(self) -> None:
+        """Drops what does not wait any more, when it is more than what does."""
+        if len(self._line) + len(self._returned) + len(self._expiries) > 4 * self.waiting + 64:
+            self._line = deque(ticket for ticket in self._line if ticket.waits)
+            self._returned = [each for each in self._returned if each[1].waits]
+            self._expiries = [each for each in self._expiries if _is_of_now(each)]
+            heapq.heapify(self._returned)
+            heapq.heapify(self._expiries)
+
+    # .. slots ..
+
+    def join(self, name: str) -> Machine[SlotT]:
+        """Counts a new slot of the machine, and returns that."""
+        machine = self.machines.get(name)
+        if machine is None:
+            machine = self.machines[name] = self.gone.pop(name) if name in self.gone else Machine(name)
+        machine.slots += 1
+        return machine
+
+    def leave(self, machine: Machine[SlotT], now: float) -> None:
+        """Counts one slot less; it must not wait or run any more."""
+        machine.slots -= 1
+        if not machine.slots:
+            machine.left_at = now
+            self.gone[machine.name] = self.machines.pop(machine.name)
+            if len(self.gone) > LIMITS.remembered_machines:
+                del self.gone[next(iter(self.gone))]
+
+    def park(self, slot: SlotT) -> None:
+        """Has a slot wait."""
+        slot.machine.idle[slot] = next(self._numbers)
+        self.idle += 1
+        self._file(slot.machine)
+
+    def remove(self, slot: SlotT) -> None:
+        """Has a slot not wait any more; does nothing if it does not."""
+        if slot.machine.idle.pop(slot, None) is not None:
+            self.idle -= 1
+            self._file(slot.machine)
+
+    def release(self, slot: SlotT, *, park: bool = False) -> None:
+        """Stops counting a slot as running; with ``park`` it waits again."""
+        slot.machine.running -= 1
+        self.running -= 1
+        if park:
+            self.park(slot)
+        else:
+            self._file(slot.machine)
+
+    def take_slot(self) -> SlotT | None:
+        """Returns the slot that is next, and counts it as running."""
+        while self._machines:
+            entry = heapq.heappop(self._machines)
+            machine = entry[2]
+            if machine.entry is entry:
+                slot, _ = machine.idle.popitem()
+                machine.running += 1
+                self.idle -= 1
+                self.running += 1
+                self._file(machine)
+                return slot
+        return None
+
+    def _file(self, machine: Machine[SlotT]) -> None:
+        """Makes a new entry for a machine that has changed; the one before is stale and skipped."""
+        machine.entry = None
+        if machine.idle:
+            newest = machine.idle[next(reversed(machine.idle))]
+            machine.entry = entry = (machine.running, -newest, machine)
+            heapq.heappush(self._machines, entry)
+            if len(self._machines) > 4 * len(self.machines) + 64:
+                self._machines = [each.entry for each in self.machines.values() if each.entry is not None]
+                heapq.heapify(self._machines)
+
+    # .. pairs ..
+
+    def next_pair(self) -> tuple[Ticket[ItemT], SlotT] | None:
+        """Returns the request that is next and the slot that serves it; ``None`` if one of them is missing.
+
+        The slot counts as running.  What does not come about is returned with ``put_back`` and ``release``.
+        """
+        if not self.waiting or (slot := self.take_slot()) is None:
+            return None
+        return self._take_ticket(), slot
 
 
-def _is_of_now(aged: tuple[float, int, _Entry[Item]]) -> bool:
-    """Whether the entry waits, and has not been away again."""
-    _, number, entry = aged
-    return entry.waits and entry.returned_as == number
+def _is_of_now(expiry: tuple[float, int, Ticket[ItemT]]) -> bool:
+    """Whether the request waits, and has not been away since."""
+    _, filed, ticket = expiry
+    return ticket.waits and ticket.filed == filed
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
@@ -1198,100 +1305,6 @@ def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
     if not slots or not mean_service_s:
         return None
     return max(1, math.ceil(queued / slots * mean_service_s))
-
-
-class SlotLike(Protocol):
-    """What ``IdleSlots`` needs to know of a slot."""
-
-    machine: str
-
-
-SlotT = TypeVar("SlotT", bound=SlotLike)
-
-
-class _Machine(Generic[SlotT]):
-    """The slots of one worker address: those that wait, oldest first, and how many run."""
-
-    __slots__ = ("entry", "idle", "name", "running")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.idle: dict[SlotT, int] = {}  # slot -> when it was parked, as a running number
-        self.running = 0
-        self.entry: tuple[int, int, _Machine[SlotT]] | None = None  # in the heap, if a slot waits
-
-
-class IdleSlots(Generic[SlotT]):
-    """The waiting slots, and which one is next.
-
-    A heap holds an entry for every machine with a waiting slot: the fewest running come first, then the
-    most recently parked.  What was the machine's entry once and is no more is stale, and skipped when it
-    comes up; so each step costs O(log machines).
-    """
-
-    def __init__(self) -> None:
-        self._machines: dict[str, _Machine[SlotT]] = {}
-        self._heap: list[tuple[int, int, _Machine[SlotT]]] = []
-        self._parked = itertools.count(1)
-        self.waiting = 0
-        self.running = 0
-
-    def __len__(self) -> int:
-        return self.waiting
-
-    def park(self, slot: SlotT) -> None:
-        """Adds a slot that waits."""
-        machine = self._machines.get(slot.machine)
-        if machine is None:
-            machine = self._machines[slot.machine] = _Machine(slot.machine)
-        machine.idle[slot] = next(self._parked)
-        self.waiting += 1
-        self._file(machine)
-
-    def remove(self, slot: SlotT) -> None:
-        """Removes a slot that hung up while it waited; does nothing if it does not wait."""
-        machine = self._machines.get(slot.machine)
-        if machine is None or machine.idle.pop(slot, None) is None:
-            return
-        self.waiting -= 1
-        self._file(machine)
-
-    def take(self) -> SlotT | None:
-        """Removes the best slot, counts it as running and returns it."""
-        while self._heap:
-            entry = heapq.heappop(self._heap)
-            machine = entry[2]
-            if machine.entry is entry:
-                slot, _ = machine.idle.popitem()
-                machine.running += 1
-                self.waiting -= 1
-                self.running += 1
-                self._file(machine)
-                return slot
-        return None
-
-    def release(self, slot: SlotT, *, park: bool = False) -> None:
-        """Stops counting the slot as running; with ``park`` it waits again."""
-        machine = self._machines[slot.machine]
-        machine.running -= 1
-        self.running -= 1
-        if park:
-            machine.idle[slot] = next(self._parked)
-            self.waiting += 1
-        self._file(machine)
-
-    def _file(self, machine: _Machine[SlotT]) -> None:
-        """Makes a new entry for a machine that has changed."""
-        machine.entry = None
-        if machine.idle:
-            newest = machine.idle[next(reversed(machine.idle))]
-            machine.entry = entry = (machine.running, -newest, machine)
-            heapq.heappush(self._heap, entry)
-            if len(self._heap) > 4 * len(self._machines) + 64:
-                self._heap = [each.entry for each in self._machines.values() if each.entry is not None]
-                heapq.heapify(self._heap)
-        elif not machine.running:
-            del self._machines[machine.name]
 
 
 # ---- The spool --------------------------------------------------------------------------------------------
@@ -1546,7 +1559,7 @@ class Watched:
     """Something that the loop watches: a descriptor, a deadline, or both.
 
     ``deadline`` (monotonic seconds) may be set at any time; after setting it outside of an event of its
-    own, and after anything that changes ``wanted_events``, call ``loop.touch``.
+    own, and after anything that changes what ``settle`` returns, call ``loop.touch``.
     """
 
     __slots__ = ("armed", "closed", "deadline", "registered")
@@ -1561,12 +1574,12 @@ class Watched:
         """Returns the descriptor, -1 if there is none."""
         return -1
 
-    def wanted_events(self) -> int:
-        """Returns the events to wait for; a function of the state alone."""
-        return 0
+    def settle(self) -> int:
+        """Returns the events to wait for, a function of the state alone; may set the deadline.
 
-    def settle(self) -> None:
-        """The loop is about to sleep, and something has happened to this: the deadline can be set."""
+        Called before the loop sleeps, once for whatever something has happened to.
+        """
+        return 0
 
     def on_events(self, events: int) -> None:
         """The descriptor is ready."""
@@ -1699,10 +1712,7 @@ class EventLoop:
                 self._settle_one(watched)
 
     def _settle_one(self, watched: Watched) -> None:
-        wanted = 0
-        if not watched.closed:
-            watched.settle()
-            wanted = watched.wanted_events()
+        wanted = 0 if watched.closed else watched.settle()
         if wanted != watched.registered:
             try:
                 self._register(watched, wanted)
@@ -1907,11 +1917,11 @@ class Role(Protocol):
     def on_fault(self) -> None:
         """The hub itself failed while it served this stream."""
 
-    def room(self) -> int:
-        """How many bytes are welcome now."""
+    def settle(self) -> int:
+        """Returns how many bytes are welcome; may set the stream's deadline.
 
-    def settle(self) -> None:
-        """The loop is about to sleep, and something has happened to the stream: the deadline can be set."""
+        Called before the loop sleeps, once for a stream that something has happened to.
+        """
 
 
 class Stream(Watched):
@@ -1921,8 +1931,8 @@ class Stream(Watched):
     """
 
     __slots__ = (
-        "_failed", "_has_rest", "_loop", "_new_outbuf", "address", "outbuf", "role", "shortcut", "transport",
-        "written",
+        "_failed", "_has_rest", "_loop", "_new_outbuf", "_room", "address", "outbuf", "role", "shortcut",
+        "transport", "written",
     )  # fmt: skip
 
     def __init__(
@@ -1933,6 +1943,7 @@ class Stream(Watched):
         self._new_outbuf = new_outbuf
         self._failed = False
         self._has_rest = False  # the role, for the next turn
+        self._room = 0  # for bytes, as the role has told it
         self.transport = transport
         self.address = address
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
@@ -1943,8 +1954,9 @@ class Stream(Watched):
     def fileno(self) -> int:
         return self.transport.fileno()
 
-    def wanted_events(self) -> int:
-        events = READ if not self._has_rest and self.role.room() > 0 else 0
+    def settle(self) -> int:
+        self._room = self.role.settle()
+        events = READ if self._room > 0 and not self._has_rest else 0
         return events if self.outbuf is None else events | WRITE
 
     def take_rest_later(self) -> None:
@@ -1984,9 +1996,6 @@ class Stream(Watched):
         if events & READ and not self.closed:
             self._fill()
 
-    def settle(self) -> None:
-        self.role.settle()
-
     def on_deadline(self) -> None:
         self.role.on_deadline()
 
@@ -2000,12 +2009,12 @@ class Stream(Watched):
         self.transport.close()
 
     def _fill(self) -> None:
-        if self._has_rest or (room := min(self.role.room(), LIMITS.receive_bytes)) <= 0:
-            return  # another event of this turn has changed what is wanted
+        if self._has_rest or self._room <= 0:
+            return
         if self.shortcut is not None and self._move(self.shortcut):
             return
         try:
-            size = self.transport.receive_into(self._loop.scratch[:room])
+            size = self.transport.receive_into(self._loop.scratch[: self._room])
         except OSError as exc:
             log.debug("%s: %s", self.address, exc)
             self.role.on_hangup(reset=True)
@@ -2095,6 +2104,7 @@ class Stream(Watched):
             return
         if self.outbuf is not None:
             self.outbuf.close()
+        self.settle()
         self._fill()
         if not self.closed:
             self.role.on_hangup(reset=True)
@@ -2117,10 +2127,8 @@ class _NoRole:
     def on_drained(self) -> None: ...
     def on_deadline(self) -> None: ...
     def on_fault(self) -> None: ...
-    def room(self) -> int:
+    def settle(self) -> int:
         return 0
-
-    def settle(self) -> None: ...
 
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
@@ -2224,7 +2232,7 @@ class Exchange:
         "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
         "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
         "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address", "spool",
-        "state", "status", "worker_s",
+        "state", "status", "ticket", "worker_s",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
@@ -2235,6 +2243,7 @@ class Exchange:
         self.request_id = hub.request_id(head)
         self.spool: Spool | None = None  # the request's body, if it has one
         self.received = False  # the request, whole
+        self.ticket: Ticket[Exchange] | None = None  # its place in the line, once it has one
         self.attempt: Attempt | None = None  # the one under way
         self.attempts = 0  # that were made
         self.slot_address = "-"  # of the last one
@@ -2331,11 +2340,12 @@ class Exchange:
         hub = self._hub
         if self._upload_bytes:
             self._count_upload(0)
-        if not (hub.has_room() and hub.queue.put(self, hub.loop.now)):
+        if not hub.has_room():
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(QUEUED)
         self.since = hub.loop.now
+        self.ticket = hub.policy.put(self, hub.loop.now, hub.options.queue_timeout)
 
     # .. to the slot ..
 
@@ -2482,7 +2492,7 @@ class Exchange:
             self.on_response_body(b"", is_last=True)
         attempt = self._end_attempt(reusable=reusable)
         attempt.slot.served += 1
-        attempt.slot.record.served += 1
+        attempt.slot.machine.served += 1
         self._hub.counters.on_served(self.worker_s)
         if self.consumer.stream.outbuf is None:
             self.finish(COMPLETED)
@@ -2524,11 +2534,11 @@ class Exchange:
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
         assert self.attempt is not None
-        self.attempt.slot.record.failures += 1
+        self.attempt.slot.machine.failures += 1
         if self.has_begun:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again(self.attempt):
-            self.attempt.slot.record.requeues += 1
+            self.attempt.slot.machine.requeues += 1
             self._requeue(self.attempt)
         else:
             self.finish(Outcome.WORKER_LOST, detail)
@@ -2550,12 +2560,13 @@ class Exchange:
             self.spool.rewind()
         self._to(QUEUED)
         self.since = self._hub.loop.now
-        self._hub.requeue(self)
+        assert self.ticket is not None
+        self._hub.requeue(self.ticket, self.worker_s)
 
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
         assert self.attempt is not None
-        self.attempt.slot.record.failures += 1
+        self.attempt.slot.machine.failures += 1
         self.finish(Outcome.WORKER_CUT if self.has_begun else Outcome.WORKER_GARBAGE, error.detail)
 
     def on_worker_deadline(self) -> None:
@@ -2564,7 +2575,7 @@ class Exchange:
         if self.state is RESPONDING:
             self._absorb()
         else:
-            self.attempt.slot.record.failures += 1
+            self.attempt.slot.machine.failures += 1
             self.finish(Outcome.WORKER_TIMEOUT)
 
     def on_consumer_gone(self, detail: str = "") -> None:
@@ -2585,7 +2596,8 @@ class Exchange:
             self.queued_s += self._hub.loop.now - self.since
         self._to(FINISHED)
         self.outcome, self.detail = outcome, detail
-        self._hub.queue.cancel(self)
+        if self.ticket is not None:
+            self._hub.policy.withdraw(self.ticket)
         if self.attempt is not None:
             self._end_attempt(reusable=False)
         if self.spool is not None:
@@ -2685,7 +2697,7 @@ class Consumer:
 
     # .. in ..
 
-    def room(self) -> int:
+    def _room(self) -> int:
         """Bytes are welcome as far as they can be used; of those that run ahead of that, a bounded number."""
         ahead = LIMITS.pipelined_bytes - len(self._reader.inbuf)
         body = self._reader.body
@@ -2776,7 +2788,8 @@ class Consumer:
     def on_drain(self) -> None:
         """The hub drains: an idle stream is closed at once, or soon if its next request would be served."""
         self.resume()
-        if self._hub.refuses and self._wait()[0] is Wait.REQUEST and not self.stream.transport.has_news():
+        is_idle = self.exchange is None and self.stream.outbuf is None and not self._reader.inbuf
+        if self._hub.refuses and is_idle and not self.stream.transport.has_news():
             self._close()  # one whose request has just come is refused in words
 
     def on_hangup(self, *, reset: bool) -> None:
@@ -2789,7 +2802,15 @@ class Consumer:
             self.exchange.finish(Outcome.HUB_FAULT)
         self._close()
 
-    def _wait(self) -> tuple[Wait, int, float]:
+    def settle(self) -> int:
+        room = self._room()
+        wait = self._wait(room)
+        if wait != self._waits_for:  # there is progress
+            self._waits_for = wait
+            self.stream.deadline = self._hub.loop.now + wait[2]
+        return room
+
+    def _wait(self, room: int) -> tuple[Wait, int, float]:
         """Returns what it waits for, how far that has come, and for how many seconds it need not go on.
 
         Every phase that waits for the consumer has a limit; those that wait for the hub have none.
@@ -2797,7 +2818,7 @@ class Consumer:
         options = self._hub.options
         if self.stream.outbuf is not None:
             return Wait.TAKING, self.stream.written, options.stall_timeout
-        if self.room() <= 0:
+        if room <= 0:
             return Wait.HUB, 0, LIMITS.gone_check_s
         if self.exchange is None:
             if self._reader.inbuf:
@@ -2806,12 +2827,6 @@ class Consumer:
         if self._reader.body is not None:
             return Wait.BODY, self.exchange.bytes_in, options.stall_timeout
         return Wait.RESPONSE, 0, math.inf
-
-    def settle(self) -> None:
-        wait = self._wait()
-        if wait != self._waits_for:
-            self._waits_for = wait
-            self.stream.deadline = self._hub.loop.now + wait[2]
 
     def on_deadline(self) -> None:
         assert self._waits_for is not None
@@ -2850,10 +2865,8 @@ class Farewell:
         if stream.outbuf is None:
             stream.transport.end_output()
 
-    def room(self) -> int:
+    def settle(self) -> int:
         return LIMITS.receive_bytes
-
-    def settle(self) -> None: ...
 
     def on_bytes(self, data: memoryview) -> None: ...
 
@@ -2875,19 +2888,18 @@ class Slot:
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
-        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "parked_at", "record",
-        "served", "since", "stream",
+        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "parked_at", "served",
+         "since", "stream",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
         self.stream = stream
         stream.role = self
-        self.machine = stream.address.rpartition(":")[0]
+        self.machine: Machine[Slot] = hub.policy.join(stream.address.rpartition(":")[0])
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
-        self.record = hub.machines.join(self.machine)
         self._reader = MessageReader(take_response_head, self._body_of)
         self._has_old_body = False  # still to be sent, of a request that was answered before it was read
         self._keep_alive = True  # the connection, after the response under way
@@ -2935,13 +2947,11 @@ class Slot:
         """What keeps the response from being read may have changed."""
         self._hub.loop.touch(self.stream)
 
-    def room(self) -> int:
+    def settle(self) -> int:
         if self.exchange is not None and not self.exchange.may_relay():
             return 0
         body = self._reader.body
         return LIMITS.pipelined_bytes if body is None else max(LIMITS.pipelined_bytes, body.verbatim)
-
-    def settle(self) -> None: ...
 
     def on_bytes(self, data: memoryview) -> None:
         exchange, reader = self.exchange, self._reader
@@ -3050,10 +3060,8 @@ class Admin:
         stream.role = self
         self._set_deadline()
 
-    def room(self) -> int:
+    def settle(self) -> int:
         return 0 if self._stream.outbuf is not None else LIMITS.pipelined_bytes
-
-    def settle(self) -> None: ...
 
     def on_bytes(self, data: memoryview) -> None:
         self._reader.feed(data)
@@ -3142,7 +3150,7 @@ class Listener(Watched):
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def wanted_events(self) -> int:
+    def settle(self) -> int:
         return 0 if self._rests or (self._left and self.is_shared) else READ
 
     def on_events(self, events: int) -> None:
@@ -3249,16 +3257,18 @@ class Hub:
     ) -> None:
         self.options = options = options or Options()
         self.loop = EventLoop()
-        self.queue: RequestQueue[Exchange] = RequestQueue(options.max_queue, options.queue_timeout)
-        self.idle: IdleSlots[Slot] = IdleSlots()
+        self.policy: Policy[Exchange, Slot] = Policy(options.max_queue)
         self.exchanges: set[Exchange] = set()
         self.slots: set[Slot] = set()
         # Consumers whose next request, or the one that they have sent, no slot has been given yet.
         self.needy: set[Consumer] = set()
-        self.machines = Machines()
         self.budget = SpoolBudget(options.memory_budget, options.disk_budget, self._may_open_file)
         self.upload_bytes = 0  # of memory that requests take whose bodies are coming, beside the bodies
         self.draining = False
+        # Requests that still come are refused.  Not if another hub takes over: those who have a connection
+        # here are served once more, and told to close it.
+        self.refuses = False
+        self.keep_alive_s = options.keep_alive  # of an idle consumer's connection
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
         self.counters = Counters()
@@ -3290,7 +3300,7 @@ class Hub:
         self._listen()
         if options.reuse_port:
             self._look_for_another_hub()
-        self.loop.before_sleep += [self.dispatch, self._note, self._let_spare_slots_go, self._end_drain]
+        self.loop.before_sleep += [self.dispatch, self._note]
 
     # .. listening ..
 
@@ -3345,7 +3355,7 @@ class Hub:
     def _accept_worker(self, stream: Stream) -> None:
         slot = Slot(self, stream)
         self.slots.add(slot)
-        self.idle.park(slot)
+        self.policy.park(slot)
 
     def _accept_admin(self, stream: Stream) -> None:
         Admin(self, stream)
@@ -3364,32 +3374,26 @@ class Hub:
     # .. pairing ..
 
     def dispatch(self) -> None:
-        """Hands the oldest requests to waiting slots; the only place where the two meet."""
-        while self.queue.length and self.idle.waiting and not self.paused:
-            worker = self.idle.take()
-            assert worker is not None
-            if worker.stream.transport.has_news():  # it has left, or spoken: it will be told which
-                self.idle.release(worker)
-                continue
-            exchange = self._take_wanted()
-            if exchange is None:
-                self.idle.release(worker, park=True)
-                break
-            self.needy.discard(exchange.consumer)
-            self.loop.deliver(worker.stream, exchange.start, worker)
-        if self._queue_timer.deadline != (expiry := self.queue.next_expiry()):
+        """Hands requests to waiting slots; the only place where the two meet."""
+        policy = self.policy
+        while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
+            self._pair(*pair)
+        if self._queue_timer.deadline != (expiry := policy.next_expiry()):
             self._queue_timer.deadline = expiry
             self.loop.touch(self._queue_timer)
 
-    def _take_wanted(self) -> Exchange | None:
-        """Removes and returns the oldest request whose consumer is still there."""
-        while (exchange := self.queue.take()) is not None:
-            # One that came in this very turn has just been heard.
-            consumer = exchange.consumer
-            if exchange.since == self.loop.now or not consumer.stream.transport.has_hung_up():
-                break
+    def _pair(self, ticket: Ticket[Exchange], slot: Slot) -> None:
+        exchange, consumer = ticket.item, ticket.item.consumer
+        if slot.stream.transport.has_news():  # it has left, or spoken: it will be told which
+            self.policy.release(slot)
+            self.policy.put_back(ticket, 0)
+        # A request that came in this very turn has just been heard.
+        elif exchange.since != self.loop.now and consumer.stream.transport.has_hung_up():
+            self.policy.release(slot, park=True)
             self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
-        return exchange
+        else:
+            self.needy.discard(consumer)
+            self.loop.deliver(slot.stream, exchange.start, slot)
 
     def has_room_for_upload(self, head_bytes: int) -> bool:
         """Whether another request may send its body: those who do are not in the queue, but take memory."""
@@ -3397,52 +3401,54 @@ class Hub:
 
     def has_room(self) -> bool:
         """Whether the queue takes another request; those that a slot waits for do not count."""
-        if self.queue.is_full and self.idle.waiting:
+        if not self.policy.is_full:
+            return True
+        if self.policy.idle:
             self.dispatch()
-        return not self.queue.is_full
+        return not self.policy.is_full
 
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
-        for exchange in self.queue.expire(self.loop.now):
+        for exchange in self.policy.expire(self.loop.now):
             self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT)
 
-    def requeue(self, exchange: Exchange) -> None:
-        """Puts a request whose worker was lost back to the head of the queue."""
+    def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
+        """Puts a request whose worker was lost back to its place in the queue."""
         self.counters.requeues += 1
-        self.needy.add(exchange.consumer)
-        self.queue.put_back(exchange, exchange.worker_s)
+        self.needy.add(ticket.item.consumer)
+        self.policy.put_back(ticket, away_s)
 
-    def release(self, worker: Slot, *, reusable: bool) -> None:
+    def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
-        reusable = reusable and not worker.stream.closed
-        self.idle.release(worker, park=reusable)
+        reusable = reusable and not slot.stream.closed
+        self.policy.release(slot, park=reusable)
         if not reusable:
-            self._forget(worker)
+            self._forget(slot)
 
-    def on_worker_left(self, worker: Slot) -> None:
+    def on_worker_left(self, slot: Slot) -> None:
         """A waiting slot has hung up: its offer is withdrawn."""
-        self.idle.remove(worker)
-        self._forget(worker)
+        self.policy.remove(slot)
+        self._forget(slot)
 
-    def _forget(self, worker: Slot) -> None:
-        if worker in self.slots:
-            self.slots.remove(worker)
-            self.machines.leave(worker.machine, self.loop.now)
-        worker.stream.close()
+    def _forget(self, slot: Slot) -> None:
+        if slot in self.slots:
+            self.slots.remove(slot)
+            self.policy.leave(slot.machine, self.loop.now)
+        slot.stream.close()
 
-    def on_breach(self, worker: Slot) -> None:
+    def on_breach(self, slot: Slot) -> None:
         """A waiting slot has spoken without being asked."""
-        log.warning("worker %s sent bytes while it waited; closed", worker.stream.address)
+        log.warning("worker %s sent bytes while it waited; closed", slot.stream.address)
         self.counters.breaches += 1
-        worker.on_hangup(reset=False)
+        slot.on_hangup(reset=False)
 
     def retry_after_s(self, *, has_waited: bool = False) -> int:
         """Returns after how many seconds a refused consumer may hope for a place.
 
         One that has waited in vain is not told to be back in a moment, whatever the estimate.
         """
-        slots = len(self.idle) + self.idle.running
-        estimate_s = wait_estimate(len(self.queue), slots, self.counters.mean_service_s)
+        slots = self.policy.idle + self.policy.running
+        estimate_s = wait_estimate(self.policy.waiting, slots, self.counters.mean_service_s)
         if estimate_s is None or has_waited:
             return max(estimate_s or 0, math.ceil(self.options.retry_after))
         return estimate_s
@@ -3489,7 +3495,7 @@ class Hub:
 
     def _note(self) -> None:
         """Keeps the plot of the status page; a step of the loop, so that an idle hub need not wake for it."""
-        self.history.note(self.loop.now, (self.queue.length, self.idle.running, len(self.slots)))
+        self.history.note(self.loop.now, (self.policy.waiting, self.policy.running, len(self.slots)))
 
     def on_finished(self, exchange: Exchange) -> None:
         """Counts and logs."""
@@ -3506,27 +3512,13 @@ class Hub:
         """Where it listens: ``consumers``, ``workers``, ``admin``, each ``host:port``."""
         return {"consumers": self.main_address, "workers": self.worker_address, "admin": self.admin_address}
 
-    @property
-    def refuses(self) -> bool:
-        """Whether requests that still come are refused.
-
-        Not if another hub takes over: those who have a connection here are served once more, and told to
-        close it.
-        """
-        return self.draining and not self._has_successor
-
-    @property
-    def keep_alive_s(self) -> float:
-        """How long an idle consumer's connection is kept."""
-        return min(self.options.keep_alive, LIMITS.handover_s if self.draining else math.inf)
-
     def run(self) -> int:
         """Serves until it is drained or stopped; returns 1 if work was cut off, else 0."""
         try:
             self.loop.run()
             if not self.draining:
                 self.notify("STOPPING=1\nSTATUS=stopping at once")
-            self.draining = True  # as the last answers shall say
+            self.draining, self.refuses = True, not self._has_successor  # as the last answers shall say
             unfinished = list(self.exchanges)
             for exchange in unfinished:
                 self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.DRAINING)
@@ -3584,6 +3576,9 @@ class Hub:
         self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
         self.set_paused(False)  # what waits is to be finished, too
         self.draining = True
+        self.refuses = not self._has_successor
+        self.keep_alive_s = min(self.keep_alive_s, LIMITS.handover_s)
+        self.loop.before_sleep += [self._let_spare_slots_go, self._end_drain]
         if self._has_successor:
             self._hand_over()
         else:
@@ -3633,15 +3628,15 @@ class Hub:
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
-        if not self.draining or not (self.options.reuse_port or "workers" in self._passed):
+        if not (self.options.reuse_port or "workers" in self._passed):
             return
-        needed = self.queue.length or len(self.needy)
-        self._listeners["workers"].leave_to_successor(len(self.idle) >= needed)
-        while len(self.idle) > needed and (worker := self.idle.take()):
-            self.release(worker, reusable=False)
+        needed = self.policy.waiting or len(self.needy)
+        self._listeners["workers"].leave_to_successor(self.policy.idle >= needed)
+        while self.policy.idle > needed and (slot := self.policy.take_slot()):
+            self.release(slot, reusable=False)
 
     def _end_drain(self) -> None:
-        if not self.draining or self.exchanges or self._has_unsent_bytes():
+        if self.exchanges or self._has_unsent_bytes():
             return
         if not self._has_successor or not (self.needy or self._handover_timer.deadline < math.inf):
             self.loop.stop()
@@ -3736,52 +3731,6 @@ class Durations:
         last = len(ordered) - 1
         median, p99 = (round(ordered[round(last * q)], 6) if ordered else None for q in (0.5, 0.99))
         return {"median": median, "p99": p99, "of_last": len(ordered)}
-
-
-class MachineRecord:
-    """What is known of a machine that has, or had, workers."""
-
-    __slots__ = ("failures", "left_at", "requeues", "served", "slots")
-
-    def __init__(self) -> None:
-        self.slots = 0  # connected now
-        self.served = 0
-        self.failures = 0
-        self.requeues = 0  # those of the failures after which the request was tried again
-        self.left_at = 0.0  # when the last slot went
-
-
-class Machines:
-    """The machines by their addresses; of those without a slot, the ones seen last.
-
-    A slot that fails is closed, and its record with it: only its machine can tell that there were failures.
-    """
-
-    def __init__(self) -> None:
-        self.connected: dict[str, MachineRecord] = {}
-        self.gone: dict[str, MachineRecord] = {}  # in the order in which they went
-
-    def __len__(self) -> int:
-        return len(self.connected) + len(self.gone)
-
-    def join(self, machine: str) -> MachineRecord:
-        """Counts a new slot of the machine."""
-        record = self.connected.get(machine)
-        if record is None:
-            record = self.gone.pop(machine) if machine in self.gone else MachineRecord()
-            self.connected[machine] = record
-        record.slots += 1
-        return record
-
-    def leave(self, machine: str, now: float) -> None:
-        """One slot less."""
-        record = self.connected[machine]
-        record.slots -= 1
-        if not record.slots:
-            record.left_at = now
-            self.gone[machine] = self.connected.pop(machine)
-            if len(self.gone) > LIMITS.remembered_machines:
-                del self.gone[next(iter(self.gone))]
 
 
 Levels = tuple[int, int, int]  # requests that wait, slots that are busy, slots
@@ -4101,12 +4050,12 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "draining": hub.draining,
         "paused": hub.paused,
         "has_rival": hub.has_rival,
-        "queue_length": len(hub.queue),
+        "queue_length": hub.policy.waiting,
         "max_queue": hub.options.max_queue,
-        "queue_oldest_seconds": round(hub.queue.oldest_wait(now), 3),
+        "queue_oldest_seconds": round(hub.policy.oldest_wait(now), 3),
         "requests_in_flight": len(running),
-        "slots": {"idle": len(hub.idle), "busy": hub.idle.running},
-        "demand": len(hub.queue) + len(running),
+        "slots": {"idle": hub.policy.idle, "busy": hub.policy.running},
+        "demand": hub.policy.waiting + len(running),
         "requests_per_second": round(hub.rate.read(now), 3),
         "mean_service_seconds": round(counters.mean_service_s, 6),
         "retry_after_seconds": hub.retry_after_s(),
@@ -4122,11 +4071,11 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
         "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
         "waiting": describe_waiting(hub, now),
-        "waiting_not_listed": max(0, len(hub.queue) - LIMITS.listed_rows),
+        "waiting_not_listed": max(0, hub.policy.waiting - LIMITS.listed_rows),
         "running": [each.describe(now) for each in running[: LIMITS.listed_rows]],
         "running_not_listed": max(0, len(running) - LIMITS.listed_rows),
-        "machines": describe_machines(hub, workers, now),
-        "machines_not_listed": max(0, len(hub.machines) - LIMITS.listed_rows),
+        "machines": describe_machines(hub.policy, now),
+        "machines_not_listed": max(0, len(hub.policy.machines) + len(hub.policy.gone) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": counters.last_failures(),
@@ -4146,9 +4095,9 @@ def describe_history(history: History, now: float) -> dict[str, object]:
 
 def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
     """Returns the head of the queue, with the place of each and when it may hope to be started."""
-    slots, mean_s = len(hub.idle) + hub.idle.running, hub.counters.mean_service_s
+    slots, mean_s = hub.policy.idle + hub.policy.running, hub.counters.mean_service_s
     rows = []
-    for position, exchange in enumerate(itertools.islice(hub.queue, LIMITS.listed_rows), 1):
+    for position, exchange in enumerate(itertools.islice(hub.policy, LIMITS.listed_rows), 1):
         row = {"position": position, **exchange.describe(now)}
         can_tell = slots and mean_s and not hub.paused
         row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
@@ -4156,21 +4105,20 @@ def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
     return rows
 
 
-def describe_machines(hub: Hub, workers: Sequence[Slot], now: float) -> list[dict[str, object]]:
+def describe_machines(policy: Policy[Exchange, Slot], now: float) -> list[dict[str, object]]:
     """Returns the machines that have slots, then those that had some, the last that went first."""
-    busy = Counter(each.machine for each in workers if each.exchange is not None)
-    known = itertools.chain(hub.machines.connected.items(), reversed(hub.machines.gone.items()))
+    known = itertools.chain(policy.machines.values(), reversed(policy.gone.values()))
     return [
         {
-            "address": machine,
-            "slots": record.slots,
-            "busy": busy[machine],
-            "served": record.served,
-            "failures": record.failures,
-            "requeues": record.requeues,
-            "gone_seconds": None if record.slots else round(now - record.left_at, 3),
+            "address": machine.name,
+            "slots": machine.slots,
+            "busy": machine.running,
+            "served": machine.served,
+            "failures": machine.failures,
+            "requeues": machine.requeues,
+            "gone_seconds": None if machine.slots else round(now - machine.left_at, 3),
         }
-        for machine, record in itertools.islice(known, LIMITS.listed_rows)
+        for machine in itertools.islice(known, LIMITS.listed_rows)
     ]
 
 
@@ -4276,13 +4224,13 @@ class MetricsCollector:
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
         hub = self._hub
-        waiting, busy = len(hub.queue), hub.idle.running
+        waiting, busy = hub.policy.waiting, hub.policy.running
         yield Gauge("pothead_hub_queue_length", "Requests that wait for a slot.", waiting)
-        oldest_s = hub.queue.oldest_wait(hub.loop.now)
+        oldest_s = hub.policy.oldest_wait(hub.loop.now)
         yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
         yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
         slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
-        slots.add_metric(["idle"], len(hub.idle))
+        slots.add_metric(["idle"], hub.policy.idle)
         slots.add_metric(["busy"], busy)
         yield slots
         yield Gauge(

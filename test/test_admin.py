@@ -380,18 +380,6 @@ def test_durations_are_put_into_buckets_and_the_last_are_summed_up() -> None:
     assert durations.summary() == {"median": 500.0, "p99": 989.0, "of_last": 1000}
 
 
-def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
-    machines, count = pothead.Machines(), pothead.LIMITS.remembered_machines
-    for number in range(count + 1):
-        machines.join(str(number)).served = number
-        machines.leave(str(number), 2.0)
-    assert len(machines.gone) == count
-    assert machines.join("0").served == 0
-    assert machines.join("1").served == 1
-    assert set(machines.connected) == {"0", "1"}
-    assert len(machines) == count + 1, "those that are connected and those that have gone"
-
-
 # ---- Metrics -----------------------------------------------------------------------------------------
 
 
@@ -704,7 +692,7 @@ def test_program_around_a_hub_pauses_cancels_and_resumes() -> None:
         hub.pause()
         with Peer.connect(worker) as slot, Peer.connect(main) as consumer:
             consumer.send(request(b"/", b"X-Request-Id: one"))
-            while not len(hub.queue):
+            while not hub.policy.waiting:
                 pass
             hub.cancel("one")
             assert consumer.read_response().status == 503

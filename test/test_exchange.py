@@ -230,7 +230,7 @@ def test_exchange_is_finished_once_and_by_the_first_reason(rig: Rig, outcome: Ou
     assert (response.status, response.values(b"Retry-After") != []) == (outcome.status, may_come_again)
     assert codes(rig) == [outcome.code]
     assert sum(rig.hub.counters.outcomes.values()) == rig.hub.counters.outcomes[outcome] == 1
-    assert len(rig.hub.queue) == len(rig.hub.exchanges) == 0
+    assert rig.hub.policy.waiting == len(rig.hub.exchanges) == 0
     consumer.send(get(b"/next"))  # and nothing else was written
     slot = rig.slot()
     rig.until(lambda: has_bytes(slot))
@@ -274,7 +274,7 @@ def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogC
     slots = [rig.connect(rig.hub.worker_address) for _ in range(3)]
     assert rig.response(faulty).status == 500
     assert codes(rig) == ["HB"]
-    rig.until(lambda: rig.hub.idle.running == 2)
+    rig.until(lambda: rig.hub.policy.running == 2)
     for slot in slots:
         if has_bytes(slot):
             slot.read_request()
@@ -285,7 +285,7 @@ def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogC
         True
     ]
     assert "ZeroDivisionError" in caplog.text
-    assert len(rig.hub.idle) == len(rig.hub.slots) == 2  # the slot in the midst of the fault is let go
+    assert rig.hub.policy.idle == len(rig.hub.slots) == 2  # the slot in the midst of the fault is let go
 
 
 @pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
@@ -341,7 +341,7 @@ def test_log_adds_up_the_waits_of_a_request_that_ran_twice(rig: Rig) -> None:
     rig.until(lambda: has_bytes(first))
     rig.pass_time(2)
     first.reset()
-    rig.until(lambda: len(rig.hub.queue) == 1)
+    rig.until(lambda: rig.hub.policy.waiting == 1)
     rig.pass_time(4)
     second = rig.slot()
     rig.until(lambda: has_bytes(second))
@@ -360,7 +360,7 @@ def test_request_expires_when_its_time_is_over_and_not_before(new_rig: Callable[
     rig.pass_time(30)
     second = rig.consumer(get(b"/2"))
     rig.pass_time(29.9)
-    assert len(rig.hub.queue) == 2
+    assert rig.hub.policy.waiting == 2
     rig.pass_time(0.1)
     assert rig.response(first).status == 503
     assert not has_bytes(second)
@@ -397,7 +397,7 @@ def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callabl
     rig.response(consumer)
     for number in range(4):
         rig.consumer(get(b"/%d" % number))
-    rig.until(lambda: len(rig.hub.queue) == 3)
+    rig.until(lambda: rig.hub.policy.waiting == 3)
     with Peer.connect(address(rig)) as refused:
         refused.send(get(b"/refused"))
         assert rig.response(refused).value(b"Retry-After") == b"21"
@@ -406,13 +406,13 @@ def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callabl
 def test_retry_after_is_fixed_while_nothing_tells_how_long_it_takes(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(max_queue=1, retry_after=44.3)
     rig.consumer(get(b"/waits"))
-    rig.until(lambda: len(rig.hub.queue) == 1)
+    rig.until(lambda: rig.hub.policy.waiting == 1)
     with Peer.connect(address(rig)) as refused:
         refused.send(get(b"/no-slot"))
         assert rig.response(refused).value(b"Retry-After") == b"45"
         rig.slot()  # it takes the one that waits, and nobody knows for how long
         rig.consumer(get(b"/waits-too"))
-        rig.until(lambda: len(rig.hub.queue) == 1)
+        rig.until(lambda: rig.hub.policy.waiting == 1)
         refused.send(get(b"/nothing-served-yet"))
         assert rig.response(refused).value(b"Retry-After") == b"45"
 
@@ -432,7 +432,7 @@ def test_retry_after_is_not_short_for_who_has_waited_in_vain(
     waits = rig.consumer(get(b"/waits"))
     rig.pass_time(30)
     rig.consumer(get(b"/waits-too"))
-    rig.until(lambda: len(rig.hub.queue) == 2)
+    rig.until(lambda: rig.hub.policy.waiting == 2)
     rig.pass_time(30)
     assert rig.response(waits).value(b"Retry-After") == seconds
 
@@ -514,7 +514,7 @@ def test_consumer_that_leaves_behind_unread_bytes_is_noticed(rig: Rig) -> None:
     rig.turn()
     rig.pass_time(1.1)
     assert codes(rig) == ["CQ"]
-    assert len(rig.hub.queue) == 0
+    assert rig.hub.policy.waiting == 0
 
 
 def send_slowly(rig: Rig, peer: Peer, data: bytes) -> None:
@@ -572,7 +572,7 @@ def test_turn_of_a_drain_does_not_look_at_every_connection(new_rig: Callable[...
     for number in range(200):
         rig.slot()
         rig.consumer(get(b"/%d" % number))
-    rig.until(lambda: rig.hub.idle.running == 200)
+    rig.until(lambda: rig.hub.policy.running == 200)
     costs_s = [cpu_of_turns(rig)]
     rig.hub.drain_now()
     costs_s.append(cpu_of_turns(rig))
@@ -638,7 +638,7 @@ def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]
     sender = send_in_background(eager, get(b"/refused") * 100_000)
     turns_until(rig, lambda: stream.outbuf is not None)
     answered = len(rig.lines)
-    turns_until(rig, lambda: stream.role.room() <= 0)  # it is not even heard any more
+    turns_until(rig, lambda: stream.role._room() <= 0)  # it is not even heard any more
     assert len(rig.lines) == answered
     assert rig.hub.budget.memory_used < 1 << 20 and rig.hub.budget.files == 0
     assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
@@ -653,7 +653,7 @@ def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/waits"))
     sender = send_in_background(consumer, get(b"/next") * 40_000)
     (stream,) = [each.stream for each in rig.consumers()]
-    turns_until(rig, lambda: stream.role.room() == 0)
+    turns_until(rig, lambda: stream.role._room() == 0)
     assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
     consumer.sock.shutdown(socket.SHUT_RDWR)
     sender.join()
@@ -718,7 +718,7 @@ def test_bodies_on_their_way_are_bounded_in_what_their_heads_take(
     assert "too many bodies" in rig.lines[-1] and "code=QF" in rig.lines[-1]
     rig.consumer(get(b"/"))  # without a body it takes its place as ever
     coming[0].send(b"123456789")  # now it waits in the queue
-    turns_until(rig, lambda: len(rig.hub.queue) == 2)
+    turns_until(rig, lambda: rig.hub.policy.waiting == 2)
     coming[1].close()
     turns_until(rig, lambda: len(rig.lines) == 2)
     for _ in range(2):
@@ -733,7 +733,7 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
     consumer = rig.consumer(get(b"/"))
     consumer.send(b"x" * 100_000)
     (stream,) = [each.stream for each in rig.consumers()]
-    turns_until(rig, lambda: stream.role.room() == 0)
+    turns_until(rig, lambda: stream.role._room() == 0)
     rig.pass_time(0.1)
     consumer.close()
     slot = rig.slot()
@@ -760,7 +760,7 @@ def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: R
     assert rig.response(consumer).status == 413
     rig.consumer(get(b"/next"))
     rig.turn()
-    assert len(rig.hub.queue) == 1, "the slot is not free yet"
+    assert rig.hub.policy.waiting == 1, "the slot is not free yet"
     second = rig.slot()
     rig.until(lambda: has_bytes(second))
     assert second.read_request().target == b"/next"
@@ -789,7 +789,7 @@ def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -
     else:
         rig.pass_time(pothead.LIMITS.unacknowledged_s + 1)
     rig.until(lambda: not rig.hub.slots)
-    assert (len(rig.hub.idle), rig.hub.idle.running) == (0, 0)
+    assert (rig.hub.policy.idle, rig.hub.policy.running) == (0, 0)
 
 
 def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
@@ -807,7 +807,7 @@ def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
         rig.turn()
     body = bytes(300_000)
     sender = send_in_background(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    rig.until(lambda: rig.pass_time(0.01) or len(rig.hub.idle) == 1)
+    rig.until(lambda: rig.pass_time(0.01) or rig.hub.policy.idle == 1)
     sender.join()
     rig.until(lambda: take(consumer) > count * len(hint) + len(body))
     assert [consumer.read_response().status for _ in range(count)] == [103] * count

@@ -1034,11 +1034,11 @@ class Ledger:
             for slot in self.slots:
                 slot.pump()
             self.rig.pass_time(0.1)  # a listener may be resting
-            return len(hub.loop.watched) == left and len(hub.idle) == 2
+            return len(hub.loop.watched) == left and hub.policy.idle == 2
 
         self.rig.until(is_clean)
         assert (hub.budget.memory_used, hub.budget.files) == (0, 0)
-        assert not hub.exchanges and not len(hub.queue) and not hub.needy and len(hub.slots) == 2
+        assert not hub.exchanges and not hub.policy.waiting and not hub.needy and len(hub.slots) == 2
         assert sum(hub.counters.outcomes.values()) == len(self.rig.lines)
 
 
@@ -1150,7 +1150,7 @@ def test_consumer_that_stops_after_any_byte_of_its_request_is_forgotten(
         rig.turn()
         leave(consumer)
         rig.until(lambda: len(hub.loop.watched) == len(hub._listeners) and not hub.exchanges)
-        assert len(hub.queue) == hub.budget.memory_used == 0
+        assert hub.policy.waiting == hub.budget.memory_used == 0
     assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CQ"}
 
 
@@ -1182,7 +1182,7 @@ def test_worker_that_stops_after_any_byte_of_its_response_is_told_by_its_consume
         rig.turn()
         consumer.close() if expect_failure(consumer) else consumer.expect_eof()
         rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
-        assert hub.idle.running == hub.idle.waiting == 0
+        assert hub.policy.running == hub.policy.idle == 0
     assert {line.partition(" code=")[2][:2] for line in rig.lines} <= {"WL", "WC"}
 
 

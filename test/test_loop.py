@@ -52,7 +52,7 @@ class Recorder:
         self.on_first_byte: Callable[[], None] | None = None
         self.on_all_gone: Callable[[], None] | None = None
 
-    def room(self) -> int:
+    def settle(self) -> int:
         return pothead.LIMITS.receive_bytes if self.wants_bytes else 0
 
     def on_bytes(self, data: memoryview) -> None:
@@ -63,8 +63,6 @@ class Recorder:
     def on_hangup(self, *, reset: bool) -> None:
         self.events.append("reset" if reset else "hangup")
         self.stream.close()
-
-    def settle(self) -> None: ...
 
     def on_taken(self) -> None: ...
 
@@ -361,7 +359,7 @@ class Refused(Watched):
     def fileno(self) -> int:
         return self._file.fileno()
 
-    def wanted_events(self) -> int:
+    def settle(self) -> int:
         return pothead.READ
 
     def on_fault(self) -> None:

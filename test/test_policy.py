@@ -1,4 +1,4 @@
-"""The queue policy: order, bound, expiry and cancellation of requests, and the choice among waiting slots."""
+"""The policy: order, bound, expiry and withdrawal of requests, the choice among waiting slots, and pairs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,74 @@ import math
 import random
 import time
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from pothead import IdleSlots, RequestQueue, wait_estimate
+from pothead import LIMITS, Machine, Policy, Ticket, wait_estimate
 
 
-def filled(*items: str, max_length: int = 100, timeout_s: float = 60.0) -> RequestQueue[str]:
-    """Return a queue that got `items` at the times 0, 1, 2, …"""
-    queue: RequestQueue[str] = RequestQueue(max_length, timeout_s)
+@dataclass(eq=False)
+class Slot:
+    name: str
+    machine: Machine
+
+
+class Line:
+    """A policy of which the tests see the requests: a slot is there whenever one is to be taken."""
+
+    def __init__(self, max_length: int = 100, timeout_s: float = 60.0) -> None:
+        self.policy: Policy[object, Slot] = Policy(max_length)
+        self.timeout_s = timeout_s
+        self.tickets: dict[object, Ticket] = {}
+        self.slot = Slot("any", self.policy.join("any"))
+        self.policy.park(self.slot)
+
+    def __len__(self) -> int:
+        return self.policy.waiting
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.policy)
+
+    def put(self, item: object, now: float) -> bool:
+        if self.policy.is_full:
+            return False
+        self.tickets[item] = self.policy.put(item, now, self.timeout_s)
+        return True
+
+    def put_back(self, item: object, away_s: float) -> None:
+        self.policy.put_back(self.tickets[item], away_s)
+
+    def take(self) -> object | None:
+        pair = self.policy.next_pair()
+        if pair is None:
+            return None
+        self.policy.release(pair[1], park=True)
+        return pair[0].item
+
+    def cancel(self, item: object) -> None:
+        self.policy.withdraw(self.tickets[item])
+
+    def expire(self, now: float) -> list[object]:
+        return self.policy.expire(now)
+
+    def next_expiry(self) -> float:
+        return self.policy.next_expiry()
+
+    def oldest_wait(self, now: float) -> float:
+        return self.policy.oldest_wait(now)
+
+
+def filled(*items: str, max_length: int = 100, timeout_s: float = 60.0) -> Line:
+    """Return a line that got `items` at the times 0, 1, 2, …"""
+    queue = Line(max_length, timeout_s)
     for now, item in enumerate(items):
         assert queue.put(item, float(now))
     return queue
 
 
-def take_all(queue: RequestQueue[str]) -> str:
+def take_all(queue: Line) -> str:
     return "".join(iter(queue.take, None))
 
 
@@ -60,7 +112,7 @@ def test_cancelled_request_makes_room_at_once() -> None:
 
 
 def test_queue_of_no_length_refuses_everything() -> None:
-    assert not RequestQueue(0, 60.0).put("a", 0.0)
+    assert not Line(0).put("a", 0.0)
 
 
 # ---- Requests whose worker died ----------------------------------------------------------------------
@@ -126,7 +178,6 @@ def test_cancelled_request_is_never_taken(gone: str, rest: str) -> None:
 
 def test_cancelling_what_is_not_queued_changes_nothing() -> None:
     queue = filled("a", "b")
-    queue.cancel("x")
     queue.take()
     queue.cancel("a")
     queue.cancel("a")
@@ -142,7 +193,7 @@ def test_request_put_back_can_be_cancelled() -> None:
 
 
 def test_cancelling_many_requests_costs_linear_time() -> None:
-    queue: RequestQueue[int] = RequestQueue(100_000, 60.0)
+    queue = Line(100_000, 60.0)
     for item in range(50_000):
         queue.put(item, 0.0)
     began = time.process_time()
@@ -154,7 +205,7 @@ def test_cancelling_many_requests_costs_linear_time() -> None:
 
 def test_putting_many_requests_back_costs_linear_time() -> None:
     """A rack of workers dies at once: its requests come back in any order, and are looked at every turn."""
-    queue: RequestQueue[int] = RequestQueue(100_000, 60.0)
+    queue = Line(100_000, 60.0)
     for item in range(20_000):
         queue.put(item, float(item))
         queue.take()
@@ -235,6 +286,15 @@ def test_expired_requests_make_room() -> None:
     assert queue.put("b", 10.0)
 
 
+def test_each_request_has_a_time_limit_of_its_own() -> None:
+    policy: Policy[str, Slot] = Policy(10)
+    for item, limit_s in (("patient", 60.0), ("hurried", 1.0), ("endless", math.inf), ("usual", 10.0)):
+        policy.put(item, 0.0, limit_s)
+    assert policy.next_expiry() == 1.0
+    assert policy.expire(10.0) == ["hurried", "usual"]
+    assert (list(policy), policy.next_expiry()) == (["patient", "endless"], 60.0)
+
+
 def test_requests_never_expire_without_a_timeout() -> None:
     queue = filled("a", timeout_s=math.inf)
     assert queue.next_expiry() == math.inf
@@ -257,7 +317,7 @@ def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> None:
     rng = random.Random(seed)
-    queue: RequestQueue[int] = RequestQueue(8, 10.0)
+    queue = Line(8, 10.0)
     waiting: list[int] = []
     taken: dict[int, int] = {}  # and when
     since: dict[int, int] = {}
@@ -280,7 +340,8 @@ def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> N
         elif action == "cancel" and waiting:
             queue.cancel(waiting.pop(rng.randrange(len(waiting))))
         elif action == "expire":
-            assert queue.expire(float(now)) == [item for item in waiting if now - since[item] >= 10]
+            late = [item for item in waiting if now - since[item] >= 10]
+            assert sorted(queue.expire(float(now))) == late
             waiting = [item for item in waiting if now - since[item] < 10]
         assert (len(queue), list(queue)) == (len(waiting), waiting)
         assert queue.next_expiry() == min((since[item] for item in waiting), default=math.inf) + 10.0
@@ -308,27 +369,50 @@ def test_estimated_wait(queued: int, slots: int, mean_service_s: float, seconds:
 # ---- Waiting slots -----------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Slot:
-    name: str
-    machine: str
+class Idle:
+    """A policy of which the tests see the slots; the first letter of a name is its machine."""
+
+    def __init__(self) -> None:
+        self.policy: Policy[object, Slot] = Policy(1)
+
+    def __len__(self) -> int:
+        return self.policy.idle
+
+    @property
+    def running(self) -> int:
+        return self.policy.running
+
+    def new_slot(self, name: str, machine: str = "") -> Slot:
+        return Slot(name, self.policy.join(machine or name[0]))
+
+    def park(self, slot: Slot) -> None:
+        self.policy.park(slot)
+
+    def remove(self, slot: Slot) -> None:
+        self.policy.remove(slot)
+
+    def take(self) -> Slot | None:
+        return self.policy.take_slot()
+
+    def release(self, slot: Slot) -> None:
+        self.policy.release(slot)
 
 
-def parked(*names: str) -> tuple[IdleSlots, dict[str, Slot]]:
+def parked(*names: str) -> tuple[Idle, dict[str, Slot]]:
     """Return slots that were parked in this order; the first letter of a name is its machine."""
-    slots = {name: Slot(name, name[0]) for name in names}
-    idle = IdleSlots()
+    idle = Idle()
+    slots = {name: idle.new_slot(name) for name in names}
     for slot in slots.values():
         idle.park(slot)
     return idle, slots
 
 
-def names_taken(idle: IdleSlots, count: int) -> list[str]:
+def names_taken(idle: Idle, count: int) -> list[str]:
     return [idle.take().name for _ in range(count)]
 
 
 def test_without_waiting_slots_there_is_none_to_take() -> None:
-    idle = IdleSlots()
+    idle = Idle()
     assert (len(idle), idle.running, idle.take()) == (0, 0, None)
 
 
@@ -380,13 +464,13 @@ def test_slot_that_died_while_running_frees_its_machine() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_choice_of_a_slot_is_that_of_a_plain_search(seed: int) -> None:
     rng = random.Random(seed)
-    idle = IdleSlots()
+    idle = Idle()
     waiting: list[Slot] = []
     running: list[Slot] = []
     for number in range(600):
         action = rng.choice(("park", "take", "take", "hang up", "finish", "finish", "die"))
         if action == "park" and len(waiting) + len(running) < 12:
-            waiting.append(Slot(str(number), rng.choice("abcd")))
+            waiting.append(idle.new_slot(str(number), rng.choice("abcd")))
             idle.park(waiting[-1])
         elif action == "take":
             wanted = plain_search(waiting, running)
@@ -417,8 +501,8 @@ def plain_search(waiting: list[Slot], running: list[Slot]) -> Slot | None:
 
 @pytest.mark.parametrize("machines", [1, 100, 10_000])
 def test_choosing_among_ten_thousand_slots_is_quick(machines: int) -> None:
-    slots = [Slot(str(number), str(number % machines)) for number in range(10_000)]
-    idle = IdleSlots()
+    idle = Idle()
+    slots = [idle.new_slot(str(number), str(number % machines)) for number in range(10_000)]
     began = time.process_time()
     for slot in slots:
         idle.park(slot)
@@ -427,3 +511,47 @@ def test_choosing_among_ten_thousand_slots_is_quick(machines: int) -> None:
         idle.release(slot)
     assert time.process_time() - began < 2.0
     assert set(taken) == set(slots)
+
+
+# ---- Machines and pairs ------------------------------------------------------------------------------
+
+
+def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
+    policy: Policy[object, Slot] = Policy(1)
+    count = LIMITS.remembered_machines
+    for number in range(count + 1):
+        machine = policy.join(str(number))
+        machine.served = number
+        policy.leave(machine, 2.0)
+    assert len(policy.gone) == count
+    assert policy.join("0").served == 0
+    assert policy.join("1").served == 1
+    assert set(policy.machines) == {"0", "1"}
+
+
+def test_pair_needs_a_request_and_a_slot() -> None:
+    policy: Policy[str, Slot] = Policy(10)
+    slot = Slot("a1", policy.join("a"))
+    policy.park(slot)
+    assert policy.next_pair() is None
+    ticket = policy.put("request", 0.0, 60.0)
+    assert policy.next_pair() == (ticket, slot)
+    policy.put("next", 1.0, 60.0)
+    assert policy.next_pair() is None
+    assert (policy.waiting, policy.idle, policy.running) == (1, 0, 1)
+
+
+def test_pair_that_does_not_come_about_is_given_back() -> None:
+    policy: Policy[str, Slot] = Policy(10)
+    slots = [Slot(name, policy.join(name[0])) for name in ("a1", "b1")]
+    for slot in slots:
+        policy.park(slot)
+    for item in "xy":
+        policy.put(item, 0.0, 60.0)
+    first = policy.next_pair()
+    assert first is not None and first[0].item == "x"
+    policy.put_back(first[0], 0.0)
+    policy.release(first[1])
+    second = policy.next_pair()
+    assert second is not None and (second[0].item, second[1]) == ("x", slots[0])
+    assert list(policy) == ["y"]
