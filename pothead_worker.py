@@ -72,6 +72,7 @@ import time
 import traceback
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -81,6 +82,8 @@ from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
 if TYPE_CHECKING:
+    from signal import _HANDLER
+
     from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -165,6 +168,112 @@ class LocalUnreachable(LocalError):
     """It cannot be connected to. Has been logged, once an episode."""
 
 
+# ---- Processes that the app forks --------------------------------------------------------------------
+#
+# They are copies of the worker, with its connections and with its way of taking signals. They get neither: a
+# copy of a connection would keep a dead worker's slot open, and a signal for a copy would drain the worker.
+
+
+class TakenSignal(NamedTuple):
+    """A signal that this process handles itself."""
+
+    ours: _HANDLER
+    theirs: _HANDLER  # what the app, or else the interpreter, does about it
+
+
+OWN_SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+TAKEN_SIGNALS: dict[int, TakenSignal] = {}
+masks_before_fork = threading.local()
+
+
+def own(sock: socket.socket) -> socket.socket:
+    """Return a socket that the app does not touch, neither by its forks nor by its default time limit."""
+    sock.settimeout(None)
+    OWN_SOCKETS.add(sock)
+    return sock
+
+
+def own_pair() -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair()
+    return own(one), own(other)
+
+
+def take_signal(number: int, handler: _HANDLER) -> None:
+    """Handle a signal from now on, and remember what the app wants to be done about it."""
+    found = signal.signal(number, handler)
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    ours, theirs = TAKEN_SIGNALS.get(number, (found, default))
+    if found not in (ours, None):  # None was not installed by Python, and cannot be installed by it
+        theirs = found
+    TAKEN_SIGNALS[number] = TakenSignal(handler, theirs)
+
+
+def before_fork() -> None:
+    """Hold signals back: one for the child must not come while it still takes them as the worker does."""
+    masks_before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_SIGNALS)
+
+
+def after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, masks_before_fork.mask)
+
+
+def after_fork_in_child() -> None:
+    # No locks: those that other threads held at the fork are never released here.
+    if TAKEN_SIGNALS:
+        signal.set_wakeup_fd(-1)
+    for number, (ours, theirs) in TAKEN_SIGNALS.items():
+        if signal.getsignal(number) == ours:
+            signal.signal(number, theirs)
+    TAKEN_SIGNALS.clear()
+    for sock in list(OWN_SOCKETS):
+        sock.close()
+    after_fork()
+
+
+os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
+
+
+@contextlib.contextmanager
+def app_code() -> Iterator[None]:
+    """Run code of the app. A process that it forks, and that comes back from it, ends here instead."""
+    pid = os.getpid()
+    try:
+        yield
+    except BaseException as exc:
+        if os.getpid() != pid:
+            end_process(exc)
+        raise
+    if os.getpid() != pid:
+        end_process()
+
+
+def end_process(exc: BaseException | None = None) -> NoReturn:
+    """End the process as the interpreter would, but wait for no threads and call no exit functions."""
+    status = 1
+    try:
+        if exc is None or isinstance(exc, SystemExit):
+            status = exit_status(exc)
+        else:
+            traceback.print_exception(exc)
+        flush_output()
+    finally:
+        os._exit(status)
+
+
+def exit_status(exc: SystemExit | None) -> int:
+    code = exc.code if exc else None
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
+            stream.flush()
+
+
 # ---- Stopping ----------------------------------------------------------------------------------------
 
 
@@ -174,7 +283,7 @@ class Halt:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._is_set = False
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
 
     def is_set(self) -> bool:
         return self._is_set
@@ -183,7 +292,7 @@ class Halt:
         with self._changed:
             if not self._is_set:
                 self._is_set = True
-                self._writer.close()
+                self._writer.send(b"H")  # nobody sees it closed while another process has it, too
                 self._changed.notify_all()
 
     def wait(self, timeout_s: float | None = None, unless: Callable[[], object] = lambda: False) -> bool:
@@ -203,6 +312,7 @@ class Halt:
     def close(self) -> None:
         self.set()
         self._reader.close()
+        self._writer.close()
 
 
 def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
@@ -655,6 +765,7 @@ class Response(BaseHandler):
         self.ends_with_close = False
         self.says_close = False
         self.request_id = head.fields.get("X_REQUEST_ID", "-")
+        self._pid = os.getpid()
 
     @property
     def has_body(self) -> bool:
@@ -676,15 +787,19 @@ class Response(BaseHandler):
         Even `sys.exit()` in an app must end nothing but its own request, hence BaseException.
         """
         try:
-            self.setup_environ()
-            self.handler.on_environ(self.environ)
-            try:
-                self.result = application(self.environ, self.start_response)
-                self.finish_response()
-            finally:
-                self.close()
+            with app_code():
+                self._call(application)
         except BaseException as exc:
             self._on_failure(exc)
+
+    def _call(self, application: WSGIApplication) -> None:
+        self.setup_environ()
+        self.handler.on_environ(self.environ)
+        try:
+            self.result = application(self.environ, self.start_response)
+            self.finish_response()
+        finally:
+            self.close()
 
     def add_cgi_vars(self) -> None:
         self.environ.update(build_environ(self.request, self.handler.hub_host))
@@ -735,11 +850,16 @@ class Response(BaseHandler):
         """Send a piece of the body at once. An empty one only notices whether the consumer has gone."""
         if not isinstance(data, bytes):
             raise WSGIViolation(f"the body has a piece of type {type(data).__name__} instead of bytes")
+        self._check_process()
         if data:
             self._check_consumer()
             self._send_piece(data)
         elif self.head is None or not self.is_all_sent:
             self._check_consumer()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a process that the application has forked cannot answer in its place")
 
     def _check_consumer(self) -> None:
         if self.handler.cancelled.is_set():
@@ -772,6 +892,7 @@ class Response(BaseHandler):
 
     def finish_content(self) -> None:
         """Send what ends the response, if it is whole."""
+        self._check_process()
         if self.head is None:
             raise WSGIViolation("start_response was not called")
         if not self.is_all_sent:
@@ -1150,9 +1271,8 @@ class Forwarder:
             self._report(is_unreachable=True, reason=exc)
             raise LocalUnreachable(str(exc)) from None
         self._report(is_unreachable=False)
-        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+        return own(sock)
 
     def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
         with self._lock:
@@ -1521,7 +1641,7 @@ class SideDoor:
     ) -> None:
         """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
         self._name = name
-        self._listener = socket.create_server((host, port)) if host else listen_everywhere(port)
+        self._listener = own(socket.create_server((host, port)) if host else listen_everywhere(port))
         self._listener.setblocking(False)
         self._host = host or "*"
         self.port = int(self._listener.getsockname()[1])
@@ -1597,7 +1717,7 @@ class SideDoor:
             return
         if len(self._visitors) >= SIDE_VISITORS:
             self._drop(next(iter(self._visitors.values())))
-        sock.setblocking(False)
+        own(sock).setblocking(False)
         visitor = Visitor(sock, plain_address(address[0]))
         self._visitors[sock.fileno()] = visitor
         self._selector.register(sock, selectors.EVENT_READ, visitor)
@@ -1985,6 +2105,8 @@ class RedirectingHandler(RequestHandler):
                 if self.is_whole:
                     set_reset_on_close(self.connection, False)
                     close_gently(self.connection)
+                else:
+                    self.cut_off()
 
 
 # ---- A process for each request: the worker's side ---------------------------------------------------
@@ -2092,7 +2214,7 @@ class ForkServer:
 
     def _launch(self) -> None:
         """Start a fork server. Raises LoadError."""
-        orders, theirs = socket.socketpair()
+        orders, theirs = own_pair()
         try:
             with theirs:
                 process = self._spawn(theirs)
@@ -2236,7 +2358,7 @@ class RequestProcess:
         self.is_overdue = False
         self.failure = ""  # how it ended, if not as it should
         self._handler = handler
-        self._control, self._other_end = socket.socketpair()
+        self._control, self._other_end = own_pair()
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
@@ -2413,10 +2535,6 @@ class ProcessHandler(RedirectingHandler):
             with contextlib.suppress(OSError):
                 self.connection.sendall(plain_answer("504 Gateway Timeout"))
             close_gently(self.connection)
-        if self.close_connection:
-            # A descendant may have escaped with its own descriptor, so closing ours would not be enough.
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
 
     def _log_ending(self, process: RequestProcess, request_id: str) -> None:
         if process.reason:
@@ -2429,7 +2547,8 @@ class ProcessHandler(RedirectingHandler):
     def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
-            self._callbacks[name](*arguments, **keywords)
+            with app_code():
+                self._callbacks[name](*arguments, **keywords)
         except Exception:
             log.exception("%s failed", name)
 
@@ -2472,9 +2591,9 @@ def load_prctl() -> Callable[[int, int], object]:
 
 def run_fork_server(fd: int) -> int:
     """Be the fork server at the other end of `fd`. Returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
-        signal.signal(number, ignore_signal)
-    with socket.socket(fileno=fd) as orders:
+    for number in Forker.SIGNALS:  # Ctrl-C reaches the whole group, but the worker decides
+        take_signal(number, ignore_signal)
+    with own(socket.socket(fileno=fd)) as orders:
         orders.set_inheritable(False)
         with orders.makefile("rb") as file:
             order = json.loads(file.readline())
@@ -2495,12 +2614,6 @@ def run_fork_server(fd: int) -> int:
     return 0
 
 
-def flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
-            stream.flush()
-
-
 def ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Unlike SIG_IGN, this is not inherited by the programs that an app starts."""
 
@@ -2519,6 +2632,8 @@ class Forker:
     another process group, is handed up to here in the end, and is killed.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+
     def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
         self._orders = orders
         self._app = app
@@ -2528,23 +2643,15 @@ class Forker:
         self._helpers = children_of_this_process()  # of the app, which began when it was imported
         self._forked: dict[int, Forked] = {}  # by the descriptor of `control`
         self._kill_at: dict[int, float] = {}  # by the same
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._handlers: dict[signal.Signals, object] = {}
-        self._set_signals()
+        for number in self.SIGNALS:  # the app may have taken them
+            take_signal(number, ignore_signal)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._poller = select.poll()
         self._poller.register(orders, select.POLLIN)
         self._poller.register(self._reader, select.POLLIN)
-
-    def _set_signals(self) -> None:
-        """Take the signals, and remember what the app wants to be done at them: that is for its processes."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            wanted = signal.signal(number, ignore_signal)
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            # None is a handler that was not installed by Python, and cannot be installed by it.
-            self._handlers[number] = default if wanted in (ignore_signal, None) else wanted
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Serve the worker until it closes its end or is gone; then kill whatever still runs."""
@@ -2574,7 +2681,9 @@ class Forker:
         if not order:
             return False
         if len(fds) == 2:
-            self._fork(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+            connection, control = [socket.socket(fileno=fd) for fd in fds]
+            control.settimeout(None)
+            self._fork(connection, control)
         else:  # no descriptors left: the worker sees its channel close
             for fd in fds:
                 os.close(fd)
@@ -2594,33 +2703,21 @@ class Forker:
                 return
             if pid == 0:
                 self._become_process(parent, connection, control)
-        self._forked[control.fileno()] = Forked(pid, control)
+        self._forked[control.fileno()] = Forked(pid, own(control))
         self._poller.register(control, select.POLLRDHUP)
 
     def _become_process(self, parent: int, connection: socket.socket, control: socket.socket) -> NoReturn:
         """Serve the request and end. Nothing of the fork server may run in this process."""
-        status = 1
         try:
             os.setsid()
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             self._prctl(PR_SET_CHILD_SUBREAPER, 1)
             if os.getppid() != parent:
                 os._exit(1)  # it died before it could take us with it
-            signal.set_wakeup_fd(-1)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
-            for sock in (self._orders, self._reader, self._writer):
-                sock.close()
-            for other in self._forked.values():
-                other.control.close()
-            serve_one_request(self._app, connection, control, self._level)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            flush_output()
-            # Without the interpreter's own ending, for which threads and exit functions could wait.
-            os._exit(status)
+            serve_one_request(self._app, own(connection), control, self._level)
+        except BaseException as exc:
+            end_process(exc)
+        end_process()
 
     # -- killing and reaping
 
@@ -2792,7 +2889,7 @@ class Orders:
         except OSError:
             return False
         if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            self._consumer = socket.socket(fileno=fds[0])
+            self._consumer = own(socket.socket(fileno=fds[0]))
             self.may_chunk = order == PICKED_UP
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
@@ -3149,7 +3246,7 @@ class Connector:
         _name: str,
         address: SocketAddress,
     ) -> socket.socket:
-        sock = socket.socket(family, kind, protocol)
+        sock = own(socket.socket(family, kind, protocol))
         try:
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -3287,6 +3384,8 @@ class Slot:
         with sock:
             self._reachability.on_connected(self)
             handler = self._handle(sock)
+            with contextlib.suppress(OSError):  # closing is not enough if another process holds it, too
+                sock.shutdown(socket.SHUT_RDWR)
         return bool(handler and handler.has_served) or time.monotonic() - opened_at > BACKOFF_LAST_S
 
     def _handle(self, sock: socket.socket) -> RequestHandler | None:
@@ -3381,7 +3480,8 @@ class Offer:
         if method is None:
             return
         try:
-            method(*arguments)
+            with app_code():
+                method(*arguments)
         except BaseException:
             log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
 
@@ -3456,7 +3556,8 @@ class GateLoop:
 
     def _let_one_through(self) -> None:
         asked_at = time.monotonic()
-        offer = Offer(self._gate(self._halt.is_set))
+        with app_code():
+            offer = Offer(self._gate(self._halt.is_set))
         self._metrics.on_gate(time.monotonic() - asked_at)
         self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
         try:
@@ -4269,10 +4370,10 @@ class Signals:
 
     def __init__(self) -> None:
         self._is_loading = True
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
         self._writer.setblocking(False)
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        take_signal(signal.SIGINT, self._on_signal)
+        take_signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
