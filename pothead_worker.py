@@ -756,10 +756,7 @@ class Response(BaseHandler):
         self.request = head
         self.body = body
         self.head: ResponseHead | None = None
-        self.body_bytes = 0  # that the app has given
-        # What completes a body of the app's Content-Length is kept until it is sure that no more follows: a
-        # body that is too long must not be taken for a whole one.
-        self.last_piece = b""
+        self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
         self.ends_with_close = False
@@ -774,10 +771,10 @@ class Response(BaseHandler):
 
     @property
     def is_all_sent(self) -> bool:
-        """Whether the consumer has all of the response, whose length is ours: from now on it may be gone."""
-        assert self.head is not None
-        has_end = not (self.is_chunked or self.ends_with_close)
-        return self.headers_sent and has_end and (not self.has_body or self.head.length is None)
+        """Whether the consumer has all of the response, as its length tells: from now on it may be gone."""
+        if self.head is None or not self.headers_sent or self.is_chunked or self.ends_with_close:
+            return False
+        return not self.has_body or self.body_bytes == self.head.length
 
     # -- calling the app
 
@@ -854,7 +851,7 @@ class Response(BaseHandler):
         if data:
             self._check_consumer()
             self._send_piece(data)
-        elif self.head is None or not self.is_all_sent:
+        elif not self.is_all_sent:
             self._check_consumer()
 
     def _check_process(self) -> None:
@@ -871,15 +868,14 @@ class Response(BaseHandler):
         if self.head is None:
             raise WSGIViolation("the body came before start_response was called")
         length = self.head.length
-        self.body_bytes += len(data)
         if length is None or not self.has_body:
             self._send(data)
-        elif self.body_bytes > length:
+            return
+        left = length - self.body_bytes
+        if len(data) <= left or (self.headers_sent and left):
+            self._send(data[:left])
+        if len(data) > left:
             raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
-        elif self.body_bytes == length:
-            self.last_piece = data
-        else:
-            self._send(data)
 
     def _send(self, data: bytes) -> None:
         start = b"" if self.headers_sent else self._begin(len(data))
@@ -889,6 +885,7 @@ class Response(BaseHandler):
             self._write(start + b"%x\r\n" % len(data), data, b"\r\n")
         else:
             self._write(start, data)
+        self.body_bytes += len(data)
 
     def finish_content(self) -> None:
         """Send what ends the response, if it is whole."""
@@ -899,9 +896,7 @@ class Response(BaseHandler):
             self._check_consumer()
         if self.has_body and self.body_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
-        if self.last_piece:
-            self._send(self.last_piece)
-        elif not self.headers_sent:
+        if not self.headers_sent:
             self._write(self._begin(0))
         elif self.is_chunked:
             self._write(b"0\r\n\r\n")
@@ -935,9 +930,11 @@ class Response(BaseHandler):
         return start
 
     def _choose_framing(self, first_bytes: int) -> list[tuple[str, str]]:
+        assert self.head is not None
         if first_bytes == 0 and self.request.method == "HEAD":
             return []  # the app did not say how long the body would be
         if first_bytes == 0 or (isinstance(self.result, (list, tuple)) and len(self.result) == 1):
+            self.head = self.head._replace(length=first_bytes)
             return [("Content-Length", str(first_bytes))]
         self.is_chunked = self.has_body
         return [("Transfer-Encoding", "chunked")]
@@ -973,6 +970,7 @@ class Response(BaseHandler):
     def _send_error(self, status: str) -> None:
         """Answer in the app's place, if no byte of its own response has been sent."""
         if self.headers_sent:
+            self.is_complete = self.is_complete or self.is_all_sent
             return
         text = f"{status}\nrequest id: {self.request_id}\n".encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
