@@ -110,7 +110,7 @@ CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.1  # the wait is drawn between half of this and this,
 BACKOFF_LAST_S = 5.0  # doubling until here
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
-EXIT_GRACE_S = 2.0  # how long threads that the app left behind may keep an ended worker alive
+EXIT_GRACE_S = 2.0  # how long what the app has left running may keep an ended worker alive
 
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
@@ -2608,7 +2608,7 @@ def run_fork_server(fd: int) -> int:
         forker = Forker(orders, app, order["level"])
         Channel(orders).tell(threads=", ".join(threads))
         forker.run()
-    threading.Thread(target=insist_on_exit, args=(0,), daemon=True).start()
+    leave_soon(0, lambda: time.sleep(EXIT_GRACE_S))
     return 0
 
 
@@ -4362,16 +4362,21 @@ class Signals:
     They come through a descriptor, since a main thread that waits for a lock or a queue would miss one that
     arrives just before it waits. SIGHUP is ignored: there is nothing to read again, and a closed terminal is
     no reason to drop requests.
+
+    An app may have installed handlers of its own when it was imported. The main thread calls them, and has
+    nothing else to do: one that never returns, or that wants to exit, stops nobody.
     """
 
     END = 0
+    TAKEN = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self._is_loading = True
         self._reader, self._writer = own_pair()
         self._writer.setblocking(False)
-        take_signal(signal.SIGINT, self._on_signal)
-        take_signal(signal.SIGTERM, self._on_signal)
+        self._for_app: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in self.TAKEN:
+            take_signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -4379,22 +4384,52 @@ class Signals:
             raise KeyboardInterrupt
 
     def listen(self) -> None:
-        """Stop raising; called after the import, in which an app may use the wake-up descriptor itself."""
+        """Stop raising, and take the signals from the app, which has been imported."""
+        for number in self.TAKEN:
+            take_signal(number, self._on_signal)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._is_loading = False
 
-    def wait(self) -> int:
-        """Return the number of the next signal of any kind, or END."""
-        return self._reader.recv(1)[0]
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Return the number of the next signal of any kind, or END, also when the time is over."""
+        has_come = wait_ready(self._reader, select.POLLIN, None, timeout_s)
+        return self._reader.recv(1)[0] if has_come else self.END
+
+    def wait_for_impatience(self) -> None:
+        """Return when told once more to end, or after a short grace."""
+        ends_at = time.monotonic() + EXIT_GRACE_S
+        while (left_s := ends_at - time.monotonic()) > 0 and self.wait(left_s) not in self.TAKEN:
+            pass
 
     def end(self) -> None:
         """Have `wait` return END. Called by another thread."""
         self._writer.send(bytes([self.END]))
 
+    def pass_on(self, number: int) -> None:
+        """Have the main thread call the app's own handler, or return from `call_handlers` after END."""
+        self._for_app.put(number)
+
+    def call_handlers(self) -> None:
+        """Call the app's handlers for what is passed on, each once, until END is."""
+        handlers: dict[int, _HANDLER] = {number: TAKEN_SIGNALS[number].theirs for number in self.TAKEN}
+        is_over = False
+        while not is_over:
+            try:
+                number = self._for_app.get()  # where handlers of other signals may raise, too
+                is_over = number == self.END
+                handler = handlers.pop(number, None)
+                if callable(handler) and handler is not signal.default_int_handler:
+                    handler(number, None)
+            except SystemExit:  # the worker exits, too, in its own time
+                pass
+            except BaseException:
+                log.exception("a signal handler of the application raised an exception")
+
     def close(self) -> None:
-        signal.set_wakeup_fd(-1)
-        self._reader.close()
-        self._writer.close()
+        """Close the descriptors, unless signals are listened to: that lasts to the end of the process."""
+        if self._is_loading:
+            self._reader.close()
+            self._writer.close()
 
 
 Door = TypeVar("Door", bound=SideDoor)
@@ -4486,17 +4521,32 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
     return pool, [port for port in (inspection, scrapes) if port]
 
 
-def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool:
-    """Run the pool and obey the signals until it has ended. Return True if no request was cut off."""
+def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> int:
+    """Run the pool and obey the signals until it has ended. Returns the exit status."""
 
     def wait_for_end() -> None:
         pool.join()
         signals.end()
 
+    def obey_signals() -> None:
+        status = 1
+        try:
+            status = 0 if obey(pool, signals) else 1
+        finally:
+            leave_soon(status, signals.wait_for_impatience)  # before the main thread begins to end
+            signals.pass_on(Signals.END)
+
     pool.start()
     for port in ports:
         port.start()
     threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
+    threading.Thread(target=obey_signals, name="pothead-signals", daemon=True).start()
+    signals.call_handlers()
+    return 0 if pool.join() else 1
+
+
+def obey(pool: WorkerPool, signals: Signals) -> bool:
+    """Obey the signals until the pool has ended. Return True if no request was cut off."""
     is_draining = False
     while (number := signals.wait()) != Signals.END:
         if number == signal.SIGINT or (number == signal.SIGTERM and is_draining):
@@ -4505,13 +4555,17 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
             pool.stop()
             log.info("draining")  # after it, so that whoever reads this can rely on it
             is_draining = True
+        signals.pass_on(number)
     is_clean = pool.join()
     pool.leave()
     return is_clean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
+    """Run the worker as a process, which ends soon after this has returned its exit status.
+
+    The signal handlers that it installs stay.
+    """
     with contextlib.ExitStack() as stack:
         try:
             options = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
@@ -4519,28 +4573,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(options.log_level)
             pool, ports = prepare(options, stack)
             signals.listen()
-        except (UsageError, LoadError) as exc:
+        except UsageError as exc:
             print(f"pothead-worker: {exc}", file=sys.stderr)
-            return 2 if isinstance(exc, UsageError) else 3
+            return 2
+        except LoadError as exc:
+            print(f"pothead-worker: {exc}", file=sys.stderr)
+            status = 3
         except KeyboardInterrupt:
-            signals.listen()  # an impatient second one must not show a traceback
-            return 0
-        status = 0 if serve(pool, ports, signals) else 1
-    threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
-    return status
+            status = 0
+        else:
+            return serve(pool, ports, signals)
+        signals.listen()  # an impatient second one must not show a traceback
+        leave_soon(status, signals.wait_for_impatience)
+        return status
 
 
-def insist_on_exit(status: int) -> None:
-    """End the process even if threads of the app, for which the interpreter waits, keep it alive."""
-    ends_at = time.monotonic() + EXIT_GRACE_S
-    others = [thread for thread in threading.enumerate() if not thread.daemon]
-    for thread in others:
-        thread.join(max(0, ends_at - time.monotonic()))
-    left = [thread.name for thread in others if thread.is_alive()]
-    if left and not threading.main_thread().is_alive():
-        log.warning("leaving without threads of the application: %s", ", ".join(left))
-        sys.stdout.flush()
+def leave_soon(status: int, wait: Callable[[], None]) -> None:
+    """End the process after `wait`, whatever the app has left running that the interpreter waits for."""
+    has_waited = threading.Event()
+
+    def flush() -> None:
+        has_waited.wait()
+        flush_output()
         os._exit(status)
+
+    def leave() -> None:
+        wait()
+        report_left_behind()
+        has_waited.set()
+        time.sleep(STOP_NOW_GRACE_S)  # an output that nobody reads must not keep the process, either
+        os._exit(status)
+
+    for target in (flush, leave):  # both now: while the interpreter ends, there are no new threads
+        threading.Thread(target=target, name="pothead-exit", daemon=True).start()
+
+
+def report_left_behind() -> None:
+    main_thread = threading.main_thread()
+    threads = [thread.name for thread in threading.enumerate() if thread is not main_thread]
+    left = [name for name in threads if not name.startswith("pothead-")]
+    if left:
+        log.warning("leaving without threads of the application: %s", ", ".join(left))
+    else:
+        log.warning("leaving although the application has not finished its exit")
 
 
 if __name__ == "__main__":

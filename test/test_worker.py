@@ -8,6 +8,7 @@ import lzma
 import re
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -1875,3 +1876,163 @@ def test_process_does_not_wait_for_threads_that_the_app_left_behind(
         worker.terminate()
         worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
         assert worker.wait() == 0
+
+
+STAYING_APP = """
+    import atexit, threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    EXECUTOR = ThreadPoolExecutor(1, "hung")
+
+    def stay():
+        print("last words", end="")
+        print("staying", flush=True, file=sys.stderr)
+        threading.Event().wait(60)
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/job":
+            EXECUTOR.submit(stay)
+        else:
+            atexit.register(stay)
+        start_response("200 OK", [])
+        return []
+"""
+
+# With more patience than a test has, and an output that is buffered, as it is for users.
+PATIENT_WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+import pothead_worker
+pothead_worker.EXIT_GRACE_S = 3600.0
+sys.exit(pothead_worker.main())
+"""
+
+
+@pytest.fixture
+def staying_app(tmp_path: Path) -> Path:
+    (tmp_path / "staying.py").write_text("import sys\n" + textwrap.dedent(STAYING_APP))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/job", "leaving without threads of the application: hung_0"),
+        ("/at-exit", "leaving although the application has not finished its exit"),
+    ],
+)
+def test_drained_process_ends_whatever_the_app_still_does(
+    listener: wire.Listener, staying_app: Path, path: str, told: str
+) -> None:
+    with wire.worker_process(listener, "staying:app", cwd=staying_app) as worker, listener.accept() as peer:
+        assert ask(peer, f"GET {path}").status == 200
+        worker.terminate()
+        peer.expect_eof()
+        worker.wait_for_error(is_line(told))
+        assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("path", ["/job", "/at-exit"])
+def test_process_that_is_told_once_more_waits_for_nothing_of_the_app(
+    listener: wire.Listener, staying_app: Path, path: str, number: signal.Signals
+) -> None:
+    code = PATIENT_WORKER.format(root=str(wire.ROOT))
+    arguments = ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
+    program = wire.Program([sys.executable, "-W", "error", "-c", code, *arguments], staying_app)
+    with wire.running(program) as worker, listener.accept() as peer:
+        assert ask(peer, f"GET {path}").status == 200
+        worker.terminate()
+        peer.expect_eof()
+        worker.wait_for_error(is_line("staying"))
+        ends_at = time.monotonic() + wire.DEADLINE_S
+        while worker.process.poll() is None:  # the first one may still find requests to cut off
+            assert time.monotonic() < ends_at
+            worker.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(0.1)
+        assert worker.wait() == 0
+        assert worker.lines == ["last words"]
+
+
+def test_process_whose_app_cannot_be_loaded_does_not_wait_for_its_threads(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, args=(60,), name='left-behind').start()\n"
+    )
+    status, stderr = run_worker(["broken:app"], tmp_path)
+    assert status == 3
+    assert "leaving without threads of the application: left-behind" in stderr
+
+
+# ---- Signal handlers of the app ----------------------------------------------------------------------
+
+HANDLING_APP = """
+    import signal, sys, threading
+
+    def exit_by(status):
+        print("handled in", threading.current_thread().name, flush=True)
+        sys.exit(status)
+
+    def fail(status):
+        raise RuntimeError("in the handler")
+
+    def hang(status):
+        print("hanging", flush=True)
+        threading.Event().wait(60)
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        print("running", flush=True)
+        return [environ["wsgi.input"].read()]
+"""
+
+
+@pytest.fixture
+def handling_app(tmp_path: Path) -> Callable[[str], str]:
+    """Make an app that handles SIGTERM in the way named; return its name."""
+
+    def make(handler: str) -> str:
+        text = textwrap.dedent(HANDLING_APP) + f"\nsignal.signal(signal.SIGTERM, lambda *_: {handler}(9))\n"
+        (tmp_path / "handling.py").write_text(text)
+        return "handling:app"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("handler", "told"),
+    [("exit_by", "handled in MainThread"), ("fail", "RuntimeError: in the handler"), ("hang", "hanging")],
+)
+def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
+    listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str, told: str
+) -> None:
+    arguments = [handling_app(handler)]
+    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 4"))
+        worker.wait_for_line(is_line("running"))
+        worker.terminate()
+        worker.wait_for_error(is_line("draining"))
+        (worker.wait_for_error if handler == "fail" else worker.wait_for_line)(is_line(told))
+        peer.send(b"done")
+        assert peer.read_response().body == b"done"
+        peer.expect_eof()
+        assert worker.wait() == 0
+        assert [*worker.lines, *worker.errors].count(told) == 1
+        worker.errors.clear()  # the traceback
+
+
+@pytest.mark.parametrize("handler", ["exit_by", "hang"])
+def test_process_whose_app_handles_signals_can_be_ended_at_once(
+    listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str
+) -> None:
+    arguments = [handling_app(handler)]
+    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 4"))
+        worker.wait_for_line(is_line("running"))
+        for _ in range(2):
+            worker.terminate()
+            worker.wait_for_error(is_line("draining"))
+        peer.expect_eof()
+        assert worker.wait() == 1
+        assert len(worker.lines) == 2, "the app was told once"
