@@ -130,6 +130,7 @@ SIDE_VISITORS = 256  # connections that have not said yet what they want; beyond
 SIDE_INTERVAL_S = 1.0  # how often a port looks for what is overdue
 SIDE_SEND_TIMEOUT_S = 10.0  # a reader of metrics or inspection pages who stalls for so long is given up
 SIDE_GRACE_S = 1.0  # how long a page may take when the worker ends
+PAGE_VISITS = 100  # of one page at the same time, each with a thread; beyond, 503
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
 
 PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
@@ -274,7 +275,27 @@ def flush_output() -> None:
             stream.flush()
 
 
-# ---- Stopping ----------------------------------------------------------------------------------------
+# ---- Threads, and how they are told to stop ----------------------------------------------------------
+
+
+def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
+    """Start a thread that does not keep the process. Raises OSError if the system has none left."""
+    thread = threading.Thread(target=target, name=f"pothead-{name}", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        raise OSError(errno.EAGAIN, str(exc)) from None
+    return thread
+
+
+def try_to_start(timer: threading.Timer) -> bool:
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError as exc:
+        log.warning("a time limit will not be kept: %s", exc)
+        return False
+    return True
 
 
 class Halt:
@@ -1525,7 +1546,7 @@ class HangUpWatcher:
         self._epoll.register(self._over, select.EPOLLIN)
         self._lock = threading.Lock()
         self._handlers: dict[int, RequestHandler] = {}
-        threading.Thread(target=self._run, name="pothead-watcher", daemon=True).start()
+        start_thread(self._run, "watcher")
 
     def add(self, handler: RequestHandler) -> None:
         fd = handler.connection.fileno()
@@ -1566,7 +1587,7 @@ class PeekingWatcher:
     def __init__(self) -> None:
         self._over = threading.Event()
         self._handlers: set[RequestHandler] = set()
-        threading.Thread(target=self._run, name="pothead-watcher", daemon=True).start()
+        start_thread(self._run, "watcher")
 
     def add(self, handler: RequestHandler) -> None:
         self._handlers.add(handler)
@@ -1651,8 +1672,7 @@ class SideDoor:
 
     def start(self) -> None:
         log.info("listening %s=%s:%d", self._name, self._host, self.port)
-        self._thread = threading.Thread(target=self._run, name=f"pothead-{self._name}", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, self._name)
 
     def close(self) -> None:
         """End the thread, and close whatever nobody has taken over. May be called again."""
@@ -1801,20 +1821,31 @@ class PagePort(SideDoor):
         """Set `pages`, by path, before `start`. Raises OSError."""
         super().__init__(name, port, host)
         self.pages: Mapping[str, PageMaker] = {}
-        self._visits: list[threading.Thread] = []
+        self._visits: dict[str, list[threading.Thread]] = {}  # by path
+        self._crowded: set[str] = set()  # paths whose limit has been told
 
     def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
-        make_page = self.pages.get(head.target.partition("?")[0])
-        if make_page is None:
+        path = head.target.partition("?")[0]
+        if path not in self.pages:
             text = f"There is only {', '.join(self.pages)} here.\n"
             return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
-        return functools.partial(self._begin_visit, make_page, head)
+        self._visits[path] = visits = [*filter(threading.Thread.is_alive, self._visits.get(path, []))]
+        if len(visits) >= PAGE_VISITS:
+            if path not in self._crowded:
+                log.warning("%s: too many visitors at a time of %s", self._name, path)
+            self._crowded.add(path)
+            return plain_answer("503 Service Unavailable", is_head=head.method == "HEAD")
+        self._crowded.discard(path)
+        return functools.partial(self._begin_visit, path, head)
 
-    def _begin_visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
-        name = f"pothead-{self._name}-page"
-        visit = threading.Thread(target=self._visit, args=(make_page, head, sock), name=name, daemon=True)
-        self._visits = [*filter(threading.Thread.is_alive, self._visits), visit]
-        visit.start()
+    def _begin_visit(self, path: str, head: RequestHead, sock: socket.socket) -> None:
+        visit = functools.partial(self._visit, self.pages[path], head, sock)
+        try:
+            self._visits[path].append(start_thread(visit, f"{self._name}-page"))
+        except OSError as exc:
+            log.warning("%s: cannot show %s: %s", self._name, path, exc.strerror)
+            with sock, contextlib.suppress(OSError):
+                sock.send(plain_answer("503 Service Unavailable", is_head=head.method == "HEAD"))
 
     def _visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
         with sock:
@@ -1831,7 +1862,7 @@ class PagePort(SideDoor):
         """End, after a moment for the pages that are under way."""
         super().close()
         ends_at = time.monotonic() + SIDE_GRACE_S
-        for visit in self._visits:
+        for visit in itertools.chain(*self._visits.values()):
             visit.join(max(0.0, ends_at - time.monotonic()))
 
 
@@ -2171,8 +2202,7 @@ class ForkServer:
     def start(self) -> None:
         """Return when the app is imported. Raises LoadError."""
         self._launch()
-        self._keeper = threading.Thread(target=self._keep, name="pothead-fork-server", daemon=True)
-        self._keeper.start()
+        self._keeper = start_thread(self._keep, "fork-server")
 
     def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
         """Have a process made that owns `sock` and the other end of the control channel.
@@ -3227,7 +3257,7 @@ class Connector:
             self._halt.notify()
 
         # The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
-        threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
+        start_thread(ask, "resolver")
         if self._halt.wait(unless=lambda: found):
             return ()
         if not isinstance(found[0], OSError):
@@ -3558,19 +3588,14 @@ class GateLoop:
             offer = Offer(self._gate(self._halt.is_set))
         self._metrics.on_gate(time.monotonic() - asked_at)
         self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
-        try:
-            if self._has_failed:  # here and not before: the gate may have been waiting all the time
-                self._pause()
-            if self._halt.is_set():
-                offer.end()
-                return
-            with self._lock:
-                self._waiting += 1
-            self._open_slot(offer)
-        except BaseException:  # no thread to be had
+        if self._has_failed:  # here and not before: the gate may have been waiting all the time
+            self._pause()
+        if self._halt.is_set():
             offer.end()
-            self._on_taken()
-            raise
+            return
+        with self._lock:
+            self._waiting += 1
+        self._open_slot(offer)
 
     def on_request(self) -> None:
         """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
@@ -3641,7 +3666,6 @@ class WorkerPool:
         self._was_cut_off = False
         self._timer: threading.Timer | None = None
         self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
-        self._gate_timer.daemon = True
         self._has_gate_ended = False
         self._ended = threading.Event()
 
@@ -3669,7 +3693,7 @@ class WorkerPool:
             self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
             self._running = self.workers
             for number, slot in enumerate(self._slots, 1):
-                threading.Thread(target=slot.run, name=f"pothead-slot-{number}", daemon=True).start()
+                start_thread(slot.run, f"slot-{number}")
 
     def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
         self.reachability = reachability = Reachability(self.address, 1, "gated")
@@ -3677,11 +3701,15 @@ class WorkerPool:
 
         def open_slot(offer: Offer) -> None:
             slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
-            thread = threading.Thread(target=slot.run, name=f"pothead-slot-{next(numbers)}", daemon=True)
-            with self._lock:
-                thread.start()
-                self._slots.append(slot)
-                self._running += 1
+            try:
+                with self._lock:
+                    start_thread(slot.run, f"slot-{next(numbers)}")
+                    self._slots.append(slot)
+                    self._running += 1
+            except OSError as exc:
+                reachability.on_failed(exc)
+                gate_loop.on_slot_end(had_request=False, is_good=False)
+                offer.end()
 
         def run() -> None:
             gate_loop.run()
@@ -3689,7 +3717,7 @@ class WorkerPool:
 
         gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
         self._running = 1
-        threading.Thread(target=run, name="pothead-gate", daemon=True).start()
+        start_thread(run, "gate")
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
@@ -3710,7 +3738,7 @@ class WorkerPool:
                 self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
                 if self.gate:
-                    self._gate_timer.start()
+                    try_to_start(self._gate_timer)
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -3723,7 +3751,8 @@ class WorkerPool:
             if busy:
                 self._was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
-            self._schedule(STOP_NOW_GRACE_S, self._ended.set)
+            if not self._schedule(STOP_NOW_GRACE_S, self._ended.set):
+                self._ended.set()
 
     def leave(self) -> None:
         """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
@@ -3734,16 +3763,14 @@ class WorkerPool:
 
         with self._lock:
             slots = list(self._slots)
-        telling = threading.Thread(target=tell, name="pothead-leave", daemon=True)
-        telling.start()
-        telling.join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
+        with contextlib.suppress(OSError):
+            start_thread(tell, "leave").join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
-    def _schedule(self, wait_s: float, action: Callable[[], None]) -> None:
+    def _schedule(self, wait_s: float, action: Callable[[], None]) -> bool:
         if self._timer:
             self._timer.cancel()
         self._timer = threading.Timer(wait_s, action)
-        self._timer.daemon = True
-        self._timer.start()
+        return try_to_start(self._timer)
 
     def _on_gate_end(self) -> None:
         """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
@@ -4539,8 +4566,8 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> int:
     pool.start()
     for port in ports:
         port.start()
-    threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
-    threading.Thread(target=obey_signals, name="pothead-signals", daemon=True).start()
+    start_thread(wait_for_end, "end")
+    start_thread(obey_signals, "signals")
     signals.call_handlers()
     return 0 if pool.join() else 1
 
@@ -4604,8 +4631,9 @@ def leave_soon(status: int, wait: Callable[[], None]) -> None:
         time.sleep(STOP_NOW_GRACE_S)  # an output that nobody reads must not keep the process, either
         os._exit(status)
 
-    for target in (flush, leave):  # both now: while the interpreter ends, there are no new threads
-        threading.Thread(target=target, name="pothead-exit", daemon=True).start()
+    with contextlib.suppress(OSError):  # then the interpreter ends alone, as long as that takes
+        for target in (flush, leave):  # both now: while it ends, there are no new threads
+            start_thread(target, "exit")
 
 
 def report_left_behind() -> None:

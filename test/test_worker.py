@@ -99,6 +99,16 @@ class Serving:
         return self.peer
 
 
+@contextlib.contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Have the system refuse every new thread: its stack would fill the whole address space."""
+    threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
+
+
 @pytest.fixture
 def serving(listener: wire.Listener) -> Iterator[Callable[..., Serving]]:
     with contextlib.ExitStack() as stack:
@@ -1287,6 +1297,28 @@ def test_fault_of_the_worker_itself_is_logged_and_the_slot_lives_on(
     assert "Traceback" in lines.wait_for("a fault of the worker itself")
     monkeypatch.undo()
     assert ask(served.accept_again()).body == b"hello"
+
+
+def test_slot_lives_on_when_there_is_no_thread_to_be_had(serving: Any, lines: Lines) -> None:
+    served = serving(hello)
+    with no_more_threads():
+        served.peer.close()
+        lines.wait_for("unreachable, trying again: can't start new thread")
+    assert ask(served.accept_again()).status == 200
+    lines.wait_for("INFO connected again")
+    assert len(lines.having("unreachable")) == 1
+
+
+def test_pool_drains_and_stops_when_there_is_no_thread_to_be_had(serving: Any, lines: Lines) -> None:
+    app = Computing()
+    served = serving(app)
+    served.peer.send(request())
+    assert app.began.wait(wire.DEADLINE_S)
+    with no_more_threads():
+        served.pool.stop()
+        lines.wait_for("WARNING a time limit will not be kept: can't start new thread")
+        served.pool.stop_now()
+        assert not served.pool.join()
 
 
 def answers_from(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
