@@ -4002,6 +4002,11 @@ def load_app(name: str) -> WSGIApplication:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = import_module(module_name, name)
+    if is_patched_by_gevent():
+        raise LoadError(
+            f"cannot load {name!r}: it calls gevent.monkey.patch_all(), and slots need real threads and "
+            "sockets; leave that out, or serve it by gevent's own server behind --forward"
+        )
     found: object = None
     for path in [attribute] if attribute else DEFAULT_ATTRIBUTES:
         found = functools.reduce(lambda value, step: getattr(value, step, None), path.split("."), module)
@@ -4013,6 +4018,12 @@ def load_app(name: str) -> WSGIApplication:
     if not callable(found):
         raise LoadError(f"cannot load {name!r}: {path!r} of module {module_name!r} is not callable")
     return found
+
+
+def is_patched_by_gevent() -> bool:
+    """Return whether threads or sockets are not Python's own any more."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and any(map(monkey.is_module_patched, ("threading", "socket", "select")))
 
 
 def find_gate(app: object) -> Gate:

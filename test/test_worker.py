@@ -1747,6 +1747,22 @@ def test_app_that_is_not_there_is_named_in_one_line(modules: Path, name: str, wa
     assert (status, stderr) == (3, f"pothead-worker: {wanted}\n")
 
 
+@pytest.mark.parametrize("patched", ["threading", "socket", "select"])
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+def test_app_that_patches_threads_or_sockets_is_refused(
+    tmp_path: Path, patched: str, mode: list[str]
+) -> None:
+    """With a stand-in for gevent, which is no dependency of the tests: it tells what has been patched."""
+    (tmp_path / "gevent").mkdir()
+    (tmp_path / "gevent" / "__init__.py").touch()
+    (tmp_path / "gevent" / "monkey.py").write_text(f"is_module_patched = lambda name: name == {patched!r}")
+    (tmp_path / "green.py").write_text("import gevent.monkey\nfrom pothead_worker import demo_app as app")
+    status, stderr = run_worker([*mode, "green:app"], tmp_path, {"PYTHONPATH": str(wire.ROOT)})
+    assert status == 3
+    assert stderr.startswith("pothead-worker: cannot load 'green:app': it calls gevent.monkey.patch_all(), ")
+    assert "behind --forward" in stderr and stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [
