@@ -79,6 +79,7 @@ import time
 import traceback
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
@@ -88,6 +89,8 @@ from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
 if TYPE_CHECKING:
+    from signal import _HANDLER
+
     from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -130,7 +133,7 @@ CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.1  # the wait is drawn between half of this and this,
 BACKOFF_LAST_S = 5.0  # doubling until here
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
-EXIT_GRACE_S = 2.0  # how long threads that the app left behind may keep an ended worker alive
+EXIT_GRACE_S = 2.0  # how long what the app has left running may keep an ended worker alive
 
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
@@ -151,6 +154,7 @@ SIDE_VISITORS = 256  # connections that have not said yet what they want; beyond
 SIDE_INTERVAL_S = 1.0  # how often a port looks for what is overdue
 SIDE_SEND_TIMEOUT_S = 10.0  # a reader of metrics or inspection pages who stalls for so long is given up
 SIDE_GRACE_S = 1.0  # how long a page may take when the worker ends
+PAGE_VISITS = 100  # of one page at the same time, each with a thread; beyond, 503
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors left
 
 PICKUP_EXPIRY_S = 20.0  # how long a redirected response waits for its consumer
@@ -191,7 +195,133 @@ class LocalUnreachable(LocalError):
     """It cannot be connected to. Has been logged, once an episode."""
 
 
-# ---- Stopping ----------------------------------------------------------------------------------------
+# ---- Processes that the app forks --------------------------------------------------------------------
+#
+# They are copies of the worker, with its connections and with its way of taking signals. They get neither: a
+# copy of a connection would keep a dead worker's slot open, and a signal for a copy would drain the worker.
+
+
+class TakenSignal(NamedTuple):
+    """A signal that this process handles itself."""
+
+    ours: _HANDLER
+    theirs: _HANDLER  # what the app, or else the interpreter, does about it
+
+
+OWN_SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+TAKEN_SIGNALS: dict[int, TakenSignal] = {}
+masks_before_fork = threading.local()
+
+
+def own(sock: socket.socket) -> socket.socket:
+    """Return a socket that the app does not touch, neither by its forks nor by its default time limit."""
+    sock.settimeout(None)
+    OWN_SOCKETS.add(sock)
+    return sock
+
+
+def own_pair() -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair()
+    return own(one), own(other)
+
+
+def take_signal(number: int, handler: _HANDLER) -> None:
+    """Handle a signal from now on, and remember what the app wants to be done about it."""
+    found = signal.signal(number, handler)
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    ours, theirs = TAKEN_SIGNALS.get(number, (found, default))
+    if found not in (ours, None):  # None was not installed by Python, and cannot be installed by it
+        theirs = found
+    TAKEN_SIGNALS[number] = TakenSignal(handler, theirs)
+
+
+def before_fork() -> None:
+    """Hold signals back: one for the child must not come while it still takes them as the worker does."""
+    masks_before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_SIGNALS)
+
+
+def after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, masks_before_fork.mask)
+
+
+def after_fork_in_child() -> None:
+    # No locks: those that other threads held at the fork are never released here.
+    if TAKEN_SIGNALS:
+        signal.set_wakeup_fd(-1)
+    for number, (ours, theirs) in TAKEN_SIGNALS.items():
+        if signal.getsignal(number) == ours:
+            signal.signal(number, theirs)
+    TAKEN_SIGNALS.clear()
+    for sock in list(OWN_SOCKETS):
+        sock.close()
+    after_fork()
+
+
+os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
+
+
+@contextlib.contextmanager
+def app_code() -> Iterator[None]:
+    """Run code of the app. A process that it forks, and that comes back from it, ends here instead."""
+    pid = os.getpid()
+    try:
+        yield
+    except BaseException as exc:
+        if os.getpid() != pid:
+            end_process(exc)
+        raise
+    if os.getpid() != pid:
+        end_process()
+
+
+def end_process(exc: BaseException | None = None) -> NoReturn:
+    """End the process as the interpreter would, but wait for no threads and call no exit functions."""
+    status = 1
+    try:
+        if exc is None or isinstance(exc, SystemExit):
+            status = exit_status(exc)
+        else:
+            log.error("process %d ended with an exception", os.getpid(), exc_info=exc)
+        flush_output()
+    finally:
+        os._exit(status)
+
+
+def exit_status(exc: SystemExit | None) -> int:
+    code = exc.code if exc else None
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
+            stream.flush()
+
+
+# ---- Threads, and how they are told to stop ----------------------------------------------------------
+
+
+def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
+    """Start a thread that does not keep the process. Raises OSError if the system has none left."""
+    thread = threading.Thread(target=target, name=f"pothead-{name}", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        raise OSError(errno.EAGAIN, str(exc)) from None
+    return thread
+
+
+def try_to_start(timer: threading.Timer) -> bool:
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError as exc:
+        log.warning("a time limit will not be kept: %s", exc)
+        return False
+    return True
 
 
 class Halt:
@@ -200,7 +330,7 @@ class Halt:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._is_set = False
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
 
     def is_set(self) -> bool:
         return self._is_set
@@ -209,7 +339,7 @@ class Halt:
         with self._changed:
             if not self._is_set:
                 self._is_set = True
-                self._writer.close()
+                self._writer.send(b"H")  # nobody sees it closed while another process has it, too
                 self._changed.notify_all()
 
     def wait(self, timeout_s: float | None = None, unless: Callable[[], object] = lambda: False) -> bool:
@@ -229,6 +359,7 @@ class Halt:
     def close(self) -> None:
         self.set()
         self._reader.close()
+        self._writer.close()
 
 
 def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
@@ -702,15 +833,13 @@ class Response(BaseHandler):
         self.request = head
         self.body = body
         self.head: ResponseHead | None = None
-        self.body_bytes = 0  # that the app has given
-        # What completes a body of the app's Content-Length is kept until it is sure that no more follows: a
-        # body that is too long must not be taken for a whole one.
-        self.last_piece = b""
+        self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
         self.ends_with_close = False
         self.says_close = False
         self.request_id = head.fields.get("X_REQUEST_ID", "-")
+        self._pid = os.getpid()
 
     @property
     def has_body(self) -> bool:
@@ -719,10 +848,10 @@ class Response(BaseHandler):
 
     @property
     def is_all_sent(self) -> bool:
-        """Whether the consumer has all of the response, whose length is ours: from now on it may be gone."""
-        assert self.head is not None
-        has_end = not (self.is_chunked or self.ends_with_close)
-        return self.headers_sent and has_end and (not self.has_body or self.head.length is None)
+        """Whether the consumer has all of the response, as its length tells: from now on it may be gone."""
+        if self.head is None or not self.headers_sent or self.is_chunked or self.ends_with_close:
+            return False
+        return not self.has_body or self.body_bytes == self.head.length
 
     # -- calling the app
 
@@ -732,15 +861,19 @@ class Response(BaseHandler):
         Even `sys.exit()` in an app must end nothing but its own request, hence BaseException.
         """
         try:
-            self.setup_environ()
-            self.handler.on_environ(self.environ)
-            try:
-                self.result = application(self.environ, self.start_response)
-                self.finish_response()
-            finally:
-                self.close()
+            with app_code():
+                self._call(application)
         except BaseException as exc:
             self._on_failure(exc)
+
+    def _call(self, application: WSGIApplication) -> None:
+        self.setup_environ()
+        self.handler.on_environ(self.environ)
+        try:
+            self.result = application(self.environ, self.start_response)
+            self.finish_response()
+        finally:
+            self.close()
 
     def add_cgi_vars(self) -> None:
         self.environ.update(build_environ(self.request, self.handler.hub_host))
@@ -793,11 +926,16 @@ class Response(BaseHandler):
         """Send a piece of the body at once. An empty one only notices whether the consumer has gone."""
         if not isinstance(data, bytes):
             raise WSGIViolation(f"the body has a piece of type {type(data).__name__} instead of bytes")
+        self._check_process()
         if data:
             self._check_consumer()
             self._send_piece(data)
-        elif self.head is None or not self.is_all_sent:
+        elif not self.is_all_sent:
             self._check_consumer()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a process that the application has forked cannot answer in its place")
 
     def _check_consumer(self) -> None:
         if self.handler.cancelled.is_set():
@@ -809,15 +947,14 @@ class Response(BaseHandler):
         if self.head is None:
             raise WSGIViolation("the body came before start_response was called")
         length = self.head.length
-        self.body_bytes += len(data)
         if length is None or not self.has_body:
             self._send(data)
-        elif self.body_bytes > length:
+            return
+        left = length - self.body_bytes
+        if len(data) <= left or (self.headers_sent and left):
+            self._send(data[:left])
+        if len(data) > left:
             raise WSGIViolation(f"the body is longer than its Content-Length of {length}")
-        elif self.body_bytes == length:
-            self.last_piece = data
-        else:
-            self._send(data)
 
     def _send(self, data: bytes) -> None:
         start = b"" if self.headers_sent else self._begin(len(data))
@@ -827,18 +964,18 @@ class Response(BaseHandler):
             self._write(start + b"%x\r\n" % len(data), data, b"\r\n")
         else:
             self._write(start, data)
+        self.body_bytes += len(data)
 
     def finish_content(self) -> None:
         """Send what ends the response, if it is whole."""
+        self._check_process()
         if self.head is None:
             raise WSGIViolation("start_response was not called")
         if not self.is_all_sent:
             self._check_consumer()
         if self.has_body and self.body_bytes < (self.head.length or 0):
             raise WSGIViolation(f"the body is shorter than its Content-Length of {self.head.length}")
-        if self.last_piece:
-            self._send(self.last_piece)
-        elif not self.headers_sent:
+        if not self.headers_sent:
             self._write(self._begin(0))
         elif self.is_chunked:
             self._write(b"0\r\n\r\n")
@@ -872,9 +1009,11 @@ class Response(BaseHandler):
         return start
 
     def _choose_framing(self, first_bytes: int) -> list[tuple[str, str]]:
+        assert self.head is not None
         if first_bytes == 0 and self.request.method == "HEAD":
             return []  # the app did not say how long the body would be
         if first_bytes == 0 or (isinstance(self.result, (list, tuple)) and len(self.result) == 1):
+            self.head = self.head._replace(length=first_bytes)
             return [("Content-Length", str(first_bytes))]
         self.is_chunked = self.has_body
         return [("Transfer-Encoding", "chunked")]
@@ -910,6 +1049,7 @@ class Response(BaseHandler):
     def _send_error(self, status: str) -> None:
         """Answer in the app's place, if no byte of its own response has been sent."""
         if self.headers_sent:
+            self.is_complete = self.is_complete or self.is_all_sent
             return
         text = f"{status}\nrequest id: {self.request_id}\n".encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
@@ -1212,9 +1352,8 @@ class Forwarder:
             self._report(is_unreachable=True, reason=exc)
             raise LocalUnreachable(str(exc)) from None
         self._report(is_unreachable=False)
-        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+        return own(sock)
 
     def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
         with self._lock:
@@ -1409,7 +1548,7 @@ class HangUpWatcher:
         self._epoll.register(self._over, select.EPOLLIN)
         self._lock = threading.Lock()
         self._handlers: dict[int, RequestHandler] = {}
-        threading.Thread(target=self._run, name="pothead-watcher", daemon=True).start()
+        start_thread(self._run, "watcher")
 
     def add(self, handler: RequestHandler) -> None:
         fd = handler.connection.fileno()
@@ -1450,7 +1589,7 @@ class PeekingWatcher:
     def __init__(self) -> None:
         self._over = threading.Event()
         self._handlers: set[RequestHandler] = set()
-        threading.Thread(target=self._run, name="pothead-watcher", daemon=True).start()
+        start_thread(self._run, "watcher")
 
     def add(self, handler: RequestHandler) -> None:
         self._handlers.add(handler)
@@ -1521,7 +1660,7 @@ class SideDoor:
     ) -> None:
         """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
         self._name = name
-        self._listener = socket.create_server((host, port)) if host else listen_everywhere(port)
+        self._listener = own(socket.create_server((host, port)) if host else listen_everywhere(port))
         self._listener.setblocking(False)
         self._host = host or "*"
         self.port = int(self._listener.getsockname()[1])
@@ -1533,8 +1672,7 @@ class SideDoor:
 
     def start(self) -> None:
         log.info("listening %s=%s:%d", self._name, self._host, self.port)
-        self._thread = threading.Thread(target=self._run, name=f"pothead-{self._name}", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, self._name)
 
     def close(self) -> None:
         """End the thread, and close whatever nobody has taken over. May be called again."""
@@ -1597,7 +1735,7 @@ class SideDoor:
             return
         if len(self._visitors) >= SIDE_VISITORS:
             self._drop(next(iter(self._visitors.values())))
-        sock.setblocking(False)
+        own(sock).setblocking(False)
         visitor = Visitor(sock, plain_address(address[0]))
         self._visitors[sock.fileno()] = visitor
         self._selector.register(sock, selectors.EVENT_READ, visitor)
@@ -1683,20 +1821,31 @@ class PagePort(SideDoor):
         """Set `pages`, by path, before `start`. Raises OSError."""
         super().__init__(name, port, host)
         self.pages: Mapping[str, PageMaker] = {}
-        self._visits: list[threading.Thread] = []
+        self._visits: dict[str, list[threading.Thread]] = {}  # by path
+        self._crowded: set[str] = set()  # paths whose limit has been told
 
     def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
-        make_page = self.pages.get(head.target.partition("?")[0])
-        if make_page is None:
+        path = head.target.partition("?")[0]
+        if path not in self.pages:
             text = f"There is only {', '.join(self.pages)} here.\n"
             return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
-        return functools.partial(self._begin_visit, make_page, head)
+        self._visits[path] = visits = [*filter(threading.Thread.is_alive, self._visits.get(path, []))]
+        if len(visits) >= PAGE_VISITS:
+            if path not in self._crowded:
+                log.warning("%s: too many visitors at a time of %s", self._name, path)
+            self._crowded.add(path)
+            return plain_answer("503 Service Unavailable", is_head=head.method == "HEAD")
+        self._crowded.discard(path)
+        return functools.partial(self._begin_visit, path, head)
 
-    def _begin_visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
-        name = f"pothead-{self._name}-page"
-        visit = threading.Thread(target=self._visit, args=(make_page, head, sock), name=name, daemon=True)
-        self._visits = [*filter(threading.Thread.is_alive, self._visits), visit]
-        visit.start()
+    def _begin_visit(self, path: str, head: RequestHead, sock: socket.socket) -> None:
+        visit = functools.partial(self._visit, self.pages[path], head, sock)
+        try:
+            self._visits[path].append(start_thread(visit, f"{self._name}-page"))
+        except OSError as exc:
+            log.warning("%s: cannot show %s: %s", self._name, path, exc.strerror)
+            with sock, contextlib.suppress(OSError):
+                sock.send(plain_answer("503 Service Unavailable", is_head=head.method == "HEAD"))
 
     def _visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
         with sock:
@@ -1713,7 +1862,7 @@ class PagePort(SideDoor):
         """End, after a moment for the pages that are under way."""
         super().close()
         ends_at = time.monotonic() + SIDE_GRACE_S
-        for visit in self._visits:
+        for visit in itertools.chain(*self._visits.values()):
             visit.join(max(0.0, ends_at - time.monotonic()))
 
 
@@ -1982,6 +2131,8 @@ class RedirectingHandler(RequestHandler):
                 if self.is_whole:
                     set_reset_on_close(self.connection, False)
                     close_gently(self.connection)
+                else:
+                    self.cut_off()
 
 
 # ---- A process for each request: the worker's side ---------------------------------------------------
@@ -2054,8 +2205,7 @@ class ForkServer:
     def start(self) -> None:
         """Return when the app is imported. Raises LoadError."""
         self._launch()
-        self._keeper = threading.Thread(target=self._keep, name="pothead-fork-server", daemon=True)
-        self._keeper.start()
+        self._keeper = start_thread(self._keep, "fork-server")
 
     def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
         """Have a process made that owns `sock` and the other end of the control channel.
@@ -2095,7 +2245,7 @@ class ForkServer:
 
     def _launch(self) -> None:
         """Start a fork server. Raises LoadError."""
-        orders, theirs = socket.socketpair()
+        orders, theirs = own_pair()
         try:
             with theirs:
                 process = self._spawn(theirs)
@@ -2240,7 +2390,7 @@ class RequestProcess:
         self.is_overdue = False
         self.failure = ""  # how it ended, if not as it should
         self._handler = handler
-        self._control, self._other_end = socket.socketpair()
+        self._control, self._other_end = own_pair()
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
@@ -2426,10 +2576,6 @@ class ProcessHandler(RedirectingHandler):
             with contextlib.suppress(OSError):
                 self.connection.sendall(plain_answer("504 Gateway Timeout"))
             close_gently(self.connection)
-        if self.close_connection:
-            # A descendant may have escaped with its own descriptor, so closing ours would not be enough.
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
 
     def _log_ending(self, process: RequestProcess, request_id: str) -> None:
         if process.reason:
@@ -2442,7 +2588,8 @@ class ProcessHandler(RedirectingHandler):
     def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
-            self._callbacks[name](*arguments, **keywords)
+            with app_code():
+                self._callbacks[name](*arguments, **keywords)
         except Exception:
             log.exception("%s failed", name)
 
@@ -2485,10 +2632,10 @@ def load_prctl() -> Callable[[int, int], object]:
 
 def run_fork_server(fd: int) -> int:
     """Be the fork server at the other end of `fd`. Returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group, but the worker decides
-        signal.signal(number, ignore_signal)
+    for number in Forker.SIGNALS:  # Ctrl-C reaches the whole group, but the worker decides
+        take_signal(number, ignore_signal)
     ignore_hang_up()
-    with socket.socket(fileno=fd) as orders:
+    with own(socket.socket(fileno=fd)) as orders:
         orders.set_inheritable(False)
         with orders.makefile("rb") as file:
             order = json.loads(file.readline())
@@ -2506,14 +2653,8 @@ def run_fork_server(fd: int) -> int:
         forker = Forker(orders, app, log.level)
         Channel(orders).tell(threads=", ".join(threads))
         forker.run()
-    threading.Thread(target=insist_on_exit, args=(0,), daemon=True).start()
+    leave_soon(0, lambda: time.sleep(EXIT_GRACE_S))
     return 0
-
-
-def flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # perhaps there is none, or the app has put one of its own there
-            stream.flush()
 
 
 def ignore_signal(_number: int, _frame: FrameType | None) -> None:
@@ -2523,7 +2664,7 @@ def ignore_signal(_number: int, _frame: FrameType | None) -> None:
 def ignore_hang_up() -> None:
     """Ignore SIGHUP in this process; in those it starts only if it has been told to (by `nohup`)."""
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, ignore_signal)
+        take_signal(signal.SIGHUP, ignore_signal)
 
 
 class Forked(NamedTuple):
@@ -2540,6 +2681,8 @@ class Forker:
     another process group, is handed up to here in the end, and is killed.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+
     def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
         self._orders = orders
         self._app = app
@@ -2549,23 +2692,15 @@ class Forker:
         self._helpers = children_of_this_process()  # of the app, which began when it was imported
         self._forked: dict[int, Forked] = {}  # by the descriptor of `control`
         self._kill_at: dict[int, float] = {}  # by the same
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._handlers: dict[signal.Signals, object] = {}
-        self._set_signals()
+        for number in self.SIGNALS:  # the app may have taken them
+            take_signal(number, ignore_signal)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._poller = select.poll()
         self._poller.register(orders, select.POLLIN)
         self._poller.register(self._reader, select.POLLIN)
-
-    def _set_signals(self) -> None:
-        """Take the signals, and remember what the app wants to be done at them: that is for its processes."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            wanted = signal.signal(number, ignore_signal)
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            # None is a handler that was not installed by Python, and cannot be installed by it.
-            self._handlers[number] = default if wanted in (ignore_signal, None) else wanted
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Serve the worker until it closes its end or is gone; then kill whatever still runs."""
@@ -2595,7 +2730,9 @@ class Forker:
         if not order:
             return False
         if len(fds) == 2:
-            self._fork(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+            connection, control = [socket.socket(fileno=fd) for fd in fds]
+            control.settimeout(None)
+            self._fork(connection, control)
         else:  # no descriptors left: the worker sees its channel close
             for fd in fds:
                 os.close(fd)
@@ -2615,33 +2752,21 @@ class Forker:
                 return
             if pid == 0:
                 self._become_process(parent, connection, control)
-        self._forked[control.fileno()] = Forked(pid, control)
+        self._forked[control.fileno()] = Forked(pid, own(control))
         self._poller.register(control, select.POLLRDHUP)
 
     def _become_process(self, parent: int, connection: socket.socket, control: socket.socket) -> NoReturn:
         """Serve the request and end. Nothing of the fork server may run in this process."""
-        status = 1
         try:
             os.setsid()
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             self._prctl(PR_SET_CHILD_SUBREAPER, 1)
             if os.getppid() != parent:
                 os._exit(1)  # it died before it could take us with it
-            signal.set_wakeup_fd(-1)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
-            for sock in (self._orders, self._reader, self._writer):
-                sock.close()
-            for other in self._forked.values():
-                other.control.close()
-            serve_one_request(self._app, connection, control, self._level)
-            status = 0
-        except BaseException:
-            log.exception("a fault of the worker itself")
-        finally:
-            flush_output()
-            # Without the interpreter's own ending, for which threads and exit functions could wait.
-            os._exit(status)
+            serve_one_request(self._app, own(connection), control, self._level)
+        except BaseException as exc:
+            end_process(exc)
+        end_process()
 
     # -- killing and reaping
 
@@ -2822,7 +2947,7 @@ class Orders:
         except OSError:
             return False
         if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            self._consumer = socket.socket(fileno=fds[0])
+            self._consumer = own(socket.socket(fileno=fds[0]))
             self.may_chunk = order == PICKED_UP
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
@@ -3183,8 +3308,8 @@ class Connector:
             if self._answers is not None and not self._answers:
                 return self._answers
             answers: Answers = []
+            start_thread(ask, "resolver")
             self._answers = answers
-            threading.Thread(target=ask, name="pothead-resolver", daemon=True).start()
             return answers
 
     def _dial(
@@ -3195,7 +3320,7 @@ class Connector:
         _name: str,
         address: SocketAddress,
     ) -> socket.socket:
-        sock = socket.socket(family, kind, protocol)
+        sock = own(socket.socket(family, kind, protocol))
         try:
             sock.setblocking(False)
             error = sock.connect_ex(address)
@@ -3367,6 +3492,8 @@ class Slot:
         with sock:
             self._reachability.on_connected(self)
             handler = self._handle(sock)
+            with contextlib.suppress(OSError):  # closing is not enough if another process holds it, too
+                sock.shutdown(socket.SHUT_RDWR)
         closed_at = time.monotonic()
         has_served = bool(handler and handler.has_served)
         if handler and not has_served and not self.halt.is_set():
@@ -3467,7 +3594,8 @@ class Offer:
         if method is None:
             return
         try:
-            method(*arguments)
+            with app_code():
+                method(*arguments)
         except BaseException:
             log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
 
@@ -3542,22 +3670,18 @@ class GateLoop:
 
     def _let_one_through(self) -> None:
         asked_at = time.monotonic()
-        offer = Offer(self._gate(self._halt.is_set))
+        with app_code():
+            offer = Offer(self._gate(self._halt.is_set))
         self._metrics.on_gate(time.monotonic() - asked_at)
         self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
-        try:
-            if self._has_failed:  # here and not before: the gate may have been waiting all the time
-                self._pause()
-            if self._halt.is_set():
-                offer.end()
-                return
-            with self._lock:
-                self._waiting += 1
-            self._open_slot(offer)
-        except BaseException:  # no thread to be had
+        if self._has_failed:  # here and not before: the gate may have been waiting all the time
+            self._pause()
+        if self._halt.is_set():
             offer.end()
-            self._on_taken()
-            raise
+            return
+        with self._lock:
+            self._waiting += 1
+        self._open_slot(offer)
 
     def on_request(self) -> None:
         """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
@@ -3628,7 +3752,6 @@ class WorkerPool:
         self._was_cut_off = False
         self._timer: threading.Timer | None = None
         self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
-        self._gate_timer.daemon = True
         self._has_gate_ended = False
         self._ended = threading.Event()
 
@@ -3656,7 +3779,7 @@ class WorkerPool:
             self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
             self._running = self.workers
             for number, slot in enumerate(self._slots, 1):
-                threading.Thread(target=slot.run, name=f"pothead-slot-{number}", daemon=True).start()
+                start_thread(slot.run, f"slot-{number}")
 
     def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
         self.reachability = reachability = Reachability(self.address, 1, "gated")
@@ -3664,11 +3787,15 @@ class WorkerPool:
 
         def open_slot(offer: Offer) -> None:
             slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
-            thread = threading.Thread(target=slot.run, name=f"pothead-slot-{next(numbers)}", daemon=True)
-            with self._lock:
-                thread.start()
-                self._slots.append(slot)
-                self._running += 1
+            try:
+                with self._lock:
+                    start_thread(slot.run, f"slot-{next(numbers)}")
+                    self._slots.append(slot)
+                    self._running += 1
+            except OSError as exc:
+                reachability.on_failed(exc)
+                gate_loop.on_slot_end(had_request=False, is_good=False)
+                offer.end()
 
         def run() -> None:
             gate_loop.run()
@@ -3676,7 +3803,7 @@ class WorkerPool:
 
         gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
         self._running = 1
-        threading.Thread(target=run, name="pothead-gate", daemon=True).start()
+        start_thread(run, "gate")
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
@@ -3697,7 +3824,7 @@ class WorkerPool:
                 self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
                 if self.gate:
-                    self._gate_timer.start()
+                    try_to_start(self._gate_timer)
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -3710,7 +3837,8 @@ class WorkerPool:
             if busy:
                 self._was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
-            self._schedule(STOP_NOW_GRACE_S, self._ended.set)
+            if not self._schedule(STOP_NOW_GRACE_S, self._ended.set):
+                self._ended.set()
 
     def leave(self) -> None:
         """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
@@ -3721,16 +3849,14 @@ class WorkerPool:
 
         with self._lock:
             slots = list(self._slots)
-        telling = threading.Thread(target=tell, name="pothead-leave", daemon=True)
-        telling.start()
-        telling.join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
+        with contextlib.suppress(OSError):
+            start_thread(tell, "leave").join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
-    def _schedule(self, wait_s: float, action: Callable[[], None]) -> None:
+    def _schedule(self, wait_s: float, action: Callable[[], None]) -> bool:
         if self._timer:
             self._timer.cancel()
         self._timer = threading.Timer(wait_s, action)
-        self._timer.daemon = True
-        self._timer.start()
+        return try_to_start(self._timer)
 
     def _on_gate_end(self) -> None:
         """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
@@ -3998,6 +4124,11 @@ def load_app(name: str) -> WSGIApplication:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = import_module(module_name, name)
+    if is_patched_by_gevent():
+        raise LoadError(
+            f"cannot load {name!r}: it calls gevent.monkey.patch_all(), and slots need real threads and "
+            "sockets; leave that out, or serve it by gevent's own server behind --forward"
+        )
     found: object = None
     for path in [attribute] if attribute else DEFAULT_ATTRIBUTES:
         found = functools.reduce(lambda value, step: getattr(value, step, None), path.split("."), module)
@@ -4044,6 +4175,12 @@ def takes_two(app: Callable[..., object]) -> bool:
         except TypeError:
             return False
     return True
+
+
+def is_patched_by_gevent() -> bool:
+    """Return whether threads or sockets are not Python's own any more."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and any(map(monkey.is_module_patched, ("threading", "socket", "select")))
 
 
 def find_gate(app: object) -> Gate:
@@ -4633,16 +4770,21 @@ class Signals:
     They come through a descriptor, since a main thread that waits for a lock or a queue would miss one that
     arrives just before it waits. SIGHUP is ignored: there is nothing to read again, and a closed terminal is
     no reason to drop requests.
+
+    An app may have installed handlers of its own when it was imported. The main thread calls them, and has
+    nothing else to do: one that never returns, or that wants to exit, stops nobody.
     """
 
     END = 0
+    TAKEN = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self._is_loading = True
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = own_pair()
         self._writer.setblocking(False)
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._for_app: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in self.TAKEN:
+            take_signal(number, self._on_signal)
         ignore_hang_up()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -4650,22 +4792,52 @@ class Signals:
             raise KeyboardInterrupt
 
     def listen(self) -> None:
-        """Stop raising; called after the import, in which an app may use the wake-up descriptor itself."""
+        """Stop raising, and take the signals from the app, which has been imported."""
+        for number in self.TAKEN:
+            take_signal(number, self._on_signal)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._is_loading = False
 
-    def wait(self) -> int:
-        """Return the number of the next signal of any kind, or END."""
-        return self._reader.recv(1)[0]
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Return the number of the next signal of any kind, or END, also when the time is over."""
+        has_come = wait_ready(self._reader, select.POLLIN, None, timeout_s)
+        return self._reader.recv(1)[0] if has_come else self.END
+
+    def wait_for_impatience(self) -> None:
+        """Return when told once more to end, or after a short grace."""
+        ends_at = time.monotonic() + EXIT_GRACE_S
+        while (left_s := ends_at - time.monotonic()) > 0 and self.wait(left_s) not in self.TAKEN:
+            pass
 
     def end(self) -> None:
         """Have `wait` return END. Called by another thread."""
         self._writer.send(bytes([self.END]))
 
+    def pass_on(self, number: int) -> None:
+        """Have the main thread call the app's own handler, or return from `call_handlers` after END."""
+        self._for_app.put(number)
+
+    def call_handlers(self) -> None:
+        """Call the app's handlers for what is passed on, each once, until END is."""
+        handlers: dict[int, _HANDLER] = {number: TAKEN_SIGNALS[number].theirs for number in self.TAKEN}
+        is_over = False
+        while not is_over:
+            try:
+                number = self._for_app.get()  # where handlers of other signals may raise, too
+                is_over = number == self.END
+                handler = handlers.pop(number, None)
+                if callable(handler) and handler is not signal.default_int_handler:
+                    handler(number, None)
+            except SystemExit:  # the worker exits, too, in its own time
+                pass
+            except BaseException:
+                log.exception("a signal handler of the application raised an exception")
+
     def close(self) -> None:
-        signal.set_wakeup_fd(-1)
-        self._reader.close()
-        self._writer.close()
+        """Close the descriptors, unless signals are listened to: that lasts to the end of the process."""
+        if self._is_loading:
+            self._reader.close()
+            self._writer.close()
 
 
 Door = TypeVar("Door", bound=SideDoor)
@@ -4755,17 +4927,32 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
     return pool, [port for port in (inspection, scrapes) if port]
 
 
-def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool:
-    """Run the pool and obey the signals until it has ended. Return True if no request was cut off."""
+def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> int:
+    """Run the pool and obey the signals until it has ended. Returns the exit status."""
 
     def wait_for_end() -> None:
         pool.join()
         signals.end()
 
+    def obey_signals() -> None:
+        status = 1
+        try:
+            status = 0 if obey(pool, signals) else 1
+        finally:
+            leave_soon(status, signals.wait_for_impatience)  # before the main thread begins to end
+            signals.pass_on(Signals.END)
+
     pool.start()
     for port in ports:
         port.start()
-    threading.Thread(target=wait_for_end, name="pothead-end", daemon=True).start()
+    start_thread(wait_for_end, "end")
+    start_thread(obey_signals, "signals")
+    signals.call_handlers()
+    return 0 if pool.join() else 1
+
+
+def obey(pool: WorkerPool, signals: Signals) -> bool:
+    """Obey the signals until the pool has ended. Return True if no request was cut off."""
     is_draining = False
     while (number := signals.wait()) != Signals.END:
         if number == signal.SIGINT or (number == signal.SIGTERM and is_draining):
@@ -4774,6 +4961,7 @@ def serve(pool: WorkerPool, ports: Sequence[PagePort], signals: Signals) -> bool
             pool.stop()
             log.info("draining")  # after it, so that whoever reads this can rely on it
             is_draining = True
+        signals.pass_on(number)
     is_clean = pool.join()
     pool.leave()
     return is_clean
@@ -4799,7 +4987,10 @@ def check(given: Given, stack: contextlib.ExitStack) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the worker as a process; it keeps the signal handlers it installs. Returns the exit status."""
+    """Run the worker as a process, which ends soon after this has returned its exit status.
+
+    The signal handlers that it installs stay.
+    """
     words = sys.argv[1:] if argv is None else argv
     with contextlib.ExitStack() as stack:
         try:
@@ -4814,28 +5005,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 pool, ports = prepare(options, stack)
             signals.listen()
-        except (UsageError, LoadError) as exc:
-            complain(str(exc), find_log_format(words, os.environ), getattr(exc, "trace", ""))
-            return 2 if isinstance(exc, UsageError) else 3
+        except UsageError as exc:
+            complain(str(exc), find_log_format(words, os.environ))
+            return 2
+        except LoadError as exc:
+            complain(str(exc), find_log_format(words, os.environ), exc.trace)
+            status = 3
         except KeyboardInterrupt:
-            signals.listen()  # an impatient second one must not show a traceback
-            return 0
-        status = 0 if given.is_check or serve(pool, ports, signals) else 1
-    threading.Thread(target=insist_on_exit, args=(status,), name="pothead-exit", daemon=True).start()
-    return status
+            status = 0
+        else:
+            if not given.is_check:
+                return serve(pool, ports, signals)
+            status = 0
+        signals.listen()  # an impatient second one must not show a traceback
+        leave_soon(status, signals.wait_for_impatience)
+        return status
 
 
-def insist_on_exit(status: int) -> None:
-    """End the process even if threads of the app, for which the interpreter waits, keep it alive."""
-    ends_at = time.monotonic() + EXIT_GRACE_S
-    others = [thread for thread in threading.enumerate() if not thread.daemon]
-    for thread in others:
-        thread.join(max(0, ends_at - time.monotonic()))
-    left = [thread.name for thread in others if thread.is_alive()]
-    if left and not threading.main_thread().is_alive():
-        log.warning("leaving without threads of the application: %s", ", ".join(left))
-        sys.stdout.flush()
+def leave_soon(status: int, wait: Callable[[], None]) -> None:
+    """End the process after `wait`, whatever the app has left running that the interpreter waits for."""
+    has_waited = threading.Event()
+
+    def flush() -> None:
+        has_waited.wait()
+        flush_output()
         os._exit(status)
+
+    def leave() -> None:
+        wait()
+        report_left_behind()
+        has_waited.set()
+        time.sleep(STOP_NOW_GRACE_S)  # an output that nobody reads must not keep the process, either
+        os._exit(status)
+
+    with contextlib.suppress(OSError):  # then the interpreter ends alone, as long as that takes
+        for target in (flush, leave):  # both now: while it ends, there are no new threads
+            start_thread(target, "exit")
+
+
+def report_left_behind() -> None:
+    main_thread = threading.main_thread()
+    threads = [thread.name for thread in threading.enumerate() if thread is not main_thread]
+    left = [name for name in threads if not name.startswith("pothead-")]
+    if left:
+        log.warning("leaving without threads of the application: %s", ", ".join(left))
+    else:
+        log.warning("leaving although the application has not finished its exit")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import lzma
 import re
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -96,6 +97,16 @@ class Serving:
         self.peer.close()
         self.peer = self.listener.accept()
         return self.peer
+
+
+@contextlib.contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Have the system refuse every new thread: its stack would fill the whole address space."""
+    threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
 
 
 @pytest.fixture
@@ -209,6 +220,20 @@ def test_each_piece_is_sent_before_the_next_is_made(serving: Any) -> None:
     peer.expect(b"5\r\nfirst\r\n")
     go_on.set()
     peer.expect(b"6\r\nsecond\r\n0\r\n\r\n")
+
+
+def test_piece_that_completes_the_body_is_sent_before_the_app_goes_on(serving: Any) -> None:
+    go_on = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"wh"
+        yield b"ole"
+        assert go_on.wait(wire.DEADLINE_S)
+
+    peer = serving(app_returning(pieces, headers=[("Content-Length", "5")])).peer
+    for _ in range(2):
+        assert ask(peer).body == b"whole"
+        go_on.set()
 
 
 def test_large_pieces_arrive_whole(serving: Any) -> None:
@@ -474,9 +499,8 @@ def test_short_body_is_not_passed_off_as_whole(serving: Any, lines: Lines) -> No
     lines.wait_for("shorter than its Content-Length of 5")
 
 
-@pytest.mark.parametrize("pieces", [[b"whole and more"], [b"whole", b" and more"], [b"whole", b"", b"!"]])
-def test_long_body_that_is_noticed_in_time_gives_500(serving: Any, lines: Lines, pieces: list[bytes]) -> None:
-    body = Body(*pieces)
+def test_piece_that_is_too_long_gives_500_as_long_as_nothing_was_sent(serving: Any, lines: Lines) -> None:
+    body = Body(b"whole and more")
     peer = serving(app_returning(body, headers=[("Content-Length", "5")])).peer
     for _ in range(2):
         assert ask(peer).status == 500
@@ -484,27 +508,48 @@ def test_long_body_that_is_noticed_in_time_gives_500(serving: Any, lines: Lines,
     lines.wait_for("longer than its Content-Length of 5", 2)
 
 
-@pytest.mark.parametrize("pieces", [[b"wh", b"ole and more"], [b"wh", b"ole", b"!"]])
-def test_long_body_is_not_passed_off_as_whole(serving: Any, lines: Lines, pieces: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"whole", b" and more"],
+        [b"whole", b"", b"!"],
+        [b"wh", b"ole and more"],
+        [b"wh", b"ole", b"!", AssertionError("went on")],
+    ],
+)
+def test_long_body_is_cut_at_its_length(serving: Any, lines: Lines, pieces: list[Any]) -> None:
+    """The slot is kept: to close it without a word could destroy the request that the hub sends next."""
     body = Body(*pieces)
-    served = serving(app_returning(body, headers=[("Content-Length", "5")]))
-    served.peer.send(request())
-    served.peer.read_head()
-    served.peer.expect(b"wh")
-    served.peer.expect_eof()
-    assert body.closed == 1
-    lines.wait_for("longer than its Content-Length of 5")
-    assert served.accept_again()
+    peer = serving(app_returning(body, headers=[("Content-Length", "5"), DATE])).peer
+    for _ in range(2):
+        peer.send(request())
+        peer.expect(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n%b\r\nwhole" % DATE_LINE)
+    lines.wait_for("ERROR request r1: WSGI violation: the body is longer than its Content-Length of 5", 2)
+    assert body.closed == 2
+    assert not lines.having("went on")
 
 
-def test_written_body_that_is_too_long_gives_500(serving: Any, lines: Lines) -> None:
+def test_written_body_is_cut_at_its_length(serving: Any, lines: Lines) -> None:
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         write = start_response("200 OK", [("Content-Length", "5")])
         write(b"whole")
         return [b"!"]
 
-    assert ask(serving(app).peer).status == 500
-    lines.wait_for("longer than its Content-Length of 5")
+    peer = serving(app).peer
+    for _ in range(2):
+        assert ask(peer).body == b"whole"
+    lines.wait_for("longer than its Content-Length of 5", 2)
+
+
+def test_list_of_one_item_that_grows_is_cut_at_the_length_of_the_first(serving: Any, lines: Lines) -> None:
+    class Growing(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield from [b"whole", b" and more"]
+
+    peer = serving(app_returning(lambda: Growing([b"one item"]))).peer
+    for _ in range(2):
+        assert ask(peer).body == b"whole"
+    lines.wait_for("longer than its Content-Length of 5", 2)
 
 
 def replacing_the_head(environ: Environ, start_response: Any) -> Iterable[bytes]:
@@ -538,6 +583,31 @@ def test_exc_info_after_the_head_raises_it_again(serving: Any, lines: Lines) -> 
     peer.read_until(b"4\r\npart\r\n")
     peer.expect_eof()
     assert "RuntimeError: the original" in lines.wait_for("the application raised")
+
+
+@pytest.mark.parametrize("length", [[], [("Content-Length", "5")]], ids=["ours", "the app's"])
+def test_exc_info_after_the_whole_body_raises_it_again_and_spoils_nothing(
+    serving: Any, lines: Lines, length: list[tuple[str, str]]
+) -> None:
+    class Failing(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"whole"
+            try:
+                raise RuntimeError("the original")
+            except RuntimeError:
+                starts.pop()("503 Too Late", [("Content-Length", "5")], sys.exc_info())
+            yield b"never"
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", length)
+        starts.append(start_response)
+        return Failing([b"one item"])
+
+    starts: list[Any] = []
+    peer = serving(app).peer
+    for _ in range(2):  # on the same connection, where another byte would be seen
+        assert ask(peer).body == b"whole"
+    assert "RuntimeError: the original" in lines.wait_for("the application raised", 2)
 
 
 @pytest.mark.parametrize(
@@ -1112,8 +1182,11 @@ def test_response_that_is_complete_too_late_is_dropped(serving: Any, lines: Line
     lines.wait_for("the consumer has gone")
 
 
+@pytest.mark.parametrize("length", [[], [("Content-Length", "5")]], ids=["ours", "the app's"])
 @pytest.mark.parametrize("last", [[], [b""]])
-def test_consumer_that_has_got_everything_may_go(serving: Any, lines: Lines, last: list[bytes]) -> None:
+def test_consumer_that_has_got_everything_may_go(
+    serving: Any, lines: Lines, last: list[bytes], length: list[tuple[str, str]]
+) -> None:
     """The hub knows a response's end by its length, and may close before the app's iterable has ended."""
     has_ended = threading.Event()
 
@@ -1130,7 +1203,7 @@ def test_consumer_that_has_got_everything_may_go(serving: Any, lines: Lines, las
 
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         environs.append(environ)
-        start_response("200 OK", [])
+        start_response("200 OK", length)
         return Body([b"one item"])  # so that its length is known
 
     served = serving(app)
@@ -1307,6 +1380,28 @@ def test_fault_of_the_worker_itself_is_logged_and_the_slot_lives_on(
     assert "Traceback" in lines.wait_for("a fault of the worker itself")
     monkeypatch.undo()
     assert ask(served.accept_again()).body == b"hello"
+
+
+def test_slot_lives_on_when_there_is_no_thread_to_be_had(serving: Any, lines: Lines) -> None:
+    served = serving(hello)
+    with no_more_threads():
+        served.peer.close()
+        lines.wait_for("unreachable, trying again: can't start new thread")
+    assert ask(served.accept_again()).status == 200
+    lines.wait_for("INFO connected again")
+    assert len(lines.having("unreachable")) == 1
+
+
+def test_pool_drains_and_stops_when_there_is_no_thread_to_be_had(serving: Any, lines: Lines) -> None:
+    app = Computing()
+    served = serving(app)
+    served.peer.send(request())
+    assert app.began.wait(wire.DEADLINE_S)
+    with no_more_threads():
+        served.pool.stop()
+        lines.wait_for("WARNING a time limit will not be kept: can't start new thread")
+        served.pool.stop_now()
+        assert not served.pool.join()
 
 
 def answers_from(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
@@ -1837,6 +1932,22 @@ def test_app_that_is_not_there_is_named_in_one_line(modules: Path, name: str, wa
     assert (status, stderr) == (3, f"pothead-worker: {wanted}\n")
 
 
+@pytest.mark.parametrize("patched", ["threading", "socket", "select"])
+@pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
+def test_app_that_patches_threads_or_sockets_is_refused(
+    tmp_path: Path, patched: str, mode: list[str]
+) -> None:
+    """With a stand-in for gevent, which is no dependency of the tests: it tells what has been patched."""
+    (tmp_path / "gevent").mkdir()
+    (tmp_path / "gevent" / "__init__.py").touch()
+    (tmp_path / "gevent" / "monkey.py").write_text(f"is_module_patched = lambda name: name == {patched!r}")
+    (tmp_path / "green.py").write_text("import gevent.monkey\nfrom pothead_worker import demo_app as app")
+    status, stderr = run_worker([*mode, "green:app"], tmp_path, {"PYTHONPATH": str(wire.ROOT)})
+    assert status == 3
+    assert stderr.startswith("pothead-worker: cannot load 'green:app': it calls gevent.monkey.patch_all(), ")
+    assert "behind --forward" in stderr and stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [
@@ -2043,3 +2154,163 @@ def test_app_that_configures_logging_does_not_silence_the_worker(
         assert worker.wait() == 0
         assert worker.stderr.count("RuntimeError: oops") == 2
         worker.errors.clear()  # its tracebacks would be faults otherwise
+
+
+STAYING_APP = """
+    import atexit, threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    EXECUTOR = ThreadPoolExecutor(1, "hung")
+
+    def stay():
+        print("last words", end="")
+        print("staying", flush=True, file=sys.stderr)
+        threading.Event().wait(60)
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/job":
+            EXECUTOR.submit(stay)
+        else:
+            atexit.register(stay)
+        start_response("200 OK", [])
+        return []
+"""
+
+# With more patience than a test has, and an output that is buffered, as it is for users.
+PATIENT_WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+import pothead_worker
+pothead_worker.EXIT_GRACE_S = 3600.0
+sys.exit(pothead_worker.main())
+"""
+
+
+@pytest.fixture
+def staying_app(tmp_path: Path) -> Path:
+    (tmp_path / "staying.py").write_text("import sys\n" + textwrap.dedent(STAYING_APP))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/job", "leaving without threads of the application: hung_0"),
+        ("/at-exit", "leaving although the application has not finished its exit"),
+    ],
+)
+def test_drained_process_ends_whatever_the_app_still_does(
+    listener: wire.Listener, staying_app: Path, path: str, told: str
+) -> None:
+    with wire.worker_process(listener, "staying:app", cwd=staying_app) as worker, listener.accept() as peer:
+        assert ask(peer, f"GET {path}").status == 200
+        worker.terminate()
+        peer.expect_eof()
+        worker.wait_for_error(is_line(told))
+        assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("path", ["/job", "/at-exit"])
+def test_process_that_is_told_once_more_waits_for_nothing_of_the_app(
+    listener: wire.Listener, staying_app: Path, path: str, number: signal.Signals
+) -> None:
+    code = PATIENT_WORKER.format(root=str(wire.ROOT))
+    arguments = ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
+    program = wire.Program([sys.executable, "-W", "error", "-c", code, *arguments], staying_app)
+    with wire.running(program) as worker, listener.accept() as peer:
+        assert ask(peer, f"GET {path}").status == 200
+        worker.terminate()
+        peer.expect_eof()
+        worker.wait_for_error(is_line("staying"))
+        ends_at = time.monotonic() + wire.DEADLINE_S
+        while worker.process.poll() is None:  # the first one may still find requests to cut off
+            assert time.monotonic() < ends_at
+            worker.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(0.1)
+        assert worker.wait() == 0
+        assert worker.lines == ["last words"]
+
+
+def test_process_whose_app_cannot_be_loaded_does_not_wait_for_its_threads(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, args=(60,), name='left-behind').start()\n"
+    )
+    status, stderr = run_worker(["broken:app"], tmp_path)
+    assert status == 3
+    assert "leaving without threads of the application: left-behind" in stderr
+
+
+# ---- Signal handlers of the app ----------------------------------------------------------------------
+
+HANDLING_APP = """
+    import signal, sys, threading
+
+    def exit_by(status):
+        print("handled in", threading.current_thread().name, flush=True)
+        sys.exit(status)
+
+    def fail(status):
+        raise RuntimeError("in the handler")
+
+    def hang(status):
+        print("hanging", flush=True)
+        threading.Event().wait(60)
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        print("running", flush=True)
+        return [environ["wsgi.input"].read()]
+"""
+
+
+@pytest.fixture
+def handling_app(tmp_path: Path) -> Callable[[str], str]:
+    """Make an app that handles SIGTERM in the way named; return its name."""
+
+    def make(handler: str) -> str:
+        text = textwrap.dedent(HANDLING_APP) + f"\nsignal.signal(signal.SIGTERM, lambda *_: {handler}(9))\n"
+        (tmp_path / "handling.py").write_text(text)
+        return "handling:app"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("handler", "told"),
+    [("exit_by", "handled in MainThread"), ("fail", "RuntimeError: in the handler"), ("hang", "hanging")],
+)
+def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
+    listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str, told: str
+) -> None:
+    arguments = [handling_app(handler)]
+    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 4"))
+        worker.wait_for_line(is_line("running"))
+        worker.terminate()
+        worker.wait_for_error(is_line("draining"))
+        (worker.wait_for_error if handler == "fail" else worker.wait_for_line)(is_line(told))
+        peer.send(b"done")
+        assert peer.read_response().body == b"done"
+        peer.expect_eof()
+        assert worker.wait() == 0
+        assert [*worker.lines, *worker.errors].count(told) == 1
+        worker.errors.clear()  # the traceback
+
+
+@pytest.mark.parametrize("handler", ["exit_by", "hang"])
+def test_process_whose_app_handles_signals_can_be_ended_at_once(
+    listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str
+) -> None:
+    arguments = [handling_app(handler)]
+    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 4"))
+        worker.wait_for_line(is_line("running"))
+        for _ in range(2):
+            worker.terminate()
+            worker.wait_for_error(is_line("draining"))
+        peer.expect_eof()
+        assert worker.wait() == 1
+        assert len(worker.lines) == 2, "the app was told once"

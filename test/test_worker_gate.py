@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_worker import Environ, Lines, ask, hello, lines, request, running_pool
+from test_worker import Environ, Lines, ask, hello, lines, no_more_threads, request, running_pool
 
 import gating
 import pothead_worker
@@ -405,6 +405,22 @@ def test_gate_that_raises_is_logged_and_asked_again(listener: wire.Listener, lin
         assert ask(peer).body == b"hello"
     logged = lines.wait_for("the gate raised an exception", count=2)
     assert "Traceback" in logged and "RuntimeError: no sensor" in logged
+
+
+def test_gate_is_asked_again_when_there_was_no_thread_to_be_had(
+    listener: wire.Listener, lines: Lines
+) -> None:
+    gate = CountingGate(jobs=0)
+    with gated(gate, listener):
+        with no_more_threads():
+            with gate.changed:
+                gate.free = 1
+            gate.wait_for_done(2)
+            lines.wait_for("unreachable, trying again: can't start new thread")
+        with listener.accept() as peer:
+            assert ask(peer).body == b"hello"
+    assert gate.done_counts == {1}
+    assert len(lines.having("unreachable")) == 1 and not lines.having("the gate")
 
 
 def test_object_of_a_gate_that_raises_is_logged_and_the_request_is_served(

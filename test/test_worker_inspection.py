@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from test_worker import no_more_threads
 
 import pothead_worker
 import wire
@@ -185,3 +186,31 @@ def test_taken_port_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == (
         f"pothead-worker: --inspection-port: cannot listen on port {port}: Address already in use\n"
     )
+
+
+def test_visitors_of_a_page_are_bounded_and_those_of_others_are_served(
+    start: Callable[..., Inspected],
+) -> None:
+    worker = start()
+    with contextlib.ExitStack() as stack:
+        for _ in range(pothead_worker.PAGE_VISITS):
+            visitor = stack.enter_context(wire.Peer.connect(worker.address))
+            visitor.send(b"GET /apocalypse HTTP/1.1\r\nHost: a\r\n\r\n")
+            visitor.read_head()
+        for _ in range(2):
+            assert worker.ask("GET /apocalypse").status == 503
+        assert worker.ask("GET /livez").status == 200
+        assert worker.worker.stderr.count("inspection: too many visitors at a time of /apocalypse") == 1
+
+
+def test_page_that_there_is_no_thread_for_is_refused() -> None:
+    port = pothead_worker.PagePort("inspection", 0, "127.0.0.1")
+    port.pages = {"/": lambda sock: pothead_worker.Page(b"hello")}
+    port.start()
+    with contextlib.closing(port):
+        for status in (503, 200):
+            with wire.Peer.connect(("127.0.0.1", port.port)) as visitor:
+                with no_more_threads() if status == 503 else contextlib.nullcontext():
+                    visitor.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                    assert visitor.read_response().status == status
+                    visitor.expect_eof()

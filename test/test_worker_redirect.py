@@ -75,6 +75,13 @@ APP = """
         return Body(environ, PAGES[path](environ) if path in PAGES else [b"whole", b"!"])
 """
 
+TIMING_APP = """
+    import os, socket
+
+    socket.setdefaulttimeout(float(os.environ["TIMEOUT_S"]))
+    from jobs import app
+"""
+
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/x\r\nX-Own: yes\r\nDate: today\r\n%b\r\nConnection: close\r\n\r\n"
 )
@@ -93,12 +100,16 @@ in_both_modes = pytest.mark.parametrize("mode", [pytest.param([], id="threads"),
 def start(tmp_path: Path, listener: wire.Listener) -> Iterator[Callable[..., wire.WorkerProcess]]:
     """Run a worker that redirects responses to a free port."""
     (tmp_path / "jobs.py").write_text(textwrap.dedent(APP))
+    (tmp_path / "timing.py").write_text(textwrap.dedent(TIMING_APP))
     with contextlib.ExitStack() as stack:
 
         def start(
-            *options: str, hub: Any = listener, environment: dict[str, str] | None = None
+            *options: str,
+            hub: Any = listener,
+            environment: dict[str, str] | None = None,
+            app: str = "jobs:app",
         ) -> wire.WorkerProcess:
-            arguments = ["--redirect-response", "0", *options, "jobs:app"]
+            arguments = ["--redirect-response", "0", *options, app]
             return stack.enter_context(
                 wire.worker_process(hub, *arguments, cwd=tmp_path, environment=environment)
             )
@@ -223,6 +234,23 @@ def test_request_body_is_there_after_the_redirection(
         key = Key(ask(peer, "POST /echo", body=body))
     with key.open() as consumer:
         assert consumer.read_response().body == b"begin " + body
+
+
+@in_both_modes
+@pytest.mark.parametrize("timeout_s", [0.1, 3600], ids=["short", "long"])
+def test_default_timeout_of_the_app_is_for_its_own_sockets(
+    start: Any, listener: wire.Listener, mode: list[str], timeout_s: float
+) -> None:
+    start(*mode, app="timing:app", environment={"TIMEOUT_S": str(timeout_s)})
+    with listener.accept() as peer:
+        assert ask(peer, "GET /made").status == 201
+        peer.send(request("POST /echo", "Content-Length: 4") + b"wh")
+        assert not select.select([peer.sock], [], [], 0.2)[0], "an upload may pause"
+        peer.send(b"at")
+        key = Key(peer.read_response())
+    assert is_slot_taken(listener)
+    with key.open() as consumer:
+        assert consumer.read_response().body == b"begin what"
 
 
 def test_malformed_request_body_gives_400_instead(start: Any, listener: wire.Listener) -> None:
