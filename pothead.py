@@ -400,7 +400,7 @@ def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
     host = _host(known.get(b"host", ()), minor_version)
     if not target.startswith(b"/"):
         target, host = _origin_form(method, target, host)
-    options = _connection_options(known)
+    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
     forwarded = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b" % (
         method, target, host or b"", _end_to_end(fields, _REQUEST_DROPS, options)
@@ -443,7 +443,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
         raise ProtocolError(502, "no status line of HTTP/1.x")
     minor_version, status, reason = min(int(line[1]), 1), int(line[2]), line[3] or b""
     fields, known = _read_fields(lines[1:], 502)
-    options = _connection_options(known)
+    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
     length, is_chunked = _framing(known, minor_version, 502)
     forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _end_to_end(fields, _RESPONSE_DROPS, options))
     if length is not None and status not in (204, 103):
@@ -552,8 +552,7 @@ UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, b"", {}, None, False, 
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
-    values = known.get(b"connection")
-    return frozenset(_list_of(values)) if values else NO_OPTIONS
+    return frozenset(_list_of(known[b"connection"]))
 
 
 def _keeps_alive(options: frozenset[bytes], minor_version: int) -> bool:
@@ -870,7 +869,7 @@ class End(enum.Enum):
 
 END: Final = End.END
 NO_BYTES: Final = memoryview(b"")
-_NO_BODY: Final = FixedBody(0)
+_EMPTY: Final = FixedBody(0)
 HeadT = TypeVar("HeadT", bound="RequestHead | ResponseHead")
 
 
@@ -921,7 +920,11 @@ class MessageReader(Generic[HeadT]):
         if self._left == 0:
             return None
         if body is None:
-            return self._next_head()
+            head = self._take_head(self.inbuf)
+            if head is not None:
+                self._left -= 1
+                self.body = self._body_of(head) or _EMPTY
+            return head
         if body.done:
             self.body = None
             return END
@@ -934,13 +937,6 @@ class MessageReader(Generic[HeadT]):
         if body.stopped:
             self._left = 0
         return piece if piece or body.done else None
-
-    def _next_head(self) -> HeadT | None:
-        head = self._take_head(self.inbuf)
-        if head is not None:
-            self._left -= 1
-            self.body = self._body_of(head) or _NO_BODY
-        return head
 
     def end(self) -> None:
         """The stream has ended.  Raises ``ProtocolError`` if a message may not end here."""
@@ -978,6 +974,10 @@ class Framing(enum.Enum):
     CLOSE = enum.auto()
 
 
+# By names of their own here and below: up to Python 3.11 a look-up in an enumeration costs as much as a call.
+NO_BODY, BY_LENGTH, IN_CHUNKS, BY_CLOSE = Framing
+
+
 def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) -> bytes:
     """Returns the head to send to a worker.
 
@@ -1001,7 +1001,7 @@ def forwarded_response(
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     """
     parts = [head.forwarded]
-    if framing is Framing.CHUNKED:
+    if framing is IN_CHUNKS:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if request_id := head.request_id or request_id:
         parts.append(b"X-Request-Id: %b\r\n" % request_id)
@@ -1673,12 +1673,14 @@ class EventLoop:
                 self._wake_receiver.recv(4096)
             elif not watched.closed:
                 self.deliver(watched, watched.on_events, events)
-        self._fire_timers(looked_at)
-        self._tell_if_slow(self.clock() - self.now)
+        if self._timers and self._timers[0][0] <= looked_at:
+            self._fire_timers(looked_at)
+        if (turn_s := self.clock() - self.now) > LIMITS.slow_turn_s:
+            self._tell_of_slowness(turn_s)
 
-    def _tell_if_slow(self, turn_s: float) -> None:
+    def _tell_of_slowness(self, turn_s: float) -> None:
         """While one turn lasts, nobody else is served: a slow disk under the spools shows here."""
-        if turn_s > LIMITS.slow_turn_s and self.now - self._slow_at > LIMITS.slow_turn_pause_s:
+        if self.now - self._slow_at > LIMITS.slow_turn_pause_s:
             log.warning(
                 "everyone has waited for %.1f s: is the disk slow, or the machine overloaded?", turn_s
             )
@@ -1709,23 +1711,26 @@ class EventLoop:
         while self._touched:
             touched, self._touched = self._touched, {}
             for watched in touched:
-                self._settle_one(watched)
+                wanted = 0 if watched.closed else watched.settle()
+                if wanted != watched.registered:
+                    self._try_to_register(watched, wanted)
+                if watched.closed:
+                    self._release(watched)
+                elif watched.deadline < watched.armed:
+                    self._arm(watched)
 
-    def _settle_one(self, watched: Watched) -> None:
-        wanted = 0 if watched.closed else watched.settle()
-        if wanted != watched.registered:
-            try:
-                self._register(watched, wanted)
-            except OSError as exc:  # the system's limit of watched descriptors, or of memory
-                log.warning("a descriptor cannot be watched, and is given up: %s", exc)
-                watched.registered = 0
-                self._give_up(watched)
-        if watched.closed:
-            self._release(watched)
-        elif watched.deadline < watched.armed:
-            self._stale += watched.armed != math.inf
-            watched.armed = watched.deadline
-            heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
+    def _arm(self, watched: Watched) -> None:
+        self._stale += watched.armed != math.inf
+        watched.armed = watched.deadline
+        heapq.heappush(self._timers, (watched.deadline, next(self._numbers), watched))
+
+    def _try_to_register(self, watched: Watched, wanted: int) -> None:
+        try:
+            self._register(watched, wanted)
+        except OSError as exc:  # the system's limit of watched descriptors, or of memory
+            log.warning("a descriptor cannot be watched, and is given up: %s", exc)
+            watched.registered = 0
+            self._give_up(watched)
 
     def _release(self, watched: Watched) -> None:
         watched.deadline = math.inf
@@ -2153,12 +2158,7 @@ TRANSITIONS: Final = {
     State.RESPONDING: (State.FINISHED,),
     State.FINISHED: (),
 }
-# By names of their own, since up to Python 3.11 a look-up in an enumeration costs as much as a call.
-RECEIVING: Final = State.RECEIVING
-QUEUED: Final = State.QUEUED
-SENT: Final = State.SENT
-RESPONDING: Final = State.RESPONDING
-FINISHED: Final = State.FINISHED
+RECEIVING, QUEUED, SENT, RESPONDING, FINISHED = State
 
 
 class Outcome(enum.Enum):
@@ -2201,6 +2201,9 @@ class Progress(enum.Enum):
     HEARD = "heard"  # a byte of a response, if only of an interim one: nobody else may answer any more
 
 
+UNHEARD, HEARD = Progress
+
+
 class Attempt:
     """One try of an exchange with one slot; it is thrown away with the try."""
 
@@ -2210,7 +2213,7 @@ class Attempt:
         self.slot = slot
         self.since = now
         self.written_before = slot.stream.written  # bytes
-        self.progress = Progress.SENT
+        self.progress = UNHEARD
         self.interims = 0  # interim responses
         self.is_chunked = False  # the body of the request, as it is sent
         self.body_sent = False
@@ -2257,7 +2260,7 @@ class Exchange:
         self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
         self._replayable = True  # nothing of the body has been sent and dropped
         self._prefix = b""  # the response's head, until it is sent with what follows
-        self._framing = Framing.NONE  # of the response
+        self._framing = NO_BODY  # of the response
         self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
         self._absorbs = False  # the response, whatever the consumer takes
@@ -2367,7 +2370,8 @@ class Exchange:
         if self.spool is not None and self.spool.size:
             slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
         slot.stream.write(head)
-        self.pump()
+        if self.spool is not None:
+            self.pump()
 
     def _length_for_worker(self) -> int | None:
         """A body that is there as a whole is sent with its length, however it came."""
@@ -2433,7 +2437,7 @@ class Exchange:
     def on_heard(self) -> None:
         """The slot has said something: from now on nobody else may answer."""
         assert self.attempt is not None
-        self.attempt.progress = Progress.HEARD
+        self.attempt.progress = HEARD
 
     def on_interim(self, head: ResponseHead) -> None:
         """An interim response: 103 is of use to a consumer, the others end here (RFC 9110 §15.2)."""
@@ -2444,14 +2448,14 @@ class Exchange:
         if self.attempt.interims > LIMITS.interim_responses:
             raise ProtocolError(502, f"more than {LIMITS.interim_responses} interim responses")
         if head.status == 103 and self.head.minor_version == 1:
-            self.consumer.stream.write(forwarded_response(head, Framing.NONE, b"", time.time()))
+            self.consumer.stream.write(forwarded_response(head, NO_BODY, b"", time.time()))
 
     def on_response(self, head: ResponseHead, body: BodyReader) -> None:
         """The head of the response.  It is sent with the first piece of the body, or by ``flush``."""
         self._to(RESPONDING)
         self.status = head.status
         self._framing = self._framing_for_consumer(body)
-        self._keeps_consumer = self._framing is not Framing.CLOSE and self.keeps_consumer
+        self._keeps_consumer = self._framing is not BY_CLOSE and self.keeps_consumer
         if not self._keeps_consumer:
             connection = b"close"
         else:
@@ -2464,7 +2468,7 @@ class Exchange:
         """A piece of the response's body."""
         self.bytes_out += len(data)
         prefix, self._prefix = self._prefix, b""
-        if self._framing is Framing.CHUNKED:
+        if self._framing is IN_CHUNKS:
             data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
         elif prefix:
             data = prefix + bytes(data)
@@ -2479,7 +2483,7 @@ class Exchange:
 
     def shortcut(self) -> Stream | None:
         """Returns where the body of the response may go as it stands; ``None`` if it is put into chunks."""
-        return None if self._framing is Framing.CHUNKED else self.consumer.stream
+        return None if self._framing is IN_CHUNKS else self.consumer.stream
 
     def on_response_moved(self, size: int, *, is_last: bool) -> None:
         """``size`` bytes of the body have taken the shortcut."""
@@ -2512,8 +2516,8 @@ class Exchange:
 
     def _framing_for_consumer(self, body: BodyReader) -> Framing:
         if isinstance(body, FixedBody):
-            return Framing.LENGTH
-        return Framing.CHUNKED if self.head.minor_version else Framing.CLOSE
+            return BY_LENGTH
+        return IN_CHUNKS if self.head.minor_version else BY_CLOSE
 
     def _after_relay(self, *, is_last: bool) -> None:
         if self.consumer.stream.outbuf is not None and self.attempt is not None and not is_last:
@@ -2544,7 +2548,7 @@ class Exchange:
             self.finish(Outcome.WORKER_LOST, detail)
 
     def _may_run_again(self, attempt: Attempt) -> bool:
-        if attempt.progress is Progress.HEARD or not self._replayable:
+        if attempt.progress is HEARD or not self._replayable:
             return False
         if not attempt.was_seen:
             return True
@@ -2667,14 +2671,17 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Wait(enum.Enum):
-    """What a consumer's stream waits for, for so long at most."""
+    """What a consumer's stream waits for."""
 
     TAKING = "taking"  # the consumer, to take what is kept for it
-    HUB = "hub"  # room for what the consumer has sent ahead
+    ROOM = "room"  # for what the consumer has sent ahead
     REQUEST = "request"  # the first byte of a head
     HEAD = "head"  # the rest of it
     BODY = "body"  # more of the body of the request
-    RESPONSE = "response"  # nothing of the consumer
+    NOTHING = "nothing"  # of the consumer's
+
+
+FOR_TAKING, FOR_ROOM, FOR_REQUEST, FOR_HEAD, FOR_BODY, FOR_NOTHING = Wait
 
 
 class Consumer:
@@ -2696,14 +2703,6 @@ class Consumer:
         self.settle()
 
     # .. in ..
-
-    def _room(self) -> int:
-        """Bytes are welcome as far as they can be used; of those that run ahead of that, a bounded number."""
-        ahead = LIMITS.pipelined_bytes - len(self._reader.inbuf)
-        body = self._reader.body
-        if body is None or self.exchange is None:
-            return ahead
-        return max(ahead, body.verbatim) if self.exchange.may_receive() else 0
 
     def on_bytes(self, data: memoryview) -> None:
         reader = self._reader
@@ -2803,46 +2802,47 @@ class Consumer:
         self._close()
 
     def settle(self) -> int:
-        room = self._room()
-        wait = self._wait(room)
-        if wait != self._waits_for:  # there is progress
-            self._waits_for = wait
-            self.stream.deadline = self._hub.loop.now + wait[2]
-        return room
-
-    def _wait(self, room: int) -> tuple[Wait, int, float]:
-        """Returns what it waits for, how far that has come, and for how many seconds it need not go on.
+        """Bytes are welcome as far as they can be used; of those that run ahead of that, a bounded number.
 
         Every phase that waits for the consumer has a limit; those that wait for the hub have none.
         """
-        options = self._hub.options
+        exchange, body, options = self.exchange, self._reader.body, self._hub.options
+        room = LIMITS.pipelined_bytes - len(self._reader.inbuf)
+        if exchange is not None and body is not None:
+            room = max(room, body.verbatim) if exchange.may_receive() else 0
+        # What it waits for, how far that has come, and for how many seconds it need not go on.
         if self.stream.outbuf is not None:
-            return Wait.TAKING, self.stream.written, options.stall_timeout
-        if room <= 0:
-            return Wait.HUB, 0, LIMITS.gone_check_s
-        if self.exchange is None:
-            if self._reader.inbuf:
-                return Wait.HEAD, self._served, options.head_timeout
-            return Wait.REQUEST, self._served, self._hub.keep_alive_s
-        if self._reader.body is not None:
-            return Wait.BODY, self.exchange.bytes_in, options.stall_timeout
-        return Wait.RESPONSE, 0, math.inf
+            wait = FOR_TAKING, self.stream.written, options.stall_timeout
+        elif room <= 0:
+            wait = FOR_ROOM, 0, LIMITS.gone_check_s
+        elif exchange is None and self._reader.inbuf:
+            wait = FOR_HEAD, self._served, options.head_timeout
+        elif exchange is None:
+            wait = FOR_REQUEST, self._served, self._hub.keep_alive_s
+        elif body is not None:
+            wait = FOR_BODY, exchange.bytes_in, options.stall_timeout
+        else:
+            wait = FOR_NOTHING, 0, math.inf
+        if wait != self._waits_for:
+            self._waits_for = wait
+            self.stream.deadline = self._hub.loop.now + wait[2]
+        return room
 
     def on_deadline(self) -> None:
         assert self._waits_for is not None
         wait, _, limit_s = self._waits_for
         self._waits_for = None
         exchange, stream = self.exchange, self.stream
-        if wait is Wait.TAKING:
+        if wait is FOR_TAKING:
             if exchange is not None:
                 exchange.on_consumer_gone(f"it took nothing for {limit_s:g} s")
             self._close(abort=True)
-        elif wait is Wait.HUB:
+        elif wait is FOR_ROOM:
             if stream.transport.has_hung_up():
                 self.on_hangup(reset=False)
-        elif wait is Wait.HEAD:
+        elif wait is FOR_HEAD:
             self._refuse(ProtocolError(408, f"no whole head within {limit_s:g} s"))
-        elif wait is Wait.BODY:
+        elif wait is FOR_BODY:
             self._refuse(ProtocolError(408, f"nothing more of the body for {limit_s:g} s"))
         elif not stream.transport.has_news():  # else a request has come this very moment
             self._close()
@@ -3745,27 +3745,32 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._level: Levels = (0, 0, 0)
-        self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps + 1)
-        self._rows.append((int(now / LIMITS.history_step_s), self._level, self._level))  # step, peak, end
+        self._peak = list(self._level)  # of the step under way
+        self._step = int(now / LIMITS.history_step_s)
+        self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps)  # step, peak, end
 
     def note(self, now: float, level: Levels) -> None:
         """The levels are these now."""
         if level == self._level:
             return
-        step, peak, before = self._rows[-1]
-        if step == (this := int(now / LIMITS.history_step_s)):
-            del self._rows[-1]
-        else:
-            peak = before
-        waiting, busy, slots = level
-        self._rows.append((this, (max(peak[0], waiting), max(peak[1], busy), max(peak[2], slots)), level))
+        step = int(now / LIMITS.history_step_s)
+        if step != self._step:
+            self._rows.append(self._row())
+            self._step, self._peak = step, list(self._level)
         self._level = level
+        for place, number in enumerate(level):
+            if number > self._peak[place]:
+                self._peak[place] = number
+
+    def _row(self) -> tuple[int, Levels, Levels]:
+        waiting, busy, slots = self._peak
+        return self._step, (waiting, busy, slots), self._level
 
     def read(self, now: float) -> list[Levels]:
         """Returns the peaks since the start, oldest first, the step that is under way last."""
         end = int(now / LIMITS.history_step_s) + 1
         start = end - LIMITS.history_steps
-        rows = list(self._rows)
+        rows = [*self._rows, self._row()]
         peaks: list[Levels] = []
         for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
             if step >= start:

@@ -638,7 +638,7 @@ def test_consumer_that_reads_no_answer_gets_no_other(new_rig: Callable[..., Rig]
     sender = send_in_background(eager, get(b"/refused") * 100_000)
     turns_until(rig, lambda: stream.outbuf is not None)
     answered = len(rig.lines)
-    turns_until(rig, lambda: stream.role._room() <= 0)  # it is not even heard any more
+    turns_until(rig, lambda: stream.role.settle() <= 0)  # it is not even heard any more
     assert len(rig.lines) == answered
     assert rig.hub.budget.memory_used < 1 << 20 and rig.hub.budget.files == 0
     assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
@@ -653,7 +653,7 @@ def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/waits"))
     sender = send_in_background(consumer, get(b"/next") * 40_000)
     (stream,) = [each.stream for each in rig.consumers()]
-    turns_until(rig, lambda: stream.role._room() == 0)
+    turns_until(rig, lambda: stream.role.settle() == 0)
     assert len(stream.role._reader.inbuf) <= pothead.LIMITS.pipelined_bytes
     consumer.sock.shutdown(socket.SHUT_RDWR)
     sender.join()
@@ -733,7 +733,7 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
     consumer = rig.consumer(get(b"/"))
     consumer.send(b"x" * 100_000)
     (stream,) = [each.stream for each in rig.consumers()]
-    turns_until(rig, lambda: stream.role._room() == 0)
+    turns_until(rig, lambda: stream.role.settle() == 0)
     rig.pass_time(0.1)
     consumer.close()
     slot = rig.slot()
