@@ -2243,7 +2243,7 @@ class Exchange:
         self.consumer = consumer
         self.head = head
         self.state = RECEIVING
-        self.request_id = hub.request_id(head)
+        self.request_id = hub.forwarding.request_id(head)
         self.spool: Spool | None = None  # the request's body, if it has one
         self.received = False  # the request, whole
         self.ticket: Ticket[Exchange] | None = None  # its place in the line, once it has one
@@ -2363,7 +2363,8 @@ class Exchange:
         self._to(SENT)
         length = self._length_for_worker()
         attempt.is_chunked = length is None
-        head = forwarded_request(self.head, length, self._hub.fields_for_worker(self))
+        fields = self._hub.forwarding.fields(self, now - self.received_at)
+        head = forwarded_request(self.head, length, fields)
         attempt.body_sent = self.spool is None
         if self.spool is not None and self.spool.size and not attempt.is_chunked:
             head += self._take_body(LIMITS.large_body_bytes)  # one packet for both, mostly
@@ -2695,7 +2696,7 @@ class Consumer:
         stream.role = self
         self.exchange: Exchange | None = None
         self.host = host_of(stream.address).encode()
-        self.is_trusted = hub.trusts(stream.address)  # with what it says of those behind it
+        self.is_trusted = hub.forwarding.trusts(stream.address)  # with what it says of those behind it
         self._reader = MessageReader(take_request_head, request_body)
         self._served = 0
         self._waits_for: tuple[Wait, int, float] | None = None  # and progress, and time allowed
@@ -3240,8 +3241,150 @@ class Timer(Watched):
         self._callback()
 
 
+class Ports:
+    """Where the hub listens, and how it leaves that to the hub that takes over.
+
+    ``passed`` sockets are listening already, and used in place of the ports of these names.  ``accept`` has a
+    function for each name, ``may_accept`` says whether there is room for another consumer.  The constructor
+    binds; it raises ``OSError`` if it cannot, ``ValueError`` if it must not.
+    """
+
+    def __init__(
+        self, loop: EventLoop, options: Options, passed: Mapping[str, socket.socket],
+        accept: Mapping[str, Callable[[socket.socket, str], None]], may_accept: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._options = options
+        self._passed = passed
+        self.has_successor = options.reuse_port or "consumers" in passed
+        self.listeners: dict[str, Listener] = {}
+        self._handover_timer = Timer(self.finish)
+        self._neighbour_timer = Timer(self._look_for_another_hub)
+        self._neighbour_seen = 0  # times, one after the other
+        self._is_left = False
+        self._bind("consumers", options.main_host, options.main_port, accept, may_accept)
+        self._bind("workers", options.worker_host, options.worker_port, accept, _always)
+        if options.admin_port is not None or "admin" in passed:
+            self._bind("admin", options.admin_host, options.admin_port or 0, accept, _always)
+        # From the first connection on nothing may fail any more: it would be lost with this hub.
+        for name, listener in self.listeners.items():
+            listener.listen(name)
+        if options.reuse_port:
+            self._look_for_another_hub()
+
+    def _bind(
+        self, what: str, host: str, port: int, accept: Mapping[str, Callable[[socket.socket, str], None]],
+        may_accept: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        sock = self._passed.get(what) or _bind(what, host, port, reuse_port=self._options.reuse_port)
+        listener = Listener(self._loop, sock, accept[what], may_accept, is_shared=what in self._passed)
+        self.listeners[what] = listener
+        self._loop.add(listener)
+        if what == "workers" and not self._options.allow_anonymous_workers:
+            _refuse_open_worker_port(sock)
+
+    def address(self, what: str) -> str | None:
+        """Returns ``host:port``, ``None`` if there is no such port."""
+        return self.listeners[what].address if what in self.listeners else None
+
+    def leave(self) -> None:
+        """Takes no more consumers: these are for the hub that takes over, if one does."""
+        self._is_left = True
+        if not self.has_successor:
+            self.finish()
+            return
+        self.listeners["consumers"].leave_to_successor(True)
+        if self._options.reuse_port:
+            # With a port of its own in SO_REUSEPORT's group this takes a moment: a connection whose handshake
+            # is under way is this hub's, and would be reset if it closed at once.
+            if "admin" in self.listeners:
+                self.listeners["admin"].leave_to_successor(True)
+            self._handover_timer.deadline = self._loop.now + LIMITS.handover_s
+            self._loop.touch(self._handover_timer)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether consumers may still come whose handshake was under way."""
+        return self._handover_timer.deadline < math.inf
+
+    def finish(self) -> None:
+        """Closes the port for consumers; workers are still needed.
+
+        An admin may watch to the end.  On a shared port that is the next hub's admin; but there may be no
+        next hub on this very port, as with pods that have an address each.
+        """
+        listener = self.listeners["consumers"]
+        if not listener.is_shared:
+            listener.finish()
+
+    def leave_workers(self, leaves: bool) -> bool:
+        """Lets new slots go to the hub that takes over, or takes them again; false if none can."""
+        can = self._options.reuse_port or "workers" in self._passed
+        if can:
+            self.listeners["workers"].leave_to_successor(leaves)
+        return can
+
+    @property
+    def has_rival(self) -> bool:
+        """Whether another hub takes a part of the requests without taking over."""
+        return self._neighbour_seen >= LIMITS.neighbour_checks
+
+    def _look_for_another_hub(self) -> None:
+        """Warns, once an episode, when two hubs share the port for longer than a handover takes."""
+        had_rival, listener = self.has_rival, self.listeners["consumers"]
+        is_alone = self._is_left or not listener.has_neighbour()
+        self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
+        if self.has_rival and not had_rival:
+            log.warning("another hub listens on %s, too, and gets a part of the requests", listener.address)
+        self._neighbour_timer.deadline = self._loop.now + LIMITS.neighbour_check_s
+        self._loop.touch(self._neighbour_timer)
+
+
+class Forwarding:
+    """What the hub adds to the requests that it forwards."""
+
+    def __init__(self, options: Options) -> None:
+        networks = [each for each in options.forwarded_allow_ips if each != "*"]
+        self._trusted = [ipaddress.ip_network(each, strict=False) for each in networks]
+        self._trusts_all = "*" in options.forwarded_allow_ips
+        self._numbers = itertools.count(1)
+        self._id_prefix = os.urandom(6).hex().encode()
+
+    def trusts(self, address: str) -> bool:
+        """Whether a consumer at that address may say whom it speaks for (X-Forwarded-*)."""
+        if self._trusts_all or not self._trusted:
+            return self._trusts_all
+        ip = ipaddress.ip_address(host_of(address))
+        return any(ip in network for network in self._trusted)
+
+    def request_id(self, head: RequestHead) -> bytes:
+        """Returns the request's id: the consumer's if it is well-formed, else a new one."""
+        given = head.known.get(b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given[0]):
+            return given[0]
+        return b"%b-%x" % (self._id_prefix, next(self._numbers))
+
+    def fields(self, exchange: Exchange, age_s: float) -> bytes:
+        """Returns the field lines for a worker; ``age_s`` is how long ago the request came."""
+        head, consumer = exchange.head, exchange.consumer
+        hops, proto, host = consumer.host, b"http", head.host or b""
+        if consumer.is_trusted:
+            known = head.known
+            hops = b", ".join([*known.get(b"x-forwarded-for", ()), hops])
+            proto = known.get(b"x-forwarded-proto", (proto,))[0]
+            host = known.get(b"x-forwarded-host", (host,))[0]
+        return (
+            b"Via: 1.%d pothead\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
+            b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\n"
+            b"Pothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
+        ) % (
+            head.minor_version, hops, proto, host, exchange.request_id,
+            time.time() - age_s, exchange.attempts, exchange.queued_s,
+        )  # fmt: skip
+
+
 class Hub:
-    """Listeners, the queue, the waiting slots, and what pairs them.
+    """What pairs requests and slots, and how that lives and ends.
 
     The constructor binds the ports (``OSError`` if it cannot, ``ValueError`` if it must not); ``run``
     serves in the calling thread until ``drain`` or ``stop`` is called, from any thread.  ``access_log``
@@ -3274,66 +3417,30 @@ class Hub:
         self.counters = Counters()
         self.history = History(self.loop.now)
         self.rate = Rate(self.loop.now)
+        self.forwarding = Forwarding(options)
         self.access_log = access_log
         self._format = _json_line if options.log_format == "json" else _text_line
-        self._trusted = [
-            ipaddress.ip_network(each, strict=False) for each in options.forwarded_allow_ips if each != "*"
-        ]
-        self._trusts_all = "*" in options.forwarded_allow_ips
-        self._request_ids = itertools.count(1)
-        self._id_prefix = os.urandom(6).hex()
         self._descriptor_limit = limit = descriptor_limit()
         self._descriptor_reserve = min(LIMITS.reserved_descriptors, limit // 4)
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
-        self._handover_timer = Timer(self._finish_listening)
-        self._neighbour_timer = Timer(self._look_for_another_hub)
-        self._neighbour_seen = 0  # times, one after the other
         self.started = self.loop.now
-        self.at_end: list[
-            Callable[[], None]
-        ] = []  # called when the work is over, before the ports are closed
-        self._passed: Mapping[str, socket.socket] = sockets or {}
-        self._has_successor = options.reuse_port or "consumers" in self._passed
-        self._listeners: dict[str, Listener] = {}
-        self._listen()
-        if options.reuse_port:
-            self._look_for_another_hub()
-        self.loop.before_sleep += [self.dispatch, self._note]
-
-    # .. listening ..
-
-    def _listen(self) -> None:
-        options = self.options
+        self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
+        accept = {
+            "consumers": self._accept_consumer, "workers": self._accept_worker, "admin": self._accept_admin
+        }  # fmt: skip
         try:
-            self._bind("consumers", options.main_host, options.main_port, self._accept_consumer)
-            self._bind("workers", options.worker_host, options.worker_port, self._accept_worker)
-            if options.admin_port is not None or "admin" in self._passed:
-                self._bind("admin", options.admin_host, options.admin_port or 0, self._accept_admin)
-            # From the first connection on nothing may fail any more: it would be lost with this hub.
-            for name, listener in self._listeners.items():
-                listener.listen(name)
+            self.ports = Ports(self.loop, options, sockets or {}, accept, self._may_accept_consumer)
         except (OSError, ValueError):
             self.loop.close()
-            for sock in self._passed.values():
+            for sock in (sockets or {}).values():
                 sock.close()
             raise
-        self.main_address = self._listeners["consumers"].address
-        self.worker_address = self._listeners["workers"].address
-        self.admin_address = self._listeners["admin"].address if "admin" in self._listeners else None
+        self.addresses = {name: self.ports.address(name) for name in accept}  # each host:port
+        self.loop.before_sleep += [self.dispatch, self._note]
 
-    def _bind(self, what: str, host: str, port: int, accept: Callable[[Stream], None]) -> None:
-        def take(sock: socket.socket, address: str) -> None:
-            accept(self._new_stream(sock, address))
-
-        sock = self._passed.get(what) or _bind(what, host, port, reuse_port=self.options.reuse_port)
-        may_accept = self._may_accept_consumer if what == "consumers" else _always
-        listener = Listener(self.loop, sock, take, may_accept, is_shared=what in self._passed)
-        self._listeners[what] = listener
-        self.loop.add(listener)
-        if what == "workers" and not self.options.allow_anonymous_workers:
-            _refuse_open_worker_port(sock)
+    # .. connections ..
 
     def _may_accept_consumer(self) -> bool:
         return self._free_descriptors() > self._descriptor_reserve
@@ -3349,16 +3456,16 @@ class Hub:
         self.loop.add(stream)
         return stream
 
-    def _accept_consumer(self, stream: Stream) -> None:
-        self.needy.add(Consumer(self, stream))
+    def _accept_consumer(self, sock: socket.socket, address: str) -> None:
+        self.needy.add(Consumer(self, self._new_stream(sock, address)))
 
-    def _accept_worker(self, stream: Stream) -> None:
-        slot = Slot(self, stream)
+    def _accept_worker(self, sock: socket.socket, address: str) -> None:
+        slot = Slot(self, self._new_stream(sock, address))
         self.slots.add(slot)
         self.policy.park(slot)
 
-    def _accept_admin(self, stream: Stream) -> None:
-        Admin(self, stream)
+    def _accept_admin(self, sock: socket.socket, address: str) -> None:
+        Admin(self, self._new_stream(sock, address))
 
     def new_spool(self, *, keep: bool) -> Spool:
         """Returns an empty spool for the body of a request."""
@@ -3455,38 +3562,6 @@ class Hub:
 
     # .. what exchanges ask and report ..
 
-    def request_id(self, head: RequestHead) -> bytes:
-        """Returns the request's id: the consumer's if it is well-formed, else a new one."""
-        given = head.known.get(b"x-request-id")
-        if given is not None and _REQUEST_ID.fullmatch(given[0]):
-            return given[0]
-        return b"%s-%x" % (self._id_prefix.encode(), next(self._request_ids))
-
-    def trusts(self, address: str) -> bool:
-        """Whether a consumer at that address may say whom it speaks for (X-Forwarded-*)."""
-        if self._trusts_all or not self._trusted:
-            return self._trusts_all
-        ip = ipaddress.ip_address(host_of(address))
-        return any(ip in network for network in self._trusted)
-
-    def fields_for_worker(self, exchange: Exchange) -> bytes:
-        """Returns the field lines that the hub adds to a request."""
-        head, consumer = exchange.head, exchange.consumer
-        hops, proto, host = consumer.host, b"http", head.host or b""
-        if consumer.is_trusted:
-            known = head.known
-            hops = b", ".join([*known.get(b"x-forwarded-for", ()), hops])
-            proto = known.get(b"x-forwarded-proto", (proto,))[0]
-            host = known.get(b"x-forwarded-host", (host,))[0]
-        return (
-            b"Via: 1.%d pothead\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
-            b"X-Request-Id: %b\r\nX-Request-Start: t=%.3f\r\n"
-            b"Pothead-Attempt: %d\r\nPothead-Queue-Seconds: %.3f\r\n"
-        ) % (
-            head.minor_version, hops, proto, host, exchange.request_id,
-            time.time() - (self.loop.now - exchange.received_at), exchange.attempts, exchange.queued_s,
-        )  # fmt: skip
-
     def on_disk_error(self, error: OSError) -> None:
         """A spool's file could not be written; warns, at most once a minute."""
         if self.loop.now - self._disk_full_at > 60:
@@ -3507,18 +3582,13 @@ class Hub:
 
     # .. living and dying ..
 
-    @property
-    def addresses(self) -> dict[str, str | None]:
-        """Where it listens: ``consumers``, ``workers``, ``admin``, each ``host:port``."""
-        return {"consumers": self.main_address, "workers": self.worker_address, "admin": self.admin_address}
-
     def run(self) -> int:
         """Serves until it is drained or stopped; returns 1 if work was cut off, else 0."""
         try:
             self.loop.run()
             if not self.draining:
                 self.notify("STOPPING=1\nSTATUS=stopping at once")
-            self.draining, self.refuses = True, not self._has_successor  # as the last answers shall say
+            self.draining, self.refuses = True, not self.ports.has_successor  # as the last answers shall say
             unfinished = list(self.exchanges)
             for exchange in unfinished:
                 self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.DRAINING)
@@ -3528,117 +3598,73 @@ class Hub:
             self.loop.close()
         return 1 if unfinished else 0
 
+    # Orders.  They are safe from any thread, and carried out before the loop sleeps next.
+
     def drain(self) -> None:
-        """Takes no more requests, finishes those it has, then ends ``run``; safe from any thread."""
-        self.loop.call_from_thread(self.drain_now)
+        """Takes no more requests, finishes those it has, then ends ``run``."""
+        self.loop.call_from_thread(self._drain)
 
     def stop(self) -> None:
-        """Ends ``run`` at once; safe from any thread."""
+        """Ends ``run`` at once."""
         self.loop.call_from_thread(self.loop.stop)
 
     def pause(self) -> None:
-        """Hands no more requests to slots, which queue then; those that run go on.  Safe from any thread."""
-        self.loop.call_from_thread(lambda: self.set_paused(True))
+        """Hands no more requests to slots, which queue then; those that run go on.  Not while it drains."""
+        self.loop.call_from_thread(lambda: self._set_paused(not self.draining))
 
     def resume(self) -> None:
-        """Ends a pause; safe from any thread."""
-        self.loop.call_from_thread(lambda: self.set_paused(False))
+        """Ends a pause."""
+        self.loop.call_from_thread(lambda: self._set_paused(False))
 
     def cancel(self, request_id: str) -> None:
-        """Ends all requests with that id, waiting or running; safe from any thread."""
-        self.loop.call_from_thread(functools.partial(self._cancel, request_id))
+        """Ends all requests with that id, waiting or running."""
+        self.loop.call_from_thread(lambda: self._cancel(request_id))
 
-    def _cancel(self, request_id: str) -> None:
-        self.cancel_now(request_id)
+    # How they are carried out.
 
-    # The same for the loop's own thread, done at once.
-
-    def set_paused(self, paused: bool) -> None:
-        """Pauses, unless it drains, or resumes."""
-        if paused != self.paused and not (paused and self.draining):
+    def _set_paused(self, paused: bool) -> None:
+        if paused != self.paused:
             self.paused = paused
             log.warning("paused: requests wait until it is resumed" if paused else "resumed")
 
-    def cancel_now(self, request_id: str) -> int:
-        """Cancels; returns how many requests had that id."""
+    def find(self, request_id: str) -> list[Exchange]:
+        """Returns the requests with that id, which consumers may choose."""
         wanted = request_id.encode()
-        found = [each for each in self.exchanges if each.request_id == wanted]
-        for exchange in found:
+        return [each for each in self.exchanges if each.request_id == wanted]
+
+    def _cancel(self, request_id: str) -> None:
+        for exchange in self.find(request_id):
             log.warning("%s: cancelled by an operator", request_id)
             self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.CANCELLED)
-        return len(found)
 
-    def drain_now(self) -> None:
-        """Begins to drain; does nothing if it does already."""
+    def _drain(self) -> None:
         if self.draining:
             return
         log.info("draining: %d requests to finish", len(self.exchanges))
         self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
-        self.set_paused(False)  # what waits is to be finished, too
+        self._set_paused(False)  # what waits is to be finished, too
         self.draining = True
-        self.refuses = not self._has_successor
+        self.refuses = not self.ports.has_successor
         self.keep_alive_s = min(self.keep_alive_s, LIMITS.handover_s)
         self.loop.before_sleep += [self._let_spare_slots_go, self._end_drain]
-        if self._has_successor:
-            self._hand_over()
-        else:
-            self._finish_listening()
+        self.ports.leave()
         for consumer in list(self.needy):
             consumer.on_drain()
         self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
         self.loop.touch(self._drain_timer)
 
-    def _hand_over(self) -> None:
-        """Leaves new consumers to the hub that takes over.
-
-        With a port of its own in SO_REUSEPORT's group this takes a moment: a connection whose handshake is
-        under way is this hub's, and would be reset if it closed at once.
-        """
-        self._listeners["consumers"].leave_to_successor(True)
-        if self.options.reuse_port:
-            if "admin" in self._listeners:
-                self._listeners["admin"].leave_to_successor(True)
-            self._handover_timer.deadline = self.loop.now + LIMITS.handover_s
-            self.loop.touch(self._handover_timer)
-
-    def _finish_listening(self) -> None:
-        """Closes the port for consumers; workers are still needed.
-
-        An admin may watch to the end.  On a shared port that is the next hub's admin; but there may be no
-        next hub on this very port, as with pods that have an address each.
-        """
-        listener = self._listeners["consumers"]
-        if not listener.is_shared:
-            listener.finish()
-
-    @property
-    def has_rival(self) -> bool:
-        """Whether another hub takes a part of the requests without taking over."""
-        return self._neighbour_seen >= LIMITS.neighbour_checks
-
-    def _look_for_another_hub(self) -> None:
-        """Warns, once an episode, when two hubs share the port for longer than a handover takes."""
-        had_rival = self.has_rival
-        is_alone = self.draining or not self._listeners["consumers"].has_neighbour()
-        self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
-        if self.has_rival and not had_rival:
-            log.warning("another hub listens on %s, too, and gets a part of the requests", self.main_address)
-        self._neighbour_timer.deadline = self.loop.now + LIMITS.neighbour_check_s
-        self.loop.touch(self._neighbour_timer)
-
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
-        if not (self.options.reuse_port or "workers" in self._passed):
-            return
         needed = self.policy.waiting or len(self.needy)
-        self._listeners["workers"].leave_to_successor(self.policy.idle >= needed)
+        if not self.ports.leave_workers(self.policy.idle >= needed):
+            return
         while self.policy.idle > needed and (slot := self.policy.take_slot()):
             self.release(slot, reusable=False)
 
     def _end_drain(self) -> None:
         if self.exchanges or self._has_unsent_bytes():
             return
-        if not self._has_successor or not (self.needy or self._handover_timer.deadline < math.inf):
+        if not self.ports.has_successor or not (self.needy or self.ports.is_leaving):
             self.loop.stop()
 
     def _has_unsent_bytes(self) -> bool:
@@ -4054,7 +4080,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "uptime_seconds": round(now - hub.started, 3),
         "draining": hub.draining,
         "paused": hub.paused,
-        "has_rival": hub.has_rival,
+        "has_rival": hub.ports.has_rival,
         "queue_length": hub.policy.waiting,
         "max_queue": hub.options.max_queue,
         "queue_oldest_seconds": round(hub.policy.oldest_wait(now), 3),
@@ -4162,26 +4188,25 @@ def _action(path: bytes) -> Callable[[Hub], Answer] | None:
 
 
 def _cancel(hub: Hub, request_id: str) -> Answer:
-    count = hub.cancel_now(request_id)
-    return (
-        Answer(200, b"cancelled %d\n" % count)
-        if count
-        else Answer(404, b"no such request, or it has ended\n")
-    )
+    count = len(hub.find(request_id))
+    hub.cancel(request_id)
+    if not count:
+        return Answer(404, b"no such request, or it has ended\n")
+    return Answer(200, b"cancelled %d\n" % count)
 
 
 def _drain(hub: Hub) -> Answer:
-    hub.drain_now()
+    hub.drain()
     return Answer(202, b"draining\n")
 
 
 def _pause(hub: Hub) -> Answer:
-    hub.set_paused(True)
-    return Answer(200, b"paused\n") if hub.paused else Answer(409, b"draining: too late for a pause\n")
+    hub.pause()
+    return Answer(409, b"draining: too late for a pause\n") if hub.draining else Answer(200, b"paused\n")
 
 
 def _resume(hub: Hub) -> Answer:
-    hub.set_paused(False)
+    hub.resume()
     return Answer(200, b"resumed\n")
 
 
@@ -4928,7 +4953,8 @@ class Companion:
         self._hub = hub
         self._status = 0
         self._is_hurried = False
-        self._process = subprocess.Popen(command, env={**os.environ, "POTHEAD_CONNECT": hub.worker_address})
+        connect = {"POTHEAD_CONNECT": str(hub.addresses["workers"])}
+        self._process = subprocess.Popen(command, env={**os.environ, **connect})
 
     def check(self) -> None:
         """Stops the hub if the command has ended by itself."""
@@ -5017,7 +5043,8 @@ def _serve(given: Given, passed: Mapping[str, socket.socket], err: Output) -> in
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(_listening_line(name, address, options.log_format))
-    notify(f"READY=1\nSTATUS=serving consumers on {hub.main_address}, workers on {hub.worker_address}")
+    where = f"consumers on {hub.addresses['consumers']}, workers on {hub.addresses['workers']}"
+    notify(f"READY=1\nSTATUS=serving {where}")
     # 3. Serve; then wait for what has been started.
     status = hub.run()
     if companion is not None:

@@ -1241,7 +1241,7 @@ def test_network_may_be_given_by_any_of_its_addresses() -> None:
     hub = pothead.Hub(
         pothead.Options(main_port=0, worker_port=0, admin_port=None, forwarded_allow_ips=("10.1.2.3/8",))
     )
-    assert (hub.trusts("10.9.9.9:1"), hub.trusts("11.0.0.1:1")) == (True, False)
+    assert (hub.forwarding.trusts("10.9.9.9:1"), hub.forwarding.trusts("11.0.0.1:1")) == (True, False)
     hub.loop.close()
 
 

@@ -60,14 +60,14 @@ class Rig:
 
     def slot(self) -> Peer:
         count = len(self.hub.slots)
-        peer = self.connect(self.hub.worker_address)
+        peer = self.connect(self.hub.addresses["workers"])
         self.until(lambda: len(self.hub.slots) == count + 1)
         return peer
 
     def consumer(self, data: bytes = b"") -> Peer:
         """Connect a consumer, and let the hub begin with its first request."""
         count = len(self.hub.exchanges)
-        peer = self.connect(self.hub.main_address)
+        peer = self.connect(self.hub.addresses["consumers"])
         peer.send(data)
         if data:
             self.until(lambda: len(self.hub.exchanges) == count + 1)
@@ -119,7 +119,7 @@ class Rig:
 
 
 def address(rig: Rig) -> wire.Address:
-    host, _, port = rig.hub.main_address.rpartition(":")
+    host, _, port = rig.hub.addresses["consumers"].rpartition(":")
     return host, int(port)
 
 
@@ -256,22 +256,22 @@ def test_what_has_begun_is_cut_and_not_followed_by_an_error_page(rig: Rig, outco
 # ---- Faults of the hub's own -------------------------------------------------------------------------
 
 
-def break_for(rig: Rig, name: str, path: bytes) -> None:
-    """Let the hub's method `name`, whose last argument is an exchange, fail for the request for `path`."""
-    method = getattr(rig.hub, name)
+def break_for(owner: object, name: str, path: bytes) -> None:
+    """Let the method `name`, whose first argument is an exchange, fail for the request for `path`."""
+    method = getattr(owner, name)
 
-    def broken(exchange: pothead.Exchange) -> object:
+    def broken(exchange: pothead.Exchange, *rest: object) -> object:
         if exchange.head.path == path:
             raise ZeroDivisionError(f"the fault that {name} was given")
-        return method(exchange)
+        return method(exchange, *rest)
 
-    setattr(rig.hub, name, broken)
+    setattr(owner, name, broken)
 
 
 def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     before, faulty, after = (rig.consumer(get(path)) for path in (b"/before", b"/fault", b"/after"))
-    break_for(rig, "fields_for_worker", b"/fault")
-    slots = [rig.connect(rig.hub.worker_address) for _ in range(3)]
+    break_for(rig.hub.forwarding, "fields", b"/fault")
+    slots = [rig.connect(rig.hub.addresses["workers"]) for _ in range(3)]
     assert rig.response(faulty).status == 500
     assert codes(rig) == ["HB"]
     rig.until(lambda: rig.hub.policy.running == 2)
@@ -292,14 +292,14 @@ def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogC
 def test_access_log_that_fails_does_not_end_the_hub(
     rig: Rig, caplog: pytest.LogCaptureFixture, connection: bytes
 ) -> None:
-    break_for(rig, "on_finished", b"/fault")
+    break_for(rig.hub, "on_finished", b"/fault")
     consumer, slot = rig.consumer(get(b"/fault")), rig.slot()
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
     slot.send(OK.replace(b"\r\n\r\n", b"\r\nConnection: %b\r\n\r\n" % connection))
     assert rig.response(consumer).body == b"ok"
     rig.turn()
-    slots = [slot, rig.connect(rig.hub.worker_address)]
+    slots = [slot, rig.connect(rig.hub.addresses["workers"])]
     another = rig.consumer(get(b"/next"))
     rig.until(lambda: any(has_bytes(each) for each in slots))
     (chosen,) = filter(has_bytes, slots)
@@ -310,7 +310,7 @@ def test_access_log_that_fails_does_not_end_the_hub(
 
 def test_fault_with_one_expired_request_does_not_lose_the_others(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(queue_timeout=60.0)
-    break_for(rig, "on_finished", b"/0")
+    break_for(rig.hub, "on_finished", b"/0")
     consumers = [rig.consumer(get(b"/%d" % number)) for number in range(3)]
     rig.pass_time(61)
     for consumer in consumers:
@@ -559,7 +559,7 @@ def test_drain_ends_with_the_turn_in_which_its_last_consumer_is_given_up(new_rig
     rig.until(lambda: has_bytes(slot))
     slot.read_request()
     send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
-    rig.hub.drain_now()
+    rig.hub._drain()
     while not rig.lines:
         assert rig.hub.loop._running
         rig.pass_time(61)
@@ -574,7 +574,7 @@ def test_turn_of_a_drain_does_not_look_at_every_connection(new_rig: Callable[...
         rig.consumer(get(b"/%d" % number))
     rig.until(lambda: rig.hub.policy.running == 200)
     costs_s = [cpu_of_turns(rig)]
-    rig.hub.drain_now()
+    rig.hub._drain()
     costs_s.append(cpu_of_turns(rig))
     assert costs_s[1] < 4 * costs_s[0]
 
@@ -682,7 +682,7 @@ def test_small_chunks_are_taken_a_few_a_turn(rig: Rig, side: str) -> None:
 
 def test_admin_is_answered_once_a_turn(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(admin_port=0)
-    admin = rig.connect(rig.hub.admin_address)
+    admin = rig.connect(rig.hub.addresses["admin"])
     admin.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
     rig.until(lambda: has_bytes(admin))
     for count in range(1, 50):
@@ -712,7 +712,7 @@ def test_bodies_on_their_way_are_bounded_in_what_their_heads_take(
     monkeypatch.setattr(pothead, "LIMITS", limits)
     head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nX: %b\r\n\r\n" % (b"x" * (20 << 10))
     coming = [rig.consumer(head) for _ in range(4)]
-    refused = rig.connect(rig.hub.main_address)
+    refused = rig.connect(rig.hub.addresses["consumers"])
     refused.send(head)
     assert rig.response(refused).status == 503
     assert "too many bodies" in rig.lines[-1] and "code=QF" in rig.lines[-1]
@@ -823,7 +823,7 @@ def test_hub_in_a_thread_is_ended_from_another(way: str) -> None:
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(hub.run()))
     thread.start()
-    host, _, port = hub.main_address.rpartition(":")
+    host, _, port = hub.addresses["consumers"].rpartition(":")
     with Peer.connect((host, int(port))) as consumer:
         getattr(hub, way)()
         thread.join(wire.DEADLINE_S)
@@ -835,7 +835,7 @@ def test_hub_stopped_in_the_midst_of_work_answers_it_and_says_so() -> None:
     lines: list[str] = []
     hub = Hub(Options(main_port=0, worker_port=0, admin_port=None), lines.append)
     statuses: list[int] = []
-    host, _, port = hub.main_address.rpartition(":")
+    host, _, port = hub.addresses["consumers"].rpartition(":")
     with Peer.connect((host, int(port))) as consumer:
         consumer.send(get(b"/"))
         while not hub.exchanges:

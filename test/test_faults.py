@@ -225,9 +225,9 @@ def test_slot_that_left_or_spoke_before_it_was_known_costs_not_even_a_post(
     good = rig.slot()
     for _ in range(20):
         consumer = rig.consumer()
-        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub._listeners) + 2)
+        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub.ports.listeners) + 2)
         for _ in range(3):
-            misbehave(rig.connect(rig.hub.worker_address))
+            misbehave(rig.connect(rig.hub.addresses["workers"]))
         consumer.send(request("/post", b"body"))
         rig.turn()
         rig.until(lambda consumer=consumer: has_bytes(good) or has_bytes(consumer))
@@ -235,7 +235,7 @@ def test_slot_that_left_or_spoke_before_it_was_known_costs_not_even_a_post(
         good.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert rig.response(consumer).body == b"ok"
         consumer.close()
-        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub._listeners) + 1)
+        rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub.ports.listeners) + 1)
     assert rig.hub.counters.requeues == 0
 
 
@@ -921,7 +921,7 @@ class OneConsumer(Script):
     """Sends one request and waits for its answer."""
 
     def __init__(self, rig: Rig, path: str) -> None:
-        super().__init__(rig, rig.hub.main_address)
+        super().__init__(rig, rig.hub.addresses["consumers"])
         self.path = path
         self.request, self.method, _ = SCENARIO[path]
         self.unsent = memoryview(self.request)
@@ -947,7 +947,7 @@ class OneSlot(Script):
     """Answers what it is asked, and dials again when its connection has ended."""
 
     def __init__(self, rig: Rig, started: list[str]) -> None:
-        super().__init__(rig, rig.hub.worker_address)
+        super().__init__(rig, rig.hub.addresses["workers"])
         self._rig = rig
         self._started = started
         self._closes = False
@@ -959,7 +959,7 @@ class OneSlot(Script):
             moved = self.has_ended = True
         if self.has_ended or (self._closes and not self.unsent):
             self.peer.close()
-            Script.__init__(self, self._rig, self._rig.hub.worker_address)
+            Script.__init__(self, self._rig, self._rig.hub.addresses["workers"])
             self._closes = False
             return True
         reader = Recorded(bytes(self.received))
@@ -988,7 +988,7 @@ class Ledger:
         hub = self.rig.hub
         new_stream = hub._new_stream
         hub._new_stream = lambda sock, address: new_stream(FaultySocket(sock, plan), address)  # type: ignore
-        for listener in hub._listeners.values():
+        for listener in hub.ports.listeners.values():
             listener._socket = FaultySocket(listener._socket, plan)  # type: ignore
         self.slots = [OneSlot(self.rig, self.started) for _ in range(2)]
         self.consumers = [OneConsumer(self.rig, path) for path in SCENARIO]
@@ -1028,7 +1028,7 @@ class Ledger:
         self.play()
         assert late.outcome() == "answered"
         late.peer.close()
-        left = len(hub._listeners) + 2  # two slots
+        left = len(hub.ports.listeners) + 2  # two slots
 
         def is_clean() -> bool:
             for slot in self.slots:
@@ -1145,11 +1145,11 @@ def test_consumer_that_stops_after_any_byte_of_its_request_is_forgotten(
     }[path]
     hub = rig.hub
     for count in range(len(message) + 1):
-        consumer = rig.connect(hub.main_address)
+        consumer = rig.connect(hub.addresses["consumers"])
         consumer.send(message[:count])
         rig.turn()
         leave(consumer)
-        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners) and not hub.exchanges)
+        rig.until(lambda: len(hub.loop.watched) == len(hub.ports.listeners) and not hub.exchanges)
         assert hub.policy.waiting == hub.budget.memory_used == 0
     assert {line.partition(" code=")[2][:2] for line in rig.lines} == {"CQ"}
 
@@ -1181,7 +1181,7 @@ def test_worker_that_stops_after_any_byte_of_its_response_is_told_by_its_consume
         rig.until(lambda: not hub.exchanges)
         rig.turn()
         consumer.close() if expect_failure(consumer) else consumer.expect_eof()
-        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
+        rig.until(lambda: len(hub.loop.watched) == len(hub.ports.listeners))
         assert hub.policy.running == hub.policy.idle == 0
     assert {line.partition(" code=")[2][:2] for line in rig.lines} <= {"WL", "WC"}
 
@@ -1214,7 +1214,7 @@ def test_consumer_that_leaves_after_any_byte_of_its_response_frees_the_slot(
         slot.send(message[:count])
         rig.turn()
         leave(consumer)
-        rig.until(lambda: len(hub.loop.watched) == len(hub._listeners))
+        rig.until(lambda: len(hub.loop.watched) == len(hub.ports.listeners))
         assert not hub.exchanges and not hub.slots
         slot.expect_eof()
         slot.close()
