@@ -21,7 +21,7 @@ a request waits.
 One thread, no locks.  Everything below happens in turns of one event loop: the sockets that are ready
 are read and written, timers fire, requests and slots are paired, and the loop sleeps again.  To follow
 a request, read ``Consumer.on_bytes``, ``Exchange`` from top to bottom, ``Hub.dispatch`` and
-``Worker.on_bytes``.
+``Slot.on_bytes``.
 
 Run it with ``python3 pothead.py``; ``--help`` tells the options.  Standard library only; the file may
 be copied into another project as it is.

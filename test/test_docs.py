@@ -244,3 +244,25 @@ def test_each_alert_has_its_section_and_leads_there() -> None:
     sections = re.findall(r"^### (Pothead\w+)$", OPERATING, re.MULTILINE)
     assert sections == alerts
     assert re.findall(r"docs/operating\.md#(\S+)", rules) == alerts
+
+
+# ---- The design ------------------------------------------------------------------------------------------
+
+
+def hub_part() -> str:
+    return (wire.ROOT / "docs" / "design.md").read_text("utf-8").partition("\n## The worker")[0]
+
+
+def test_every_class_of_the_hub_has_a_place_in_the_design() -> None:
+    classes = re.findall(r"^class ([A-Z]\w+)", (wire.ROOT / "pothead.py").read_text("utf-8"), re.MULTILINE)
+    text = hub_part()
+    values = {"ProtocolError", "BodyReader", "SlotLike", "Role", "UsageError", "Wait", "End"}
+    assert [name for name in classes if name not in values and not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_names_that_the_design_gives_are_the_hubs() -> None:
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", hub_part()):
+        owner, _, attribute = name.partition(".")
+        if owner in vars(pothead) and attribute:
+            instances = {"Stream": ("role", "outbuf", "written"), "Limits": ()}.get(owner, ())
+            assert hasattr(vars(pothead)[owner], attribute) or attribute in instances, name
