@@ -17,10 +17,11 @@ import wire
 
 DOCUMENTS = {
     str(path.relative_to(wire.ROOT)): path.read_text(encoding="utf-8")
-    for folder in (wire.ROOT, wire.ROOT / "docs", wire.ROOT / "bench")
+    for folder in (wire.ROOT, wire.ROOT / "docs", wire.ROOT / "bench", wire.ROOT / "deploy")
     for path in sorted(folder.glob("*.md"))
 }
 OPERATING, DESIGN = DOCUMENTS["docs/operating.md"], DOCUMENTS["docs/design.md"]
+NO_GUIDES = ("CHANGELOG.md", "docs/reliability.md", "bench/README.md", "deploy/README.md")
 PROGRAMS = ("pothead.py", "pothead_worker.py")
 
 # Options of other programs that the documents mention.
@@ -121,7 +122,7 @@ def test_every_flag_is_in_the_documents(program: str) -> None:
 
 def test_no_document_tells_of_a_flag_that_is_not_there() -> None:
     known = flags_of("pothead.py") | flags_of("pothead_worker.py") | FOREIGN_FLAGS
-    for name in ("README.md", "docs/operating.md", "docs/protocol.md", "docs/design.md"):
+    for name in set(DOCUMENTS) - set(NO_GUIDES):
         told = set(re.findall(r"`(--[a-z][a-z-]+)", DOCUMENTS[name]))
         assert told <= known, name
 
@@ -203,18 +204,22 @@ def test_names_in_the_design_are_in_the_code() -> None:
 # ---- Links -------------------------------------------------------------------------------------------
 
 
-def anchors(text: str) -> set[str]:
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> list[str]:
     """Return the anchors of a document's headings, as they are made of them."""
-    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def links() -> list[tuple[str, str]]:
     """Return each link within the project: the document it is in, and where it leads."""
     found = []
     for name, text in DOCUMENTS.items():
-        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+        for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"`[^`\n]*`", "", without_blocks(text))):
             if not re.match(r"[a-z]+:", target):
                 found.append((name, target))
     return found
@@ -229,8 +234,37 @@ def test_link_leads_somewhere(name: str, target: str) -> None:
         assert anchor in anchors(DOCUMENTS[leads_to]), target
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_anchor_is_that_of_one_heading(name: str) -> None:
+    found = anchors(DOCUMENTS[name])
+    assert name == "CHANGELOG.md" or len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("name", ["docs/operating.md", "docs/worker.md"])
+def test_contents_of_a_long_document_are_its_sections(name: str) -> None:
+    contents, *sections = without_blocks(DOCUMENTS[name]).split("\n## ")
+    listed = re.findall(r"\]\(#([^)]+)\)", contents)
+    top = [anchors(f"## {each}")[0] for each in sections]
+    assert [anchor for anchor in listed if anchor in top] == top
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_nothing_stands_twice(name: str) -> None:
+    """A paragraph or a table's row stands once, wherever it may be."""
+    others = {paragraph for other, text in DOCUMENTS.items() if other != name for paragraph in pieces(text)}
+    found = pieces(DOCUMENTS[name])
+    assert len(found) == len(set(found))
+    assert not set(found) & others
+
+
+def pieces(text: str) -> list[str]:
+    """Return the paragraphs and rows of a text that say something of their own."""
+    rows_and_paragraphs = re.split(r"\n\n|\n(?=[|-])", without_blocks(text))
+    return [piece for piece in rows_and_paragraphs if len(piece) > 100]
+
+
 def test_every_document_is_linked_from_the_readme() -> None:
-    linked = {target for name, target in links() if name == "README.md"}
+    linked = {target.partition("#")[0] for name, target in links() if name == "README.md"}
     assert {name for name in DOCUMENTS if name.startswith("docs/")} <= linked
 
 

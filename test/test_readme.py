@@ -1,4 +1,4 @@
-"""The README: its options, tables and limits are the programs' own, and its commands and examples work."""
+"""The README and the documents for users: what they say is so, and their commands and examples work."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from pathlib import Path
 
 import pytest
 
+import option_tables
 import pothead
 import pothead_worker
 import wire
 
 README = (wire.ROOT / "README.md").read_text(encoding="utf-8")
+LIBRARY, OPERATING, OPTIONS, WORKER = (
+    (wire.ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("library", "operating", "options", "worker")
+)
 DEFAULT_PORTS = {"MAIN": 8080, "WORKER": 4040, "ADMIN": 4041}
 UNITS = {"": 1, "s": 1, "KiB": pothead.KIB, "MiB": pothead.MIB}
 
 Ports = dict[str, int]
 
 
-def section(heading: str) -> str:
+def section(heading: str, document: str = README) -> str:
     """Return the text below a heading, up to the next heading of any level."""
-    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert match, f"the README has no section {heading!r}"
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", document, re.MULTILINE | re.DOTALL)
+    assert match, f"there is no section {heading!r}"
     return match[1]
 
 
-def table(heading: str) -> list[list[str]]:
+def table(heading: str, document: str = README) -> list[list[str]]:
     """Return the cells of the table in a section, row by row, without its head."""
-    lines = [line for line in section(heading).splitlines() if line.startswith("|")]
+    lines = [line for line in section(heading, document).splitlines() if line.startswith("|")]
     head, line, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     assert set(line) == {"---"}
     assert all(len(row) == len(head) for row in rows), rows
@@ -49,89 +54,79 @@ def blocks(language: str, text: str) -> list[str]:
     return [block for name, block in found if name == language]
 
 
+# ---- The README ----------------------------------------------------------------------------------------
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 300
+
+
+def test_readme_has_a_table_of_contents() -> None:
+    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    contents = README.partition("\n## ")[0]
+    assert re.findall(r"\[([^]]+)\]\(#", contents) == headings
+
+
+def test_promises_of_the_readme_are_ten() -> None:
+    assert len(re.findall(r"^- \*\*", section("What you can rely on"), re.MULTILINE)) == 10
+
+
+def test_image_for_development_is_used_as_its_file_says() -> None:
+    commands = blocks("sh", section("Development"))[1].splitlines()
+    told = (wire.ROOT / "deploy" / "dev.Dockerfile").read_text(encoding="utf-8")
+    assert len(commands) == 2 and all(f"#   {command}" in told for command in commands)
+
+
 # ---- Options -----------------------------------------------------------------------------------------
 
 
-def options_in_help(program: str) -> dict[str, str]:
-    """Return each option that takes a value or is a switch, as `--help` writes it, and its default."""
-    environment = {**os.environ, "COLUMNS": "1000"}  # one line an option
-    command = wire.python(str(wire.ROOT / program), "--help")
-    text = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=30
-    ).stdout
-    found = {}
-    for name, help_text in re.findall(r"^  (\S+(?: \S+)?)(?: {2,}|\n {10,})(\S.*)$", text, re.MULTILINE):
-        default = re.search(r"\(default: (.*)\)$", help_text)
-        found[name] = default[1] if default else "no"
-    return found
+def options_in_document(heading: str) -> dict[str, str]:
+    """Return each option of a program that has a default, with it, from docs/options.md."""
+    rows = table(heading, OPTIONS)
+    return {option.strip("`"): default.replace("`", "") for option, default, _ in rows if default}
 
 
-def options_in_readme(heading: str) -> dict[str, str]:
-    """Return the same from the table of a section."""
-    return {option.strip("`"): default.replace("`", "") for option, default, _ in table(heading) if default}
+def test_tables_of_options_are_what_the_programs_tell() -> None:
+    """If this fails: python3 test/option_tables.py"""
+    assert option_tables.up_to_date(OPTIONS) == OPTIONS
 
 
 @pytest.mark.parametrize(
     ("program", "heading"), [("pothead.py", "The hub"), ("pothead_worker.py", "The worker")]
 )
-def test_every_option_is_in_the_readme_with_its_default_and_no_other_is(program: str, heading: str) -> None:
-    in_help = options_in_help(program)
+def test_every_option_is_in_the_document_and_no_other_is(program: str, heading: str) -> None:
+    module = {"pothead.py": pothead, "pothead_worker.py": pothead_worker}[program]
+    named = {option.split()[0] for option in options_in_document(heading)} - {"MODULE:APP"}
+    assert named == {module.flag_of(name) for name in module.OPTION_HELP}
     for name in ("--help", "--version", "--check"):
-        if in_help.pop(name, None):
-            assert f"`{name}`" in section(heading), f"{name} is not in the README"
-    in_help = {name: default for name, default in in_help.items() if not name.startswith("-h,")}
-    assert len(in_help) > 3
-    assert options_in_readme(heading) == in_help
+        assert f"{name}`" in section(heading, OPTIONS)
 
 
-def test_defaults_in_the_readme_are_those_of_a_hub_in_a_program() -> None:
+def test_defaults_in_the_document_are_those_of_a_hub_in_a_program() -> None:
     fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(pothead.Options)}
-    in_readme = {option.split()[0]: default for option, default in options_in_readme("The hub").items()}
-    assert set(in_readme) == fields
+    told = {option.split()[0]: default for option, default in options_in_document("The hub").items()}
+    assert set(told) == fields
     arguments = [
         f"{option}={default}"
-        for option, default in in_readme.items()
+        for option, default in told.items()
         if default not in ("no", "none", "the system's directory for them")
     ]
     assert pothead.parse_args(arguments, {}) == (pothead.Options(), [])
 
 
+def test_options_of_the_readme_have_their_defaults() -> None:
+    programs = {"hub": ["The hub"], "worker": ["The worker"], "both": ["The hub", "The worker"]}
+    rows = table("Options")
+    assert len(rows) == 12
+    for option, of, default, _ in rows:
+        for heading in programs[of]:
+            assert options_in_document(heading)[option.strip("`")] == default.replace("`", "")
+
+
 # ---- Tables ------------------------------------------------------------------------------------------
 
 
-def test_status_table_is_the_hubs_own() -> None:
-    rows = {code.strip("`"): (status, text) for code, status, text in table("Statuses and log codes")}
-    assert set(rows) == {outcome.code for outcome in pothead.Outcome}
-    for outcome in pothead.Outcome:
-        status, text = rows[outcome.code]
-        if outcome is pothead.Outcome.REFUSED:
-            assert status == "see below"
-        elif outcome.status == pothead.CONSUMER_GONE_STATUS:
-            assert status == "499, in the log only"
-        else:
-            assert status == (str(outcome.status) if outcome.status else "the worker's")
-        sentence = outcome.sentence[:1].upper() + outcome.sentence[1:]
-        assert text.startswith(f"{sentence}." if sentence else "The response is with the consumer.")
-
-
-def test_admin_port_offers_what_the_readme_names() -> None:
-    section_tables = re.split(r"\n\n(?=\|)", section("Looking at it"))[1:]
-    requests, metrics = (re.findall(r"^\| `(.*?)` \|", each, re.MULTILINE) for each in section_tables)
-    pages = {f"GET {path.decode()}" for path in pothead.PAGES}
-    actions = {f"POST {path.decode()}" for path in pothead.ACTIONS}
-    assert set(requests) == {*pages, *actions, "POST /requests/ID/cancel"}
-    core = pytest.importorskip("prometheus_client.core")
-    hub = pothead.Hub(pothead.Options(main_port=0, worker_port=0, admin_port=None))
-    try:
-        families = list(pothead.MetricsCollector(hub).collect())
-    finally:
-        hub.loop.close()
-    total = {core.CounterMetricFamily: "_total"}
-    names = [each.name + total.get(type(each), "") for each in families]
-    assert metrics and sorted(metrics) == sorted([*names, "process_…"])
-
-
-# What gets each status of refusal that the README names.
+# What gets each status of refusal that docs/operating.md names.
 REFUSED = {
     400: b"GET / HTTP/1.1\r\n\r\n",
     405: b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -145,10 +140,9 @@ REFUSED = {
 }
 
 
-def test_refusals_are_those_that_the_readme_names() -> None:
-    paragraph = next(
-        part for part in section("Statuses and log codes").split("\n\n") if "refused with" in part
-    )
+def test_refusals_are_those_that_are_named() -> None:
+    paragraphs = section("Log codes", OPERATING).split("\n\n")
+    paragraph = next(part for part in paragraphs if "refused with" in part)
     named = {int(number) for number in re.findall(r"(?<![-`0-9])[45][0-9][0-9](?![-`0-9])", paragraph)}
     assert named == {*REFUSED, 503}, "503 is for a disk that is full"
     with wire.hub_process("--head-timeout", "300ms", "--max-request-body", "1000") as hub:
@@ -160,14 +154,14 @@ def test_refusals_are_those_that_the_readme_names() -> None:
 
 
 def test_limits_are_the_hubs_own() -> None:
-    rows = table("Limits")
+    rows = table("Limits of the hub", OPERATING)
     assert len(rows) > 5
     for name, value, _ in rows:
         number, _, unit = value.partition(" ")
         assert getattr(pothead.LIMITS, name.strip("`")) == int(number) * UNITS[unit], name
 
 
-def test_environ_has_the_keys_that_the_readme_names(tmp_path: Path) -> None:
+def test_environ_has_the_keys_that_are_named(tmp_path: Path) -> None:
     (tmp_path / "keys.py").write_text(
         "def app(environ, start_response):\n"
         "    start_response('200 OK', [])\n"
@@ -177,7 +171,7 @@ def test_environ_has_the_keys_that_the_readme_names(tmp_path: Path) -> None:
         with wire.Peer.connect(hub.main) as consumer:
             consumer.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             keys = dict(line.split() for line in consumer.read_response().body.decode().splitlines())
-    named = [row[0].strip("`") for row in table("Your own app")]
+    named = [row[0].strip("`") for row in table("The app", WORKER)]
     assert [keys[key] for key in named] == ["str", "float", "int", "Event"]
 
 
@@ -267,33 +261,36 @@ def newcomer(tmp_path: Path) -> Newcomer:
 def test_clone_runs_as_it_is_and_can_be_installed(newcomer: Newcomer) -> None:
     if not (wire.ROOT / ".git").exists():
         pytest.skip("what is tested here is no repository")
-    clone, install = blocks("sh", section("Install"))
+    clone, change, _ = blocks("sh", section("Try it"))[0].splitlines()
+    (install,) = blocks("sh", section("Install"))
     version = f"pothead {pothead.__version__}\n"
-    newcomer.run(clone.replace("REPOSITORY", str(wire.ROOT)))
+    newcomer.run(clone.replace("REPOSITORY", str(wire.ROOT)) + "\n" + change)
     newcomer.directory /= "pothead"
     assert newcomer.run("python3 pothead.py --version") == version
     assert newcomer.run(install).endswith(version)
 
 
 def test_quick_start_works(newcomer: Newcomer) -> None:
-    service, greet, compress, three, stats = blocks("sh", section("Try it"))
+    start, greet, compress, three = blocks("sh", section("Try it"))
+    service, elsewhere = start.splitlines()[-1], 'cd "$(mktemp -d)"\n'
+    assert compress.startswith(elsewhere)
     with newcomer.hub(service) as hub:
         hub.wait_for_error(lambda line: "connected slots=2" in line)
         assert newcomer.run(greet).startswith("Hello from a POTHEAD worker.\n")
-        newcomer.run(compress.replace("5000000", "500000"))
+        newcomer.run(compress.removeprefix(elsewhere).replace("5000000", "500000"))
         newcomer.run(three)
         original = (newcomer.directory / "somefile").read_bytes()
         assert len(original) == 500_000
         for name in ("somefile.xz", "1.xz", "2.xz", "3.xz"):
             assert lzma.decompress((newcomer.directory / name).read_bytes()) == original
-        assert '"OK": 5' in newcomer.run(stats)
+        assert '"OK": 5' in newcomer.run("curl localhost:4041/stats")
 
 
 def test_output_of_the_quick_start_is_as_the_readme_shows_it(newcomer: Newcomer) -> None:
-    service, greet, *_ = blocks("sh", section("Try it"))
+    start, greet, *_ = blocks("sh", section("Try it"))
     shown = blocks("", section("Try it"))[-1]
-    logged = blocks("", section("Statuses and log codes"))[-1]
-    with newcomer.hub(service) as hub:
+    logged = blocks("", section("The log", OPERATING))[-1]
+    with newcomer.hub(start.splitlines()[-1]) as hub:
         connected = hub.wait_for_error(lambda line: "connected slots=2" in line)
         newcomer.run(greet)
         line = hub.wait_for_line(lambda line: "code=" in line)
@@ -309,7 +306,8 @@ def without_numbers(text: str) -> str:
 
 def test_app_of_the_readme_is_served(newcomer: Newcomer) -> None:
     (newcomer.directory / "slowhash.py").write_text(blocks("python", section("Your own app"))[0])
-    service, ask, hub_alone, worker_alone = blocks("sh", section("Your own app"))
+    service, ask = blocks("sh", section("Your own app"))
+    hub_alone, worker_alone = blocks("sh", section("Several machines", WORKER))
     with newcomer.hub(service):
         answer = newcomer.run(ask)
         assert re.fullmatch(r"[0-9a-f]{64}\n", answer)
@@ -320,8 +318,8 @@ def test_app_of_the_readme_is_served(newcomer: Newcomer) -> None:
             worker.wait_for_error(lambda line: "connected slots=2" in line)
 
 
-def test_orders_of_the_readme_are_taken(newcomer: Newcomer) -> None:
-    (orders,) = blocks("sh", section("Looking at it"))
+def test_actions_of_the_documents_are_taken(newcomer: Newcomer) -> None:
+    (orders,) = blocks("sh", section("Actions", OPERATING))
     with newcomer.hub("python3 pothead.py"):
         assert newcomer.run(orders) == "paused\nresumed\n"
 
@@ -340,13 +338,13 @@ def serve_once(listener: wire.Listener, worker: wire.WorkerProcess, body: bytes 
 
 
 def options_of(command: str) -> list[str]:
-    """Return what the command of the README gives to the worker."""
+    """Return what a command of the documents gives to the worker."""
     return command.split("pothead_worker.py", 1)[1].split()
 
 
-def test_gated_app_of_the_readme_is_served(tmp_path: Path, listener: wire.Listener) -> None:
-    source, _ = blocks("python", section("Only as many jobs as fit"))
-    (command,) = blocks("sh", section("Only as many jobs as fit"))
+def test_gated_app_of_the_documents_is_served(tmp_path: Path, listener: wire.Listener) -> None:
+    source, _ = blocks("python", section("Only as many jobs as fit", WORKER))
+    (command,) = blocks("sh", section("Only as many jobs as fit", WORKER))
     (tmp_path / "slowhash.py").write_text(blocks("python", section("Your own app"))[0])
     (tmp_path / "gatedhash.py").write_text(source)
     shutil.copy(wire.ROOT / "gating.py", tmp_path)
@@ -355,8 +353,8 @@ def test_gated_app_of_the_readme_is_served(tmp_path: Path, listener: wire.Listen
             assert len(serve_once(listener, worker)) == 65
 
 
-def test_gate_of_the_readme_counts(tmp_path: Path, listener: wire.Listener) -> None:
-    _, source = blocks("python", section("Only as many jobs as fit"))
+def test_gate_of_the_documents_counts(tmp_path: Path, listener: wire.Listener) -> None:
+    _, source = blocks("python", section("Only as many jobs as fit", WORKER))
     app = (
         "def app(environ, start_response):\n"
         "    start_response('200 OK', [])\n"
@@ -369,24 +367,33 @@ def test_gate_of_the_readme_counts(tmp_path: Path, listener: wire.Listener) -> N
             assert serve_once(listener, worker) == b"one of three"
 
 
-@pytest.mark.parametrize("app", ["app", "create_app()", "create_app(rounds=5)"])
+def test_app_of_the_readme_in_flask_is_served(tmp_path: Path, listener: wire.Listener) -> None:
+    pytest.importorskip("flask")
+    (source,) = blocks("python", section("Flask"))
+    (tmp_path / "flaskhash.py").write_text(source)
+    assert "`flaskhash:app`" in section("Flask")
+    with wire.worker_process(listener, "flaskhash:app", cwd=tmp_path) as worker:
+        assert len(serve_once(listener, worker, b"some text")) == 65
+
+
+@pytest.mark.parametrize("app", ["create_app()", "create_app(rounds=5)"])
 @pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]], ids=["threads", "processes"])
-def test_app_of_the_readme_in_flask_is_served(
+def test_app_that_a_function_makes_in_flask_is_served(
     tmp_path: Path, listener: wire.Listener, app: str, mode: list[str]
 ) -> None:
     pytest.importorskip("flask")
-    _, source = blocks("python", section("Your own app"))
-    (tmp_path / "flaskhash.py").write_text(source)
-    assert f"`flaskhash:{app}`" in section("Your own app").replace("'", "")
-    with wire.worker_process(listener, *mode, f"flaskhash:{app}", cwd=tmp_path) as worker:
+    (source,) = blocks("python", section("The app", WORKER))
+    (tmp_path / "factory.py").write_text(source)
+    assert f"`'factory:{app}'`" in section("The app", WORKER)
+    with wire.worker_process(listener, *mode, f"factory:{app}", cwd=tmp_path) as worker:
         assert len(serve_once(listener, worker, b"some text")) == 65
 
 
 def test_app_of_the_readme_in_fastapi_is_served(tmp_path: Path, listener: wire.Listener) -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    (source,) = blocks("python", section("A service in another language"))
-    serve, work = blocks("sh", section("A service in another language"))[1].splitlines()
+    (source,) = blocks("python", section("ASGI"))
+    serve, work = blocks("sh", section("ASGI"))[0].splitlines()
     (tmp_path / "asgihash.py").write_text(source)
     command = [sys.executable, *serve.removesuffix(" &").replace("8000", "0").split()[1:]]
     with wire.running(wire.Program(command, tmp_path)) as service:
@@ -398,9 +405,9 @@ def test_app_of_the_readme_in_fastapi_is_served(tmp_path: Path, listener: wire.L
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_service_of_the_readme_in_javascript_gets_requests(tmp_path: Path, listener: wire.Listener) -> None:
-    (source,) = blocks("javascript", section("A service in another language"))
-    commands = blocks("sh", section("A service in another language"))[0]
+def test_service_in_javascript_gets_requests(tmp_path: Path, listener: wire.Listener) -> None:
+    (source,) = blocks("javascript", section("A service in another language", WORKER))
+    (commands,) = blocks("sh", section("A service in another language", WORKER))
     port = str(free_ports()["MAIN"])
     (tmp_path / "render.js").write_text(source.replace("8000", port) + "console.log('ready');\n")
     service = wire.Program(["node", "render.js"], tmp_path)
@@ -412,11 +419,11 @@ def test_service_of_the_readme_in_javascript_gets_requests(tmp_path: Path, liste
 
 
 @pytest.mark.parametrize("mode", [[], ["--use-request-subprocess"]])
-def test_counter_of_the_readme_is_on_the_page(
+def test_counter_of_the_documents_is_on_the_page(
     tmp_path: Path, listener: wire.Listener, mode: list[str]
 ) -> None:
     pytest.importorskip("prometheus_client")
-    (source,) = blocks("python", section("Metrics"))
+    (source,) = blocks("python", section("Metrics", WORKER))
     (tmp_path / "counted.py").write_text(source)
     (tmp_path / "metrics").mkdir()
     command = [*wire.python("-W", "ignore::ResourceWarning"), str(wire.ROOT / "pothead_worker.py"), *mode]
@@ -430,18 +437,19 @@ def test_counter_of_the_readme_is_on_the_page(
             visitor.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
             page = visitor.read_response().body.decode()
     assert 'myapp_requests_total{method="POST"} 3.0\n' in page
-    for name, _ in table("Metrics"):
-        assert f"\n# TYPE {name.strip('`').partition('{')[0]} " in page
+    for row in table("Metrics of the worker", OPERATING):
+        assert f"\n# TYPE {row[0].strip('`')} " in page
 
 
-def test_pages_of_the_inspection_port_are_those_that_the_readme_names() -> None:
+def test_pages_of_the_inspection_port_are_those_that_are_named() -> None:
     pages = pothead_worker.Inspection(pothead_worker.WorkerPool(pothead_worker.demo_app)).pages
-    assert {name.strip("`") for name, _ in table("What a worker is doing")} == set(pages)
+    assert {name.strip("`") for name, _ in table("What a worker is doing", WORKER)} == set(pages)
 
 
-def test_variables_of_the_worker_are_in_the_readme_with_their_defaults() -> None:
+def test_variables_of_the_worker_are_told_with_their_defaults() -> None:
     options = pothead_worker.parse_args([], {})
-    defaults = {name.strip("`"): default.strip("`") for name, default, _ in table("The worker's variables")}
+    rows = table("The worker's variables", OPTIONS)
+    defaults = {name.strip("`"): default.strip("`") for name, default, _ in rows}
     assert defaults == {
         "PROMETHEUS_MULTIPROC_DIR": "none",
         "PROMETHEUS_PORT": str(options.metrics_port),
@@ -455,7 +463,7 @@ def test_variables_of_the_worker_are_in_the_readme_with_their_defaults() -> None
 
 
 class Example:
-    """An example of the README that runs until somebody presses Enter."""
+    """An example of docs/library.md that runs until somebody presses Enter."""
 
     def __init__(self, source: str, directory: Path) -> None:
         (directory / "example.py").write_text(source)
@@ -473,7 +481,7 @@ class Example:
 
 @contextlib.contextmanager
 def example(import_line: str, directory: Path, ports: Ports) -> Iterator[Example]:
-    sources = [block for block in blocks("python", section("As a library")) if import_line in block]
+    sources = [block for block in blocks("python", LIBRARY) if import_line in block]
     assert len(sources) == 1
     with contextlib.closing(Example(with_ports(sources[0], ports), directory)) as running:
         with wire.running(running.program):
@@ -486,7 +494,7 @@ def greeting_from(address: wire.Address) -> bytes:
         return consumer.read_response().body
 
 
-def test_hub_of_the_readme_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
+def test_hub_of_the_documents_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
     with example("from pothead import", tmp_path, dict.fromkeys(DEFAULT_PORTS, 0)) as running:
         line = running.program.wait_for_line(lambda line: line.startswith("Listening at"))
         addresses = dict(re.findall(r"'(\w+)': '(\S+:[0-9]+)'", line))
@@ -500,7 +508,7 @@ def test_hub_of_the_readme_runs_in_a_thread_and_is_stopped_from_another(tmp_path
         assert running.program.lines[-1].endswith("code=OK"), "the log has one line an exchange"
 
 
-def test_worker_of_the_readme_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
+def test_worker_of_the_documents_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
     with wire.hub_process() as hub:
         ports = DEFAULT_PORTS | {"WORKER": hub.worker[1]}
         with example("from pothead_worker import", tmp_path, ports) as running:
