@@ -95,6 +95,7 @@ class Limits:
 
     request_line_bytes: int = 8 * KIB  # RFC 9112 §3 asks for 8000 at least; nginx and Apache take 8 KiB
     head_bytes: int = 32 * KIB  # nginx takes four buffers of 8 KiB
+    host_bytes: int = 1 * KIB  # a name has 255; it is passed on twice, and a worker takes 64 KiB in all
     recalled_lines: int = 1024  # of fields that peers send again and again ...
     recalled_line_bytes: int = 256  # ... as long as this, so that they take 0.5 MiB at most
     head_fields: int = 100  # http.client, gunicorn and HAProxy (101) stop there
@@ -108,6 +109,7 @@ class Limits:
     upload_bytes: int = 4 * KIB  # of memory that a request takes while its body comes, beside its head ...
     uploads_bytes: int = 64 * MIB  # ... and what all such requests take together, before others get 503
     heads_a_turn: int = 5  # of interim responses of one slot, which are few; and one request of a consumer
+    large_head_bytes: int = 8 * KIB  # that count as another head
     chunks_a_turn: int = 100  # of one body: about 100 µs, so that those who send them small stop nobody
     framing_bytes: int = 256 * KIB  # of chunks, beyond four times the bytes in them: nobody needs so much
     interim_responses: int = 50  # to one request: a job that tells its progress should do so in its body
@@ -137,6 +139,8 @@ class Limits:
     history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
     history_steps: int = 120  # ten minutes
     rate_steps: int = 12  # of those, over which requests a second are told: a minute
+    rest_s: float = 0.05  # of a machine that has lost a slot: who dies takes all his slots along ...
+    rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
 
 
@@ -243,6 +247,7 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([\t -~
 _FIELD_LINE: Final = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")
 _HOPELESS: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _DIGITS: Final = re.compile(rb"[0-9]+")
+_EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 _PLAIN_CHUNK: Final = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
 _QUOTED: Final = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 # Each byte decides how it goes on, so that a line that fails at its end costs linear time.
@@ -263,6 +268,7 @@ _KNOWN_FIELDS: Final = frozenset(
         b"pothead-action", b"sec-fetch-site",
     )
 )  # fmt: skip
+_LIST_FIELDS: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
 # Peers repeat themselves: short lines of these fields, which hold no secret, are recalled and not read again.
 _RECALLED_FIELDS: Final = frozenset(
     (
@@ -372,8 +378,10 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     A head that cannot become valid any more is refused at once and not at its end.  Raises
     ``ProtocolError`` with the status to answer.  RFC 9112 §2 to §6.
     """
-    while buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are skipped
-        del buffer[:2]
+    if buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are skipped
+        empty = _EMPTY_LINES.match(buffer)
+        assert empty is not None
+        del buffer[: empty.end()]
     head = _take_head(buffer, 431)
     if head is None:
         return None
@@ -524,6 +532,8 @@ def _read_field(line: bytes, status: int) -> FieldLine:
         raise ProtocolError(status, "a field line that is not 'name: value'")
     name, value = match[1], match[2].strip(b" \t")
     key = name.lower()
+    if key in _LIST_FIELDS and value.count(b",") > LIMITS.head_fields:
+        raise ProtocolError(status, f"a {name.decode()} of more than {LIMITS.head_fields} members")
     known_as = key if key in _KNOWN_FIELDS else b""
     field = (known_as, value, key.replace(b"_", b"-"), b"%b: %b\r\n" % (name, value))
     if key in _RECALLED_FIELDS and len(line) <= LIMITS.recalled_line_bytes:
@@ -602,7 +612,7 @@ def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
         return None
     if len(values) != 1:
         raise ProtocolError(400, "no Host field" if not values else "several Host fields")
-    if not _HOST.fullmatch(values[0]):
+    if len(values[0]) > LIMITS.host_bytes or not _HOST.fullmatch(values[0]):
         raise ProtocolError(400, "a malformed Host field")
     return values[0]
 
@@ -615,7 +625,7 @@ def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[byte
     if target == b"*" and method == b"OPTIONS":
         return target, host
     absolute = _ABSOLUTE_FORM.fullmatch(target)
-    if absolute is None or not absolute[1] or not _HOST.fullmatch(absolute[1]):
+    if absolute is None or not 0 < len(absolute[1]) <= LIMITS.host_bytes or not _HOST.fullmatch(absolute[1]):
         raise ProtocolError(400, "a target that is neither a path nor an http URL")
     if absolute[1].startswith(b":"):
         raise ProtocolError(400, "a target without a host")
@@ -730,19 +740,22 @@ class ChunkedBody:
     all of their framing together may not outweigh what is in them by too much.
     """
 
-    __slots__ = ("_excess", "_part", "_status", "done", "stopped", "verbatim")
+    __slots__ = ("_allowance", "_excess", "_part", "_status", "done", "stopped", "verbatim")
 
     def __init__(self, status: int = 400) -> None:
         self._status = status
         self._part = _ChunkedPart.SIZE
-        self._excess = 0  # bytes of framing, less four for each byte of the body
+        # Bytes of framing for each byte of the body: four, where a byte by itself takes five.  A worker's
+        # events may go on for days, byte by byte.
+        self._allowance = 4 if status == 400 else 8
+        self._excess = 0  # beyond that
         self.verbatim = 0
         self.done = False
         self.stopped = False
 
     def skip(self, size: int) -> None:
         self.verbatim -= size
-        self._excess -= 4 * size
+        self._excess -= self._allowance * size
         if self.verbatim == 0:
             self._part = _ChunkedPart.DATA_END
 
@@ -774,7 +787,7 @@ class ChunkedBody:
             if buffer[end : end + 2] != b"\r\n":
                 break
             pieces.append(buffer[start:end])
-            self._excess -= 4 * (end - start)
+            self._excess -= self._allowance * (end - start)
             position = end + 2
             count += 1
         if position:
@@ -895,7 +908,7 @@ class MessageReader(Generic[HeadT]):
     @property
     def stopped(self) -> bool:
         """Whether there may be more to take at once, but in the next turn."""
-        return self._left == 0
+        return self._left == 0 if self.body is None else self.body.stopped
 
     @property
     def is_at_end(self) -> bool:
@@ -917,12 +930,13 @@ class MessageReader(Generic[HeadT]):
         which may be empty, ``is_at_end`` tells that ``END`` follows.
         """
         body = self.body
-        if self._left == 0:
+        if self._left == 0 and (body is None or body.stopped):
             return None
         if body is None:
+            size = len(self.inbuf)
             head = self._take_head(self.inbuf)
             if head is not None:
-                self._left -= 1
+                self._left = max(0, self._left - 1 - (size - len(self.inbuf)) // LIMITS.large_head_bytes)
                 self.body = self._body_of(head) or _EMPTY
             return head
         if body.done:
@@ -1092,7 +1106,8 @@ class Machine(Generic[SlotT]):
     """
 
     __slots__ = (
-        "entry", "failures", "idle", "left_at", "name", "requeues", "running", "served", "slots",
+        "entry", "failures", "idle", "left_at", "may_rest_at", "name", "requeues", "rests_until", "running",
+        "served", "slots",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -1100,7 +1115,8 @@ class Machine(Generic[SlotT]):
         self.slots = 0  # connected now
         self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
         self.running = 0
-        self.entry: tuple[int, int, Machine[SlotT]] | None = None  # in the policy's heap, if a slot waits
+        self.entry: tuple[int, int, Machine[SlotT]] | None = None  # in the policy's heap, if it can be given
+        self.rests_until = self.may_rest_at = -math.inf
         self.served = 0
         self.failures = 0
         self.requeues = 0  # those of the failures after which the request was tried again
@@ -1124,6 +1140,7 @@ class Policy(Generic[ItemT, SlotT]):
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
         self._machines: list[tuple[int, int, Machine[SlotT]]] = []  # heap: fewest running, last parked
         self.machines: dict[str, Machine[SlotT]] = {}  # that have slots
+        self._resting: deque[Machine[SlotT]] = deque()  # by when that is over
         self.gone: dict[str, Machine[SlotT]] = {}  # that had some, in the order in which they went
         self.waiting = 0  # requests
         self.idle = 0  # slots
@@ -1146,6 +1163,8 @@ class Policy(Generic[ItemT, SlotT]):
         """Has ``item`` wait behind all others, for so many seconds at most.  Ask ``is_full`` before."""
         ticket = Ticket(item, next(self._numbers), now, now + limit_s)
         self._line.append(ticket)
+        if not self.waiting:
+            self._unfiled.clear()  # of those that have gone without having waited
         self._unfiled.append(ticket)
         self.waiting += 1
         return ticket
@@ -1167,11 +1186,13 @@ class Policy(Generic[ItemT, SlotT]):
             self.waiting -= 1
             self._sweep()
 
+    def next_event(self) -> float:
+        """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
+        over_at = self._resting[0].rests_until if self._resting else math.inf
+        return min(over_at, self.next_expiry()) if self.waiting else over_at
+
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
-        if not self.waiting:
-            self._unfiled.clear()
-            return math.inf
         for ticket in self._unfiled:
             if ticket.waits and not ticket.filed:
                 self._file_expiry(ticket)
@@ -1271,10 +1292,25 @@ class Policy(Generic[ItemT, SlotT]):
                 return slot
         return None
 
+    def rest(self, machine: Machine[SlotT], now: float) -> None:
+        """Gives a machine that has lost a slot nothing for a moment: its others may be about to go, too."""
+        if now >= machine.may_rest_at:
+            machine.rests_until = now + LIMITS.rest_s
+            machine.may_rest_at = now + LIMITS.rest_again_s
+            self._resting.append(machine)
+            self._file(machine)
+
+    def wake(self, now: float) -> None:
+        """Ends the rest of those that have rested."""
+        while self._resting and self._resting[0].rests_until <= now:
+            machine = self._resting.popleft()
+            machine.rests_until = -math.inf
+            self._file(machine)
+
     def _file(self, machine: Machine[SlotT]) -> None:
         """Makes a new entry for a machine that has changed; the one before is stale and skipped."""
         machine.entry = None
-        if machine.idle:
+        if machine.idle and machine.rests_until == -math.inf:
             newest = machine.idle[next(reversed(machine.idle))]
             machine.entry = entry = (machine.running, -newest, machine)
             heapq.heappush(self._machines, entry)
@@ -2002,7 +2038,10 @@ class Stream(Watched):
             self._fill()
 
     def on_deadline(self) -> None:
-        self.role.on_deadline()
+        if self._has_rest:  # that has come in time, and is looked at first
+            self.deadline = self._loop.now
+        else:
+            self.role.on_deadline()
 
     def on_fault(self) -> None:
         self.role.on_fault()
@@ -2368,7 +2407,7 @@ class Exchange:
         attempt.body_sent = self.spool is None
         if self.spool is not None and self.spool.size and not attempt.is_chunked:
             head += self._take_body(LIMITS.large_body_bytes)  # one packet for both, mostly
-        if self.spool is not None and self.spool.size:
+        if self.spool is not None and (self.spool.size or not self.received):
             slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
         slot.stream.write(head)
         if self.spool is not None:
@@ -2540,6 +2579,7 @@ class Exchange:
         """The connection of the slot has ended before the response did."""
         assert self.attempt is not None
         self.attempt.slot.machine.failures += 1
+        self._hub.policy.rest(self.attempt.slot.machine, self._hub.loop.now)
         if self.has_begun:
             self.finish(Outcome.WORKER_CUT, detail)
         elif self._may_run_again(self.attempt):
@@ -3483,10 +3523,11 @@ class Hub:
     def dispatch(self) -> None:
         """Hands requests to waiting slots; the only place where the two meet."""
         policy = self.policy
+        policy.wake(self.loop.now)
         while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
             self._pair(*pair)
-        if self._queue_timer.deadline != (expiry := policy.next_expiry()):
-            self._queue_timer.deadline = expiry
+        if self._queue_timer.deadline != (event := policy.next_event()):
+            self._queue_timer.deadline = event
             self.loop.touch(self._queue_timer)
 
     def _pair(self, ticket: Ticket[Exchange], slot: Slot) -> None:
@@ -3494,8 +3535,7 @@ class Hub:
         if slot.stream.transport.has_news():  # it has left, or spoken: it will be told which
             self.policy.release(slot)
             self.policy.put_back(ticket, 0)
-        # A request that came in this very turn has just been heard.
-        elif exchange.since != self.loop.now and consumer.stream.transport.has_hung_up():
+        elif consumer.stream.transport.has_hung_up():
             self.policy.release(slot, park=True)
             self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
         else:

@@ -911,8 +911,9 @@ class Response(BaseHandler):
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], None]:
-        if self.headers_sent and exc_info and exc_info[1]:
-            raise exc_info[1].with_traceback(exc_info[2])
+        if self.headers_sent and exc_info:
+            error = exc_info[1] or WSGIViolation("start_response was called after the response had begun")
+            raise error.with_traceback(exc_info[2])
         if self.head is not None and not exc_info:
             raise WSGIViolation("start_response was called twice without exc_info")
         self.head = check_head(status, headers)
@@ -927,6 +928,8 @@ class Response(BaseHandler):
         if not isinstance(data, bytes):
             raise WSGIViolation(f"the body has a piece of type {type(data).__name__} instead of bytes")
         self._check_process()
+        if self.is_complete:  # the connection may be another request's by now
+            raise WSGIViolation("write was called after the response had ended")
         if data:
             self._check_consumer()
             self._send_piece(data)

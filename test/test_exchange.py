@@ -745,6 +745,64 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
     assert slot.read_request().target == b"/next"
 
 
+def test_request_whose_consumer_left_with_its_last_byte_is_not_handed_out(rig: Rig) -> None:
+    """Both have come before the hub looks: the request is read first, and the end would be in the next turn."""
+    slot, consumer = rig.slot(), rig.consumer()
+    rig.turn()
+    consumer.send(get(b"/", b"Content-Length: 4", method=b"POST") + b"body")
+    consumer.close()
+    for _ in range(3):
+        rig.turn()
+    assert codes(rig) == ["CQ"] and not has_bytes(slot)
+
+
+def test_machine_that_has_lost_a_slot_gets_nothing_for_a_moment(rig: Rig) -> None:
+    """A process that is killed takes all its slots along, and the kernel closes them one by one."""
+    slots = [rig.slot() for _ in range(3)]
+    consumer = rig.consumer(get(b"/"))
+    rig.until(lambda: any(map(has_bytes, slots)))
+    (busy,) = [slot for slot in slots if has_bytes(slot)]
+    busy.close()
+    rig.until(lambda: rig.hub.policy.waiting == 1)
+    rig.turn()
+    idle = [slot for slot in slots if slot is not busy]
+    assert not any(map(has_bytes, idle))
+    idle[0].close()  # as it would have been
+    rig.pass_time(pothead.LIMITS.rest_s)
+    rig.until(lambda: has_bytes(idle[1]))
+    request = idle[1].read_request()
+    assert request.value(b"Pothead-Attempt") == b"2"
+    idle[1].close()  # it may not rest again so soon: others on the machine are well
+    rig.until(lambda: not rig.hub.slots)
+    last = rig.slot()
+    rig.consumer(get(b"/next"))
+    rig.until(lambda: has_bytes(last))
+    assert last.read_request().target == b"/next"
+    assert rig.response(consumer).status == 502
+
+
+def test_slot_that_is_sent_a_body_that_has_not_come_may_take_its_time(new_rig: Callable[..., Rig]) -> None:
+    """It may compute before it reads, and its closed window is not taken for a dead machine."""
+    rig = new_rig(stream_requests=True)
+    rig.slot()
+    rig.consumer(get(b"/", b"Content-Length: 4", method=b"PUT"))
+    (slot,) = rig.hub.slots
+    rig.until(lambda: slot.exchange is not None)
+    option = slot.stream.transport._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert option == pothead.LIMITS.worker_full_s * 1000
+
+
+def test_what_has_come_in_time_is_read_before_a_deadline_fires(new_rig: Callable[..., Rig]) -> None:
+    """Also if it is more than a turn's share."""
+    rig = new_rig(response_timeout=1.0)
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    slot.send(b"HTTP/1.1 102 Processing\r\n\r\n" * 40 + OK)
+    rig.clock.now += 60  # the hub stood still
+    assert rig.response(consumer).status == 200
+
+
 def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: Rig) -> None:
     slot, consumer = rig.slot(), rig.consumer()
     (worker,) = rig.hub.slots

@@ -1183,6 +1183,7 @@ def test_worker_that_stops_after_any_byte_of_its_response_is_told_by_its_consume
         consumer.close() if expect_failure(consumer) else consumer.expect_eof()
         rig.until(lambda: len(hub.loop.watched) == len(hub.ports.listeners))
         assert hub.policy.running == hub.policy.idle == 0
+        rig.pass_time(pothead.LIMITS.rest_again_s)
     assert {line.partition(" code=")[2][:2] for line in rig.lines} <= {"WL", "WC"}
 
 

@@ -24,6 +24,7 @@ from pothead import (
     FixedBody,
     Framing,
     Inbuf,
+    MessageReader,
     ProtocolError,
     UntilCloseBody,
     chunk,
@@ -494,12 +495,14 @@ def test_tiny_chunk_costs_less_than_a_step_for_each_of_its_parts() -> None:
     assert sorted(ratios)[2] > 2.5, ratios
 
 
+LONG_EXTENSION = b"1;a=%b\r\nx\r\n" % (b"b" * 1000)
+
+
 @pytest.mark.parametrize(
-    "chunk",
-    [b"1\r\nx\r\n", b"01\r\nx\r\n", b"1;a=%b\r\nx\r\n" % (b"b" * 1000)],
-    ids=["a byte each", "with zeros", "long extensions"],
+    ("chunk", "status"),
+    [(b"1\r\nx\r\n", 400), (b"01\r\nx\r\n", 400), (LONG_EXTENSION, 400), (LONG_EXTENSION, 502)],
+    ids=["a byte each", "with zeros", "long extensions", "long extensions of a response"],
 )
-@pytest.mark.parametrize("status", [400, 502])
 def test_chunks_whose_framing_outweighs_their_bytes_are_refused(chunk: bytes, status: int) -> None:
     body, buffer = ChunkedBody(status), Inbuf(chunk * 2 * (LIMITS.framing_bytes // (len(chunk) - 5)))
     taken = 0
@@ -511,10 +514,44 @@ def test_chunks_whose_framing_outweighs_their_bytes_are_refused(chunk: bytes, st
     assert LIMITS.framing_bytes - last_take <= taken * (len(chunk) - 5) <= LIMITS.framing_bytes
 
 
-def test_chunks_of_a_reasonable_size_may_go_on_for_ever() -> None:
-    body, chunk = ChunkedBody(), b"8\r\n12345678\r\n"
+@pytest.mark.parametrize(
+    ("status", "data"), [(400, b"12345678"), (502, b"x")], ids=["a request", "a response, byte by byte"]
+)
+def test_chunks_of_a_reasonable_size_may_go_on_for_ever(status: int, data: bytes) -> None:
+    body, chunk = ChunkedBody(status), b"%x\r\n%b\r\n" % (len(data), data)
     for _ in range(200):
-        assert take_all(body, Inbuf(chunk * 1000)) == b"12345678" * 1000
+        assert take_all(body, Inbuf(chunk * 1000)) == data * 1000
+
+
+@pytest.mark.parametrize("name", [b"Connection", b"Content-Length", b"Transfer-Encoding"])
+def test_list_with_endless_members_is_refused(name: bytes) -> None:
+    with pytest.raises(ProtocolError, match="of more than 100 members"):
+        take_request_head(Inbuf(request(name + b": 1" + b",1" * 101)))
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1", b"GET http://%b/ HTTP/1.1" % (b"a" * 2000)])
+def test_host_that_is_no_name_any_more_is_refused(line: bytes) -> None:
+    """It goes to the worker twice, whose heads have a limit, too."""
+    with pytest.raises(ProtocolError) as caught:
+        take_request_head(Inbuf(line + b"\r\nHost: %b\r\n\r\n" % (b"a" * 2000)))
+    assert caught.value.status == 400
+
+
+def test_empty_lines_before_a_request_cost_linear_time() -> None:
+    buffer = Inbuf(b"\r\n" * 500_000)
+    began = time.process_time()
+    assert take_request_head(buffer) is None and buffer == b""
+    assert time.process_time() - began < 0.2
+
+
+def test_large_heads_use_up_the_share_of_a_turn_sooner() -> None:
+    def taken(head: bytes) -> int:
+        reader = MessageReader(take_response_head, lambda head: None)
+        reader.feed(memoryview(head * 10))
+        return sum(event is not pothead.END for event in iter(reader.next, None))
+
+    assert taken(b"HTTP/1.1 103 Hint\r\n\r\n") == LIMITS.heads_a_turn
+    assert taken(b"HTTP/1.1 103 Hint\r\nX: %b\r\n\r\n" % (b"x" * 31_000)) == 2
 
 
 @pytest.mark.parametrize(
