@@ -58,6 +58,7 @@ import os
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -139,6 +140,7 @@ class Limits:
     history_step_s: int = 5  # of the plot: about as many steps as a phone has room for
     history_steps: int = 120  # ten minutes
     rate_steps: int = 12  # of those, over which requests a second are told: a minute
+    lonely_s: float = 5.0  # that a request waits and no worker is connected, before that is told
     rest_s: float = 0.05  # of a machine that has lost a slot: who dies takes all his slots along ...
     rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
@@ -2665,7 +2667,7 @@ class Exchange:
         """Sends the hub's own error response, for a person to read."""
         assert self.outcome is not None
         sentence = self.outcome.sentence
-        if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE):
+        if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE, Outcome.QUEUE_TIMEOUT):
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
         if status == 503 and self.outcome is not Outcome.CANCELLED:
@@ -3465,6 +3467,8 @@ class Hub:
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
         self._drain_timer = Timer(self.loop.stop)
+        self._lonely_timer = Timer(self._tell_of_loneliness)
+        self._is_lonely = False  # as has been told
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
         accept = {
@@ -3503,6 +3507,7 @@ class Hub:
         slot = Slot(self, self._new_stream(sock, address))
         self.slots.add(slot)
         self.policy.park(slot)
+        self._is_lonely = False
 
     def _accept_admin(self, sock: socket.socket, address: str) -> None:
         Admin(self, self._new_stream(sock, address))
@@ -3529,6 +3534,15 @@ class Hub:
         if self._queue_timer.deadline != (event := policy.next_event()):
             self._queue_timer.deadline = event
             self.loop.touch(self._queue_timer)
+        if policy.waiting and not self.slots and self._lonely_timer.deadline == math.inf:
+            self._lonely_timer.deadline = self.loop.now + LIMITS.lonely_s
+            self.loop.touch(self._lonely_timer)
+
+    def _tell_of_loneliness(self) -> None:
+        """Warns, once an episode, that requests wait and no worker is there."""
+        if self.policy.waiting and not self.slots and not self._is_lonely:
+            self._is_lonely = True
+            log.warning("requests wait, and no worker is connected: %d", self.policy.waiting)
 
     def _pair(self, ticket: Ticket[Exchange], slot: Slot) -> None:
         exchange, consumer = ticket.item, ticket.item.consumer
@@ -3556,8 +3570,9 @@ class Hub:
 
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
+        detail = "" if self.slots else "no worker is connected"
         for exchange in self.policy.expire(self.loop.now):
-            self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT)
+            self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT, detail)
 
     def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
         """Puts a request whose worker was lost back to its place in the queue."""
@@ -3585,7 +3600,8 @@ class Hub:
 
     def on_breach(self, slot: Slot) -> None:
         """A waiting slot has spoken without being asked."""
-        log.warning("worker %s sent bytes while it waited; closed", slot.stream.address)
+        address = slot.stream.address
+        log.warning("worker %s sent bytes while it waited; closed (consumers come to the main port)", address)
         self.counters.breaches += 1
         slot.on_hangup(reset=False)
 
@@ -3874,6 +3890,9 @@ def _always() -> bool:
 def _ignore(text: str) -> None: ...
 
 
+PORT_OPTIONS: Final = {"consumers": "main-port", "workers": "worker-port", "admin": "admin-port"}
+
+
 def _bind(what: str, host: str, port: int, *, reuse_port: bool) -> socket.socket:
     """Returns a bound socket; raises ``OSError`` that names what it was for."""
     try:
@@ -3891,8 +3910,11 @@ def _bind(what: str, host: str, port: int, *, reuse_port: bool) -> socket.socket
             raise
     except (OSError, UnicodeError) as exc:
         reason = getattr(exc, "strerror", None) or "no valid host name"
-        if reuse_port and isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
+        in_use = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+        if in_use and reuse_port:
             reason += " (to share it, the hub there needs --reuse-port too, and the same user)"
+        elif in_use:
+            reason += f"; for another port there is --{PORT_OPTIONS[what]}"
         raise OSError(f"cannot listen for {what} on {host}:{port}: {reason}") from exc
     return sock
 
@@ -4824,7 +4846,8 @@ class Given:
         words, self.command = split_command(argv)
         self._arguments, unknown = build_parser().parse_known_args(join_negatives(words))
         if unknown:
-            raise UsageError(describe_unknown(unknown))
+            hint = "" if unknown[0].startswith("-") else " (a command comes after --, an app is the worker's)"
+            raise UsageError(describe_unknown(unknown) + hint)
         self._environ = environ
         self.is_check: bool = self._arguments.check
         self.sources: dict[str, str] = {}  # of the options that are given: the flag or the variable
@@ -4899,9 +4922,9 @@ def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
                 text = f"would listen {name}={address_text(sock.getsockname())}"
                 lines.append(check_line(text, options.log_format))
     if given.command and not shutil.which(given.command[0]):
-        raise OSError(f"cannot start {given.command[0]}: {os.strerror(errno.ENOENT)}")
+        raise OSError(describe_missing(given.command))
     if given.command:
-        lines.append(check_line(f"would start {given.command[0]}", options.log_format))
+        lines.append(check_line(f"would start {shlex.join(given.command)}", options.log_format))
     print("\n".join(lines))
 
 
@@ -4985,6 +5008,15 @@ def feed_watchdog(loop: EventLoop, notify: Callable[[str], None], environ: Mutab
     feed()
 
 
+def describe_ending(status: int) -> str:
+    """Returns words for an exit status, or for a signal, which is a negative one."""
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"was killed by signal {-status}"
+
+
 class Companion:
     """The command that lives and dies with the hub."""
 
@@ -5001,7 +5033,8 @@ class Companion:
         status = self._process.poll()
         if status is not None:
             self._status = status
-            log.log(logging.ERROR if status else logging.INFO, "%s ended with status %d", self._name, status)
+            level = logging.ERROR if status else logging.INFO
+            log.log(level, "%s %s", self._name, describe_ending(status))
             self._hub.loop.stop()
 
     def terminate(self) -> None:
@@ -5105,7 +5138,15 @@ def _start_companion(command: list[str], hub: Hub) -> Companion:
         return Companion(command, hub)
     except OSError as exc:
         hub.loop.close()
-        raise OSError(f"cannot start {command[0]}: {exc.strerror}") from exc
+        text = f"cannot start {command[0]}: {exc.strerror}"
+        raise OSError(describe_missing(command) if exc.errno == errno.ENOENT else text) from exc
+
+
+def describe_missing(command: list[str]) -> str:
+    """Returns a sentence about a command that is not there, or is no program."""
+    is_script = command[0].endswith(".py") and os.path.exists(command[0])
+    hint = f"; did you mean -- python3 {shlex.join(command)}?" if is_script else ""
+    return f"cannot start {command[0]}: {os.strerror(errno.ENOENT)}{hint}"
 
 
 class SignalHandler:

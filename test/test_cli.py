@@ -392,7 +392,22 @@ def test_port_in_use_is_one_line_that_says_which(option: str, what: str) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = run(HUB, *FREE_PORTS, option, str(taken.getsockname()[1]))
-    assert ended == Ended(2, [], f"pothead: cannot listen for {what} on {address}: Address already in use\n")
+    reason = f"Address already in use; for another port there is {option}"
+    assert ended == Ended(2, [], f"pothead: cannot listen for {what} on {address}: {reason}\n")
+
+
+def test_script_without_its_interpreter_gets_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "my_worker.py").write_text("")
+    for check in ([], ["--check"]):
+        ended = run(HUB, *FREE_PORTS, *check, "--", "my_worker.py", "--workers", "2", cwd=tmp_path)
+        assert ended.status == 2
+        assert ended.stderr.endswith("did you mean -- python3 my_worker.py --workers 2?\n")
+
+
+def test_command_that_is_killed_is_told_by_the_name_of_the_signal() -> None:
+    ended = run(HUB, *FREE_PORTS, "--", "sh", "-c", "kill -9 $$")
+    assert ended.status == 1
+    assert ended.stderr.endswith("ERROR pothead: sh was killed by SIGKILL\n")
 
 
 @pytest.mark.parametrize("option", ["--main-host", "--worker-host", "--admin-host"])
@@ -1050,7 +1065,7 @@ def test_json_of_the_hub_can_be_asked_for_in_the_environment() -> None:
         (HUB, ["--max-que", "5"], "there is no option --max-que; did you mean --max-queue?"),
         (HUB, ["--Max_Queue=5"], "there is no option --Max_Queue; did you mean --max-queue?"),
         (HUB, ["--zzz"], "there is no option --zzz; see --help"),
-        (HUB, ["worker:app"], "'worker:app' is no option; see --help"),
+        (HUB, ["worker:app"], "no option; see --help (a command comes after --, an app is the worker's)"),
         (HUB, ["--max-queue", "-1"], "--max-queue: '-1' is not a whole number of 1 or more"),
         (HUB, ["--admin-port", "-1"], "--admin-port: '-1' is not a port from 0 to 65535"),
         (WORKER, ["--worker", "2"], "there is no option --worker; did you mean --workers?"),

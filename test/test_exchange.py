@@ -587,6 +587,23 @@ def cpu_of_turns(rig: Rig) -> float:
     return time.process_time() - began
 
 
+def test_requests_that_wait_for_a_first_worker_are_told_of(
+    new_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once an episode, in the log and in the answer: it is the first thing that a newcomer meets."""
+    rig = new_rig(queue_timeout=60.0)
+    first = rig.consumer(get(b"/first"))
+    rig.pass_time(pothead.LIMITS.lonely_s - 1)
+    assert "no worker" not in caplog.text
+    rig.pass_time(1)
+    assert "requests wait, and no worker is connected: 1" in caplog.text
+    rig.pass_time(60)
+    assert b"no worker is connected" in rig.response(first).body
+    rig.consumer(get(b"/second"))
+    rig.pass_time(30)
+    assert caplog.text.count("no worker is connected") == 1
+
+
 # ---- What one peer may cost the others ------------------------------------------------------------------
 
 
