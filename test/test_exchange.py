@@ -763,7 +763,7 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
 
 
 def test_request_whose_consumer_left_with_its_last_byte_is_not_handed_out(rig: Rig) -> None:
-    """Both have come before the hub looks: the request is read first, and the end would be in the next turn."""
+    """Both have come before the hub looks: the request is read first, and the end in the next turn."""
     slot, consumer = rig.slot(), rig.consumer()
     rig.turn()
     consumer.send(get(b"/", b"Content-Length: 4", method=b"POST") + b"body")

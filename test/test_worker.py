@@ -585,6 +585,40 @@ def test_exc_info_after_the_head_raises_it_again(serving: Any, lines: Lines) -> 
     assert "RuntimeError: the original" in lines.wait_for("the application raised")
 
 
+def test_exc_info_of_no_exception_after_the_whole_body_spoils_nothing(serving: Any, lines: Lines) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", [("Content-Length", "5")])
+        write(b"whole")
+        start_response("200 OK", [("Content-Length", "6")], sys.exc_info())  # outside of an `except`
+        return [b"secret"]
+
+    peer = serving(app).peer
+    for _ in range(2):  # on the same connection, where another byte would be seen
+        assert ask(peer).body == b"whole"
+    lines.wait_for("start_response was called after the response had begun", 2)
+
+
+def test_write_that_is_called_after_the_end_reaches_nobody(serving: Any) -> None:
+    """A thread of the app's has kept it, and calls it in the midst of the next response."""
+    writes: list[Any] = []
+    failures: list[Exception] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        writes.append(start_response("200 OK", []))
+        yield b"one"
+        if len(writes) == 2:
+            try:
+                writes[0](b"secret")
+            except Exception as exc:
+                failures.append(exc)
+        yield b"two"
+
+    peer = serving(app).peer
+    for _ in range(2):
+        assert ask(peer).body == b"onetwo"
+    assert [str(exc) for exc in failures] == ["write was called after the response had ended"]
+
+
 @pytest.mark.parametrize("length", [[], [("Content-Length", "5")]], ids=["ours", "the app's"])
 def test_exc_info_after_the_whole_body_raises_it_again_and_spoils_nothing(
     serving: Any, lines: Lines, length: list[tuple[str, str]]
