@@ -49,6 +49,7 @@ import contextlib
 import difflib
 import email.utils
 import errno
+import fcntl
 import functools
 import gc
 import glob
@@ -4880,6 +4881,19 @@ def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarde
     return app, fork_server
 
 
+def lock_directory(directory: str, stack: contextlib.ExitStack) -> None:
+    """Keep the directory of the metrics from other workers until the stack is closed. Raises UsageError."""
+    try:
+        fd = os.open(os.path.join(directory, "worker.lock"), os.O_WRONLY | os.O_CREAT)
+        stack.callback(os.close, fd)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike a flock, no fork inherits it
+    except BlockingIOError:
+        text = f"another worker counts in {directory!r}; each needs a directory of its own"
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: {text}") from None
+    except OSError as exc:
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: cannot be locked: {exc}") from None
+
+
 def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics, PagePort | None]:
     """Return what counts and where that is shown, if it is. Raises UsageError."""
     directory = options.metrics_directory
@@ -4887,6 +4901,7 @@ def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics
     scrapes = bind(stack, "PROMETHEUS_PORT", port, lambda port: PagePort("metrics", port))
     if scrapes is None or directory is None:
         return Metrics(), None
+    lock_directory(directory, stack)
     try:
         metrics = PrometheusMetrics(directory)
     except OSError as exc:
