@@ -4612,7 +4612,7 @@ def check_options(options: Options) -> None:
 
 # -- lines of the log: the same in `pothead.py`, as a test holds
 
-LOG_TEXT = "%(asctime)s %(levelname)s %(message)s"
+LOG_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def timestamp(epoch_s: float) -> str:

@@ -1995,7 +1995,7 @@ def is_line(text: str) -> Callable[[str], bool]:
 def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -> None:
     with wire.worker_process(listener, "--workers", "2") as worker:
         with listener.accept() as one, listener.accept() as two:
-            worker.wait_for_error(is_line("INFO connected slots=2 hub=127.0.0.1:"))
+            worker.wait_for_error(is_line("INFO pothead.worker: connected slots=2 hub=127.0.0.1:"))
             assert f"process: {worker.pid}".encode() in ask(one).body
             worker.send_signal(signal.SIGHUP)
             assert ask(two).status == 200
@@ -2037,7 +2037,7 @@ def test_process_can_be_run_as_a_module_with_its_options_in_the_environment(
     program = wire.Program(wire.python("-m", "pothead_worker", "slow:app"), slow_app, environment)
     with wire.running(program) as worker, listener.accept() as one, listener.accept():
         assert ask(one, "GET /?secret").body == b""
-        assert "secret" not in worker.wait_for_error(is_line("DEBUG request r1: GET /"))
+        assert "secret" not in worker.wait_for_error(is_line("DEBUG pothead.worker: request r1: GET /"))
 
 
 def test_process_finishes_what_runs_before_it_ends(listener: wire.Listener, slow_app: Path) -> None:
