@@ -3365,6 +3365,7 @@ def set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+OTHER_PORTS = {8080: "consumers", 4041: "admins"}  # of a hub, by default
 HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
 
 
@@ -4985,6 +4986,12 @@ def obey(pool: WorkerPool, signals: Signals) -> bool:
     return is_clean
 
 
+def warn_of_other_port(hub: Address) -> None:
+    """Warn if the port is one that a hub usually has for somebody else."""
+    if hub.port in OTHER_PORTS:
+        log.warning("%s is usually the hub's port for %s; %s", hub, OTHER_PORTS[hub.port], HINT)
+
+
 def check_line(text: str, log_format: str) -> str:
     """Returns a line of what ``--check`` tells."""
     return json.dumps({"check": text}) if log_format == "json" else text
@@ -5018,6 +5025,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(options.log_level.upper(), options.log_format)
             sys.excepthook = log_uncaught
             warn_of_unknown_variables(os.environ)
+            warn_of_other_port(options.connect)
             if given.is_check:
                 check(given, stack)
             else:

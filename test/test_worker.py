@@ -1025,6 +1025,19 @@ def test_web_server_that_answers_instead_of_a_hub_is_told_once_an_episode(
     assert " WARNING " in told[0] and "--connect" in told[0]
 
 
+@pytest.mark.parametrize(("port", "told"), [(8080, "consumers"), (4041, "admins"), (4040, None)])
+def test_worker_that_shall_connect_to_a_port_that_is_usually_another_warns_at_once(
+    tmp_path: Path, port: int, told: str | None
+) -> None:
+    status, stderr = run_worker(["--check", "--connect", f"localhost:{port}"], tmp_path)
+    assert (status, stderr.count("\n")) == (0, 1 if told else 0)
+    if told:
+        line = (
+            f" WARNING pothead.worker: localhost:{port} is usually the hub's port for {told}; --connect is "
+        )
+        assert line in stderr
+
+
 @pytest.mark.parametrize("port", ["main", "admin"])
 def test_worker_at_another_port_of_the_hub_is_told_so(port: str) -> None:
     with wire.hub_process("--keep-alive", "1200ms") as hub:
