@@ -4140,8 +4140,8 @@ def load_app(name: str) -> WSGIApplication:
         if found is not None:
             break
     if found is None:
-        wanted = attribute or " or ".join(DEFAULT_ATTRIBUTES)
-        raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted!r}")
+        wanted = " or ".join(map(repr, [attribute] if attribute else DEFAULT_ATTRIBUTES))
+        raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted}")
     if not callable(found):
         raise LoadError(f"cannot load {name!r}: {path!r} of module {module_name!r} is not callable")
     app = found if arguments is None else make_app(name, found, *arguments)
@@ -4204,9 +4204,16 @@ def import_module(module_name: str, name: str) -> object:
         raise
     except BaseException as exc:  # a module may even call sys.exit()
         if isinstance(exc, ModuleNotFoundError) and f"{module_name}.".startswith(f"{exc.name}."):
-            raise LoadError(f"cannot load {name!r}: there is no module {exc.name!r}") from None
+            hint = hint_for_missing(module_name, name)
+            raise LoadError(f"cannot load {name!r}: there is no module {exc.name!r}; {hint}") from None
         text = f"cannot load {name!r}: importing module {module_name!r} failed"
         raise LoadError(text, format_import_error(exc)) from None
+
+
+def hint_for_missing(module_name: str, name: str) -> str:
+    if module_name.endswith(".py"):
+        return f"did you mean {module_name.removesuffix('.py')}:{name.partition(':')[2] or 'app'}?"
+    return f"looked in {os.getcwd()} first"
 
 
 def format_import_error(exc: BaseException) -> str:

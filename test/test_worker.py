@@ -1927,13 +1927,18 @@ def test_decorated_app_is_taken_for_what_it_is(modules: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'"),
-        ("nopack.mod:app", "cannot load 'nopack.mod:app': there is no module 'nopack'"),
-        ("pack.nomod:app", "cannot load 'pack.nomod:app': there is no module 'pack.nomod'"),
-        ("mod.py", "cannot load 'mod.py': there is no module 'mod.py'"),
+        ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'; looked in CWD first"),
+        ("nopack.mod:app", "cannot load 'nopack.mod:app': there is no module 'nopack'; looked in CWD first"),
+        (
+            "pack.nomod:app",
+            "cannot load 'pack.nomod:app': there is no module 'pack.nomod'; looked in CWD first",
+        ),
+        ("mod.py", "cannot load 'mod.py': there is no module 'mod.py'; did you mean mod:app?"),
+        ("mod.py:it", "cannot load 'mod.py:it': there is no module 'mod.py'; did you mean mod:it?"),
+        ("nomod.py", "cannot load 'nomod.py': there is no module 'nomod'; did you mean nomod:app?"),
         ("mod:nothing", "cannot load 'mod:nothing': module 'mod' has no attribute 'nothing'"),
         ("mod:a.b", "cannot load 'mod:a.b': module 'mod' has no attribute 'a.b'"),
-        ("mod", "cannot load 'mod': module 'mod' has no attribute 'app or application'"),
+        ("mod", "cannot load 'mod': module 'mod' has no attribute 'app' or 'application'"),
         ("mod:number", "cannot load 'mod:number': 'number' of module 'mod' is not callable"),
     ],
 )
@@ -1942,7 +1947,7 @@ def test_app_that_is_not_there_is_named_in_one_line(modules: Path, name: str, wa
     (modules / "pack").mkdir()
     (modules / "pack" / "__init__.py").touch()
     status, stderr = run_worker([name], modules)
-    assert (status, stderr) == (3, f"pothead-worker: {wanted}\n")
+    assert (status, stderr) == (3, f"pothead-worker: {wanted}\n".replace("CWD", str(modules)))
 
 
 @pytest.mark.parametrize("patched", ["threading", "socket", "select"])

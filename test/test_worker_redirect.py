@@ -525,7 +525,8 @@ def test_port_is_closed_when_the_app_cannot_be_loaded(tmp_path: Path) -> None:
     program = wire.Program(command, tmp_path)
     assert program.wait() == 3
     program.stop()
-    assert program.errors == ["pothead-worker: cannot load 'missing:app': there is no module 'missing'"]
+    (error,) = program.errors
+    assert error.startswith("pothead-worker: cannot load 'missing:app': there is no module 'missing'; ")
 
 
 def test_options_have_the_names_of_the_predecessor() -> None:
