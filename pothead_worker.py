@@ -800,7 +800,8 @@ def check_field(field: tuple[str, str]) -> str:
     if type(name) is not str or not FIELD_NAME.fullmatch(name):
         raise WSGIViolation(f"bad header name {name!r}")
     if type(value) is not str or not FIELD_VALUE.fullmatch(value):
-        raise WSGIViolation(f"bad value {value!r} of header {name}")
+        hint = "" if type(value) is str else f": it must be a str, not {type(value).__name__}"
+        raise WSGIViolation(f"bad value {value!r} of header {name}{hint}")
     if is_hop_by_hop(name):
         raise WSGIViolation(f"hop-by-hop header {name} is not the application's to set")
     return name.lower()

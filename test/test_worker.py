@@ -387,7 +387,7 @@ def writing_text(environ: Environ, start_response: Any) -> Iterable[bytes]:
         (app_returning([], headers=[("A", "b\n")]), "header A"),
         (app_returning([], headers=[("A", "b\0")]), "header A"),
         (app_returning([], headers=[("A", "\u20ac")]), "header A"),
-        (app_returning([], headers=[("A", 1)]), "header A"),
+        (app_returning([], headers=[("A", 1)]), "bad value 1 of header A: it must be a str, not int"),
         (app_returning([], headers=[("Connection", "close")]), "hop-by-hop header Connection"),
         (app_returning([], headers=[("transfer-encoding", "chunked")]), "hop-by-hop"),
         (app_returning([], headers=[("Content-Length", "+5")]), "bad Content-Length '+5'"),
