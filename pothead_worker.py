@@ -815,6 +815,11 @@ def check_length(value: str, earlier: int | None) -> int:
     return int(value)
 
 
+def error_text(status: str, request_id: str, detail: str = "") -> str:
+    """Return what the consumer reads when there is no answer of the app's."""
+    return f"{status}{f': {detail}.' if detail else ''}\nrequest id: {request_id}\n"
+
+
 class Response(BaseHandler):
     """Calls the app for one request and sends what it answers (PEP 3333).
 
@@ -1036,14 +1041,16 @@ class Response(BaseHandler):
 
     def _on_failure(self, exc: BaseException) -> None:
         if isinstance(exc, ConsumerGone):
-            self.handler.on_consumer_gone(self.request_id, str(exc) or "the consumer has gone")
+            self.handler.on_consumer_gone(self.request_id, str(exc) or self.handler.hang_up_reason)
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", self.request_id, exc)
             self._send_error("400 Bad Request")
         elif isinstance(exc, LocalError):
-            level = logging.DEBUG if isinstance(exc, LocalUnreachable) else logging.ERROR
+            is_down = isinstance(exc, LocalUnreachable)
+            level = logging.DEBUG if is_down else logging.ERROR
             log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
-            self._send_error("502 Bad Gateway")
+            detail = "the service behind the worker cannot be reached" if is_down else ""
+            self._send_error("502 Bad Gateway", detail)
         elif isinstance(exc, WSGIViolation):
             log.error("request %s: WSGI violation: %s", self.request_id, exc)
             self._send_error("500 Internal Server Error")
@@ -1051,12 +1058,12 @@ class Response(BaseHandler):
             log.error("request %s: the application raised an exception", self.request_id, exc_info=exc)
             self._send_error("500 Internal Server Error")
 
-    def _send_error(self, status: str) -> None:
+    def _send_error(self, status: str, detail: str = "") -> None:
         """Answer in the app's place, if no byte of its own response has been sent."""
         if self.headers_sent:
             self.is_complete = self.is_complete or self.is_all_sent
             return
-        text = f"{status}\nrequest id: {self.request_id}\n".encode("latin-1")
+        text = error_text(status, self.request_id, detail).encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
         self.head = ResponseHead(status, fields, len(text), has_date=False)
         start = self._begin(len(text))
@@ -1080,6 +1087,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     may_redirect = False
     may_chunk = True
+    hang_up_reason = "the consumer has gone"  # why the connection was closed, if it was
 
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self.slot = slot
@@ -2541,7 +2549,7 @@ class ProcessHandler(RedirectingHandler):
             self.status, self.close_connection = LOST_STATUS, True
             return
         if self.is_hung_up:  # perhaps before there was a process to be told
-            process.cancel("the consumer has gone")
+            process.cancel(self.hang_up_reason)
         received = data + b"\r\n" + self.intake.take_received()
         order: Order = {
             "environ": self._ask_gate(head),
@@ -2579,12 +2587,14 @@ class ProcessHandler(RedirectingHandler):
         if process.is_overdue and not process.has_responded:
             self.status = "504"
             with contextlib.suppress(OSError):
-                self.connection.sendall(plain_answer("504 Gateway Timeout"))
+                text = error_text("504 Gateway Timeout", request_id, process.reason)
+                self.connection.sendall(plain_answer("504 Gateway Timeout", text=text))
             close_gently(self.connection)
 
     def _log_ending(self, process: RequestProcess, request_id: str) -> None:
         if process.reason:
-            log.info("request %s: %s", request_id, process.reason)
+            level = logging.WARNING if process.is_overdue else logging.INFO
+            log.log(level, "request %s: %s", request_id, process.reason)
         elif process.failure:
             log.error("request %s: its process %s", request_id, process.failure)
         elif process.report and process.report.get("reason"):
@@ -2616,7 +2626,7 @@ class ProcessHandler(RedirectingHandler):
     def on_hang_up(self) -> None:
         super().on_hang_up()
         if self._process:
-            self._process.cancel("the consumer has gone")
+            self._process.cancel(self.hang_up_reason)
 
 
 # ---- A process for each request: the fork server -----------------------------------------------------
@@ -3563,6 +3573,7 @@ class Slot:
         if handler is None:
             return False
         was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
+        handler.hang_up_reason = "cut off: the worker stops at once"
         handler.on_hang_up()
         handler.cut_off()
         return was_busy

@@ -1552,6 +1552,8 @@ def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -
     assert app.noticed_at
     served.peer.expect_eof()
     lines.wait_for("WARNING stopping at once: running requests cut off: 1")
+    lines.wait_for("INFO request r1: cut off: the worker stops at once")
+    assert not lines.having("the consumer has gone")
 
 
 def test_stop_now_does_not_wait_for_an_app_that_does_not_listen(serving: Any) -> None:

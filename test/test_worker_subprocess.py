@@ -426,6 +426,8 @@ def test_timeout_before_the_response_gives_504(start: Any, listener: wire.Listen
     with listener.accept() as peer:
         response = ask(peer, "POST /hang", body=b"unread" * 50_000)
         assert (response.status, response.value(b"connection")) == (504, b"close")
+        told = b"stopped after the request timeout of 0.3 s"
+        assert response.body == b"504 Gateway Timeout: %b.\nrequest id: r1\n" % told
         expect_dead(started(worker))
         worker.wait_for_error(
             is_line("WARNING pothead.worker: request r1: stopped after the request timeout of 0.3 s")
@@ -464,6 +466,7 @@ def test_end_of_the_worker_is_the_end_of_its_processes(
         assert worker.wait() == (1 if number == signal.SIGINT else -signal.SIGKILL)
         expect_dead([fork_server, *pids], within_s=wire.DEADLINE_S if number == signal.SIGKILL else 0)
         peer.expect_eof()
+    assert not [line for line in worker.errors if "the consumer has gone" in line]
 
 
 def test_drain_finishes_what_runs(start: Any, listener: wire.Listener) -> None:
