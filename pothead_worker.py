@@ -49,6 +49,7 @@ import contextlib
 import difflib
 import email.utils
 import errno
+import fcntl
 import functools
 import gc
 import glob
@@ -799,7 +800,8 @@ def check_field(field: tuple[str, str]) -> str:
     if type(name) is not str or not FIELD_NAME.fullmatch(name):
         raise WSGIViolation(f"bad header name {name!r}")
     if type(value) is not str or not FIELD_VALUE.fullmatch(value):
-        raise WSGIViolation(f"bad value {value!r} of header {name}")
+        hint = "" if type(value) is str else f": it must be a str, not {type(value).__name__}"
+        raise WSGIViolation(f"bad value {value!r} of header {name}{hint}")
     if is_hop_by_hop(name):
         raise WSGIViolation(f"hop-by-hop header {name} is not the application's to set")
     return name.lower()
@@ -811,6 +813,11 @@ def check_length(value: str, earlier: int | None) -> int:
     if earlier is not None:
         raise WSGIViolation("more than one Content-Length")
     return int(value)
+
+
+def error_text(status: str, request_id: str, detail: str = "") -> str:
+    """Return what the consumer reads when there is no answer of the app's."""
+    return f"{status}{f': {detail}.' if detail else ''}\nrequest id: {request_id}\n"
 
 
 class Response(BaseHandler):
@@ -1034,14 +1041,16 @@ class Response(BaseHandler):
 
     def _on_failure(self, exc: BaseException) -> None:
         if isinstance(exc, ConsumerGone):
-            self.handler.on_consumer_gone(self.request_id, str(exc) or "the consumer has gone")
+            self.handler.on_consumer_gone(self.request_id, str(exc) or self.handler.hang_up_reason)
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", self.request_id, exc)
             self._send_error("400 Bad Request")
         elif isinstance(exc, LocalError):
-            level = logging.DEBUG if isinstance(exc, LocalUnreachable) else logging.ERROR
+            is_down = isinstance(exc, LocalUnreachable)
+            level = logging.DEBUG if is_down else logging.ERROR
             log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
-            self._send_error("502 Bad Gateway")
+            detail = "the service behind the worker cannot be reached" if is_down else ""
+            self._send_error("502 Bad Gateway", detail)
         elif isinstance(exc, WSGIViolation):
             log.error("request %s: WSGI violation: %s", self.request_id, exc)
             self._send_error("500 Internal Server Error")
@@ -1049,12 +1058,12 @@ class Response(BaseHandler):
             log.error("request %s: the application raised an exception", self.request_id, exc_info=exc)
             self._send_error("500 Internal Server Error")
 
-    def _send_error(self, status: str) -> None:
+    def _send_error(self, status: str, detail: str = "") -> None:
         """Answer in the app's place, if no byte of its own response has been sent."""
         if self.headers_sent:
             self.is_complete = self.is_complete or self.is_all_sent
             return
-        text = f"{status}\nrequest id: {self.request_id}\n".encode("latin-1")
+        text = error_text(status, self.request_id, detail).encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
         self.head = ResponseHead(status, fields, len(text), has_date=False)
         start = self._begin(len(text))
@@ -1078,6 +1087,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     may_redirect = False
     may_chunk = True
+    hang_up_reason = "the consumer has gone"  # why the connection was closed, if it was
 
     def __init__(self, sock: socket.socket, slot: Slot) -> None:
         self.slot = slot
@@ -2539,7 +2549,7 @@ class ProcessHandler(RedirectingHandler):
             self.status, self.close_connection = LOST_STATUS, True
             return
         if self.is_hung_up:  # perhaps before there was a process to be told
-            process.cancel("the consumer has gone")
+            process.cancel(self.hang_up_reason)
         received = data + b"\r\n" + self.intake.take_received()
         order: Order = {
             "environ": self._ask_gate(head),
@@ -2577,12 +2587,14 @@ class ProcessHandler(RedirectingHandler):
         if process.is_overdue and not process.has_responded:
             self.status = "504"
             with contextlib.suppress(OSError):
-                self.connection.sendall(plain_answer("504 Gateway Timeout"))
+                text = error_text("504 Gateway Timeout", request_id, process.reason)
+                self.connection.sendall(plain_answer("504 Gateway Timeout", text=text))
             close_gently(self.connection)
 
     def _log_ending(self, process: RequestProcess, request_id: str) -> None:
         if process.reason:
-            log.info("request %s: %s", request_id, process.reason)
+            level = logging.WARNING if process.is_overdue else logging.INFO
+            log.log(level, "request %s: %s", request_id, process.reason)
         elif process.failure:
             log.error("request %s: its process %s", request_id, process.failure)
         elif process.report and process.report.get("reason"):
@@ -2614,7 +2626,7 @@ class ProcessHandler(RedirectingHandler):
     def on_hang_up(self) -> None:
         super().on_hang_up()
         if self._process:
-            self._process.cancel("the consumer has gone")
+            self._process.cancel(self.hang_up_reason)
 
 
 # ---- A process for each request: the fork server -----------------------------------------------------
@@ -3364,6 +3376,7 @@ def set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+OTHER_PORTS = {8080: "consumers", 4041: "admins"}  # of a hub, by default
 HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
 
 
@@ -3560,6 +3573,7 @@ class Slot:
         if handler is None:
             return False
         was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
+        handler.hang_up_reason = "cut off: the worker stops at once"
         handler.on_hang_up()
         handler.cut_off()
         return was_busy
@@ -4138,8 +4152,8 @@ def load_app(name: str) -> WSGIApplication:
         if found is not None:
             break
     if found is None:
-        wanted = attribute or " or ".join(DEFAULT_ATTRIBUTES)
-        raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted!r}")
+        wanted = " or ".join(map(repr, [attribute] if attribute else DEFAULT_ATTRIBUTES))
+        raise LoadError(f"cannot load {name!r}: module {module_name!r} has no attribute {wanted}")
     if not callable(found):
         raise LoadError(f"cannot load {name!r}: {path!r} of module {module_name!r} is not callable")
     app = found if arguments is None else make_app(name, found, *arguments)
@@ -4202,9 +4216,16 @@ def import_module(module_name: str, name: str) -> object:
         raise
     except BaseException as exc:  # a module may even call sys.exit()
         if isinstance(exc, ModuleNotFoundError) and f"{module_name}.".startswith(f"{exc.name}."):
-            raise LoadError(f"cannot load {name!r}: there is no module {exc.name!r}") from None
+            hint = hint_for_missing(module_name, name)
+            raise LoadError(f"cannot load {name!r}: there is no module {exc.name!r}; {hint}") from None
         text = f"cannot load {name!r}: importing module {module_name!r} failed"
         raise LoadError(text, format_import_error(exc)) from None
+
+
+def hint_for_missing(module_name: str, name: str) -> str:
+    if module_name.endswith(".py"):
+        return f"did you mean {module_name.removesuffix('.py')}:{name.partition(':')[2] or 'app'}?"
+    return f"looked in {os.getcwd()} first"
 
 
 def format_import_error(exc: BaseException) -> str:
@@ -4611,7 +4632,7 @@ def check_options(options: Options) -> None:
 
 # -- lines of the log: the same in `pothead.py`, as a test holds
 
-LOG_TEXT = "%(asctime)s %(levelname)s %(message)s"
+LOG_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def timestamp(epoch_s: float) -> str:
@@ -4880,6 +4901,19 @@ def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarde
     return app, fork_server
 
 
+def lock_directory(directory: str, stack: contextlib.ExitStack) -> None:
+    """Keep the directory of the metrics from other workers until the stack is closed. Raises UsageError."""
+    try:
+        fd = os.open(os.path.join(directory, "worker.lock"), os.O_WRONLY | os.O_CREAT)
+        stack.callback(os.close, fd)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike a flock, no fork inherits it
+    except BlockingIOError:
+        text = f"another worker counts in {directory!r}; each needs a directory of its own"
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: {text}") from None
+    except OSError as exc:
+        raise UsageError(f"PROMETHEUS_MULTIPROC_DIR: cannot be locked: {exc}") from None
+
+
 def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics, PagePort | None]:
     """Return what counts and where that is shown, if it is. Raises UsageError."""
     directory = options.metrics_directory
@@ -4887,6 +4921,7 @@ def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics
     scrapes = bind(stack, "PROMETHEUS_PORT", port, lambda port: PagePort("metrics", port))
     if scrapes is None or directory is None:
         return Metrics(), None
+    lock_directory(directory, stack)
     try:
         metrics = PrometheusMetrics(directory)
     except OSError as exc:
@@ -4970,6 +5005,12 @@ def obey(pool: WorkerPool, signals: Signals) -> bool:
     return is_clean
 
 
+def warn_of_other_port(hub: Address) -> None:
+    """Warn if the port is one that a hub usually has for somebody else."""
+    if hub.port in OTHER_PORTS:
+        log.warning("%s is usually the hub's port for %s; %s", hub, OTHER_PORTS[hub.port], HINT)
+
+
 def check_line(text: str, log_format: str) -> str:
     """Returns a line of what ``--check`` tells."""
     return json.dumps({"check": text}) if log_format == "json" else text
@@ -5003,6 +5044,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(options.log_level.upper(), options.log_format)
             sys.excepthook = log_uncaught
             warn_of_unknown_variables(os.environ)
+            warn_of_other_port(options.connect)
             if given.is_check:
                 check(given, stack)
             else:

@@ -2,6 +2,9 @@
 # the packages into requirements.txt (for example: flask), the app's name into the last line, and there:
 #   docker build -f app.Dockerfile -t myapp .
 #   docker run --rm -e POTHEAD_CONNECT=hub.example:4040 myapp
+# A hub with it behind, to try it out:
+#   docker run --rm -p 127.0.0.1:8080:8080 myapp pothead -- pothead-worker myapp:app
+# What shall not be in the image (.git, venv, secrets) belongs into a .dockerignore.
 
 FROM pothead:1.0.0
 # The directory of the packages is root's: what serves requests shall not be able to change it.

@@ -448,7 +448,8 @@ def test_other_ports_may_be_reached_by_others(option: str) -> None:
 
 def test_worker_whose_app_is_not_there_ends_with_3_and_one_line(tmp_path: Path) -> None:
     ended = run(WORKER, "--connect", "localhost:1", "nosuch:app", cwd=tmp_path)
-    assert ended == Ended(3, [], "pothead-worker: cannot load 'nosuch:app': there is no module 'nosuch'\n")
+    reason = f"there is no module 'nosuch'; looked in {tmp_path} first"
+    assert ended == Ended(3, [], f"pothead-worker: cannot load 'nosuch:app': {reason}\n")
 
 
 # ---- The command behind the dashes -------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_fields_of_a_log_line_are_those_that_are_written() -> None:
     [("pothead.py", "Messages of the hub"), ("pothead_worker.py", "Messages of the worker")],
 )
 def test_messages_are_those_of_the_program(program: str, heading: str) -> None:
-    told, patterns = first_column(heading), patterns_of(program)
+    told, patterns = first_column(heading) | first_column("Messages of both"), patterns_of(program)
     for message in told:
         assert any(re.fullmatch(pattern, message) for pattern in patterns.values()), f"stale: {message}"
     for level, text in messages_of(program):

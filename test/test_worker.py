@@ -387,7 +387,7 @@ def writing_text(environ: Environ, start_response: Any) -> Iterable[bytes]:
         (app_returning([], headers=[("A", "b\n")]), "header A"),
         (app_returning([], headers=[("A", "b\0")]), "header A"),
         (app_returning([], headers=[("A", "\u20ac")]), "header A"),
-        (app_returning([], headers=[("A", 1)]), "header A"),
+        (app_returning([], headers=[("A", 1)]), "bad value 1 of header A: it must be a str, not int"),
         (app_returning([], headers=[("Connection", "close")]), "hop-by-hop header Connection"),
         (app_returning([], headers=[("transfer-encoding", "chunked")]), "hop-by-hop"),
         (app_returning([], headers=[("Content-Length", "+5")]), "bad Content-Length '+5'"),
@@ -1059,6 +1059,19 @@ def test_web_server_that_answers_instead_of_a_hub_is_told_once_an_episode(
     assert " WARNING " in told[0] and "--connect" in told[0]
 
 
+@pytest.mark.parametrize(("port", "told"), [(8080, "consumers"), (4041, "admins"), (4040, None)])
+def test_worker_that_shall_connect_to_a_port_that_is_usually_another_warns_at_once(
+    tmp_path: Path, port: int, told: str | None
+) -> None:
+    status, stderr = run_worker(["--check", "--connect", f"localhost:{port}"], tmp_path)
+    assert (status, stderr.count("\n")) == (0, 1 if told else 0)
+    if told:
+        line = (
+            f" WARNING pothead.worker: localhost:{port} is usually the hub's port for {told}; --connect is "
+        )
+        assert line in stderr
+
+
 @pytest.mark.parametrize("port", ["main", "admin"])
 def test_worker_at_another_port_of_the_hub_is_told_so(port: str) -> None:
     with wire.hub_process("--keep-alive", "1200ms") as hub:
@@ -1573,6 +1586,8 @@ def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -
     assert app.noticed_at
     served.peer.expect_eof()
     lines.wait_for("WARNING stopping at once: running requests cut off: 1")
+    lines.wait_for("INFO request r1: cut off: the worker stops at once")
+    assert not lines.having("the consumer has gone")
 
 
 def test_stop_now_does_not_wait_for_an_app_that_does_not_listen(serving: Any) -> None:
@@ -1948,13 +1963,18 @@ def test_decorated_app_is_taken_for_what_it_is(modules: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'"),
-        ("nopack.mod:app", "cannot load 'nopack.mod:app': there is no module 'nopack'"),
-        ("pack.nomod:app", "cannot load 'pack.nomod:app': there is no module 'pack.nomod'"),
-        ("mod.py", "cannot load 'mod.py': there is no module 'mod.py'"),
+        ("nomod:app", "cannot load 'nomod:app': there is no module 'nomod'; looked in CWD first"),
+        ("nopack.mod:app", "cannot load 'nopack.mod:app': there is no module 'nopack'; looked in CWD first"),
+        (
+            "pack.nomod:app",
+            "cannot load 'pack.nomod:app': there is no module 'pack.nomod'; looked in CWD first",
+        ),
+        ("mod.py", "cannot load 'mod.py': there is no module 'mod.py'; did you mean mod:app?"),
+        ("mod.py:it", "cannot load 'mod.py:it': there is no module 'mod.py'; did you mean mod:it?"),
+        ("nomod.py", "cannot load 'nomod.py': there is no module 'nomod'; did you mean nomod:app?"),
         ("mod:nothing", "cannot load 'mod:nothing': module 'mod' has no attribute 'nothing'"),
         ("mod:a.b", "cannot load 'mod:a.b': module 'mod' has no attribute 'a.b'"),
-        ("mod", "cannot load 'mod': module 'mod' has no attribute 'app or application'"),
+        ("mod", "cannot load 'mod': module 'mod' has no attribute 'app' or 'application'"),
         ("mod:number", "cannot load 'mod:number': 'number' of module 'mod' is not callable"),
     ],
 )
@@ -1963,7 +1983,7 @@ def test_app_that_is_not_there_is_named_in_one_line(modules: Path, name: str, wa
     (modules / "pack").mkdir()
     (modules / "pack" / "__init__.py").touch()
     status, stderr = run_worker([name], modules)
-    assert (status, stderr) == (3, f"pothead-worker: {wanted}\n")
+    assert (status, stderr) == (3, f"pothead-worker: {wanted}\n".replace("CWD", str(modules)))
 
 
 @pytest.mark.parametrize("patched", ["threading", "socket", "select"])
@@ -2029,7 +2049,7 @@ def is_line(text: str) -> Callable[[str], bool]:
 def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -> None:
     with wire.worker_process(listener, "--workers", "2") as worker:
         with listener.accept() as one, listener.accept() as two:
-            worker.wait_for_error(is_line("INFO connected slots=2 hub=127.0.0.1:"))
+            worker.wait_for_error(is_line("INFO pothead.worker: connected slots=2 hub=127.0.0.1:"))
             assert f"process: {worker.pid}".encode() in ask(one).body
             worker.send_signal(signal.SIGHUP)
             assert ask(two).status == 200
@@ -2071,7 +2091,7 @@ def test_process_can_be_run_as_a_module_with_its_options_in_the_environment(
     program = wire.Program(wire.python("-m", "pothead_worker", "slow:app"), slow_app, environment)
     with wire.running(program) as worker, listener.accept() as one, listener.accept():
         assert ask(one, "GET /?secret").body == b""
-        assert "secret" not in worker.wait_for_error(is_line("DEBUG request r1: GET /"))
+        assert "secret" not in worker.wait_for_error(is_line("DEBUG pothead.worker: request r1: GET /"))
 
 
 def test_process_finishes_what_runs_before_it_ends(listener: wire.Listener, slow_app: Path) -> None:

@@ -19,6 +19,7 @@ from wire import Peer
 
 __all__ = ["lines"]  # a fixture
 
+DOWN = b"502 Bad Gateway: the service behind the worker cannot be reached.\nrequest id: r1\n"
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 
@@ -335,7 +336,8 @@ def test_program_that_is_down_gives_502_and_one_line_an_episode(
         with running_pool(forwarder, listener), listener.accept() as peer:  # type: ignore[arg-type]
             for _ in range(3):
                 peer.send(request())
-                assert peer.read_response().status == 502
+                response = peer.read_response()
+                assert (response.status, response.body) == (502, DOWN)
             assert len(lines.having("unreachable, answering 502")) == 1
             sock.listen()
             peer.send(request())

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def test_processes_that_the_app_starts_are_counted_and_leave_no_file(
     page = metered.wait_for("pothead_worker_slots_busy", 0)
     assert (page['myapp_requests_total{path="/fork"}'], page['myapp_requests_total{path="/child"}']) == (3, 3)
     assert metered.scrape() == page
-    pids = {path.stem.rpartition("_")[2] for path in directory.iterdir()}
+    pids = {path.stem.rpartition("_")[2] for path in directory.glob("*.db")}
     assert len(pids) == (2 if not mode else 3), "the worker, its fork server, and those that have ended"
 
 
@@ -326,6 +327,46 @@ def test_directory_is_emptied_of_old_metrics_before_the_app_is_imported(
     )
     seen = start(app="looking:app").ask().body.decode().split()
     assert "counter_1.db" not in seen and "notes.txt" in seen
+
+
+@needs_prometheus
+def test_directory_of_a_worker_that_runs_is_refused_and_left_alone(
+    start: Callable[..., Metered], directory: Path, tmp_path: Path
+) -> None:
+    metered = start()
+    metered.ask()
+    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "127.0.0.1:1")
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(directory), "PROMETHEUS_PORT": "0"}
+    for options, status in ((["--check"], 0), ([], 2)):
+        second = wire.Program([*command, *options, "counting:app"], tmp_path, environment)
+        assert second.wait() == status, second.stderr
+        second.stop()
+    assert second.errors == [
+        f"pothead-worker: PROMETHEUS_MULTIPROC_DIR: another worker counts in {str(directory)!r}; "
+        "each needs a directory of its own"
+    ]
+    assert metered.scrape()['myapp_requests_total{path="/"}'] == 1
+
+
+@needs_prometheus
+def test_directory_is_free_when_its_worker_is_killed_whatever_the_app_has_forked(
+    start: Callable[..., Metered], tmp_path: Path
+) -> None:
+    (tmp_path / "forking.py").write_text(
+        "import os, time\n"
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [])\n"
+        "    return [b'%d' % (os.fork() or time.sleep(60) or os._exit(0))]\n"
+    )
+    metered = start(app="forking:app")
+    child = int(metered.ask().body)
+    try:
+        metered.worker.kill()
+        metered.worker.process.wait(wire.DEADLINE_S)  # its output stays open: the child has it, too
+        metered.peer.close()
+        assert start().ask().status == 200
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:

@@ -204,7 +204,9 @@ def test_key_is_good_for_one_get_and_any_number_of_heads(
         answer = key.fetch(method)
         assert answer.startswith(b"HTTP/1.1 410 Gone\r\n")
         assert answer.endswith(b"410 Gone\n" if method == "GET" else b"\r\n\r\n")
-    worker.wait_for_error(is_line("WARNING redirects: unknown, used or expired key from 127.0.0.1"))
+    worker.wait_for_error(
+        is_line("WARNING pothead.worker: redirects: unknown, used or expired key from 127.0.0.1")
+    )
     assert key.target[1:] not in worker.stderr
 
 
@@ -258,7 +260,7 @@ def test_malformed_request_body_gives_400_instead(start: Any, listener: wire.Lis
     with listener.accept() as peer:
         peer.send(request("POST /echo", "Transfer-Encoding: chunked") + b"garbage\r\n")
         assert peer.read_response().status == 400
-    worker.wait_for_error(is_line("INFO request r1: request malformed chunked body"))
+    worker.wait_for_error(is_line("INFO pothead.worker: request r1: request malformed chunked body"))
 
 
 def test_thread_of_the_app_may_read_while_the_rest_is_fetched() -> None:
@@ -313,7 +315,9 @@ def test_response_that_nobody_fetches_is_closed_and_frees_its_slot(
     with listener.accept() as peer:
         key = Key(ask(peer, "GET /endless"))
     worker.wait_for_line(is_line("closed True"))
-    worker.wait_for_error(is_line("INFO request r1: nobody came for the response within 0.3 s"))
+    worker.wait_for_error(
+        is_line("INFO pothead.worker: request r1: nobody came for the response within 0.3 s")
+    )
     with listener.accept() as peer:  # the slot is free
         for method in ("HEAD", "GET"):
             assert key.fetch(method).startswith(b"HTTP/1.1 410 ")
@@ -332,7 +336,7 @@ def test_consumer_that_leaves_in_the_middle_cancels(
         consumer.read_until(b"\r\n\r\n")
         leave(consumer)
         worker.wait_for_line(is_line("closed"))
-        worker.wait_for_error(is_line("INFO request r1: the consumer has gone"))
+        worker.wait_for_error(is_line("INFO pothead.worker: request r1: the consumer has gone"))
         with listener.accept() as peer:
             assert ask(peer, "GET /missing").status == 404
 
@@ -521,7 +525,8 @@ def test_port_is_closed_when_the_app_cannot_be_loaded(tmp_path: Path) -> None:
     program = wire.Program(command, tmp_path)
     assert program.wait() == 3
     program.stop()
-    assert program.errors == ["pothead-worker: cannot load 'missing:app': there is no module 'missing'"]
+    (error,) = program.errors
+    assert error.startswith("pothead-worker: cannot load 'missing:app': there is no module 'missing'; ")
 
 
 def test_options_have_the_names_of_the_predecessor() -> None:

@@ -308,7 +308,7 @@ def test_exception_is_logged_by_the_worker_with_its_traceback(start: Any, listen
     with listener.accept() as peer:
         assert ask(peer, "GET /raise").body == b"500 Internal Server Error\nrequest id: r1\n"
         assert ask(peer).status == 200  # the connection is kept
-    worker.wait_for_error(is_line("ERROR request r1: the application raised an exception"))
+    worker.wait_for_error(is_line("ERROR pothead.worker: request r1: the application raised an exception"))
     worker.wait_for_error(is_line("jobs.py"))
     worker.wait_for_error(is_line("RuntimeError: oops"))
     worker.errors.clear()  # which would be a fault otherwise
@@ -341,7 +341,7 @@ def test_crash_costs_its_own_response_only(
         if path == "/crash":
             peer.read_until(b"\r\n\r\n4\r\npart\r\n")
         peer.expect_eof()
-        worker.wait_for_error(is_line(f"ERROR request r1: its process {ending}"))
+        worker.wait_for_error(is_line(f"ERROR pothead.worker: request r1: its process {ending}"))
     with listener.accept() as peer:
         assert ask(peer).status == 200
 
@@ -368,7 +368,7 @@ def test_process_that_cannot_be_made_for_want_of_descriptors_is_told(
         peer.expect_eof()
         reason = "the fork server has died, or can open no more files"
         told = f"could not be started: {reason if is_fork_server else 'Too many open files'}"
-        worker.wait_for_error(is_line(f"ERROR request r1: its process {told}"))
+        worker.wait_for_error(is_line(f"ERROR pothead.worker: request r1: its process {told}"))
         resource.prlimit(starved, resource.RLIMIT_NOFILE, limits)
     with listener.accept() as peer:
         assert ask(peer).status == 200
@@ -390,7 +390,7 @@ def test_consumer_that_leaves_has_everything_killed_within_a_second(
         left_at = time.monotonic()
         leave(peer)
         expect_dead(pids, within_s=1 - (time.monotonic() - left_at))
-        worker.wait_for_error(is_line("INFO request r1: the consumer has gone"))
+        worker.wait_for_error(is_line("INFO pothead.worker: request r1: the consumer has gone"))
     with listener.accept() as peer:
         assert ask(peer).status == 200
 
@@ -426,8 +426,12 @@ def test_timeout_before_the_response_gives_504(start: Any, listener: wire.Listen
     with listener.accept() as peer:
         response = ask(peer, "POST /hang", body=b"unread" * 50_000)
         assert (response.status, response.value(b"connection")) == (504, b"close")
+        told = b"stopped after the request timeout of 0.3 s"
+        assert response.body == b"504 Gateway Timeout: %b.\nrequest id: r1\n" % told
         expect_dead(started(worker))
-        worker.wait_for_error(is_line("INFO request r1: stopped after the request timeout of 0.3 s"))
+        worker.wait_for_error(
+            is_line("WARNING pothead.worker: request r1: stopped after the request timeout of 0.3 s")
+        )
         peer.finish_sending()
         peer.expect_eof()
 
@@ -462,6 +466,7 @@ def test_end_of_the_worker_is_the_end_of_its_processes(
         assert worker.wait() == (1 if number == signal.SIGINT else -signal.SIGKILL)
         expect_dead([fork_server, *pids], within_s=wire.DEADLINE_S if number == signal.SIGKILL else 0)
         peer.expect_eof()
+    assert not [line for line in worker.errors if "the consumer has gone" in line]
 
 
 def test_drain_finishes_what_runs(start: Any, listener: wire.Listener) -> None:
@@ -504,11 +509,13 @@ def test_fork_server_that_dies_is_started_again(start: Any, listener: wire.Liste
         peer.expect_eof()
         expect_dead(pids[:2])  # those that have left the group have nobody now who knows them
         worker.wait_for_error(
-            is_line("ERROR the fork server was killed by SIGKILL; its requests are cut off")
+            is_line("ERROR pothead.worker: the fork server was killed by SIGKILL; its requests are cut off")
         )
-        worker.wait_for_error(is_line("ERROR request r1: its process was cut off with the fork server"))
+        worker.wait_for_error(
+            is_line("ERROR pothead.worker: request r1: its process was cut off with the fork server")
+        )
         assert identity(ask(other))[1] != fork_server
-        worker.wait_for_error(is_line("INFO another fork server is ready"))
+        worker.wait_for_error(is_line("INFO pothead.worker: another fork server is ready"))
         for pid in pids[2:]:
             os.kill(pid, signal.SIGKILL)
 
@@ -534,7 +541,9 @@ def test_fork_server_that_cannot_start_again_is_tried_again(
         source = (app_dir / "jobs.py").read_text()
         (app_dir / "jobs.py").write_text("import missing")
         os.kill(fork_server, signal.SIGKILL)
-        worker.wait_for_error(is_line("ERROR cannot start another fork server: cannot load 'jobs:app'"))
+        worker.wait_for_error(
+            is_line("ERROR pothead.worker: cannot start another fork server: cannot load 'jobs:app'")
+        )
         peer.send(request())
         peer.expect_eof()
         worker.wait_for_error(is_line("its process could not be started: there is no fork server"))
@@ -614,7 +623,7 @@ def test_output_threads_and_signals_of_the_import(start: Any, listener: wire.Lis
     with listener.accept() as peer:
         for _ in range(3):
             assert ask(peer).body == b"True True 1"
-    worker.wait_for_error(is_line("WARNING importing the app started threads"))
+    worker.wait_for_error(is_line("WARNING pothead.worker: importing the app started threads"))
     worker.terminate()
     assert worker.wait() == 0
     assert worker.lines == ["imported with chatty:app"]
