@@ -27,7 +27,7 @@ LIBRARY, OPERATING, OPTIONS, WORKER = (
     for name in ("library", "operating", "options", "worker")
 )
 DEFAULT_PORTS = {"MAIN": 8080, "WORKER": 4040, "ADMIN": 4041}
-UNITS = {"": 1, "s": 1, "KiB": pothead.KIB, "MiB": pothead.MIB}
+UNITS = {"ms": 0.001, "": 1, "s": 1, "KiB": pothead.KIB, "MiB": pothead.MIB}
 
 Ports = dict[str, int]
 
