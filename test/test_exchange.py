@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import socket
 import threading
 import time
@@ -796,6 +797,51 @@ def test_machine_that_has_lost_a_slot_gets_nothing_for_a_moment(rig: Rig) -> Non
     rig.until(lambda: has_bytes(last))
     assert last.read_request().target == b"/next"
     assert rig.response(consumer).status == 502
+
+
+class DeadTransport(pothead.Transport):
+    """One whose peer has gone, as the first byte tells."""
+
+    def send(self, data: bytes) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_attempt_of_which_nothing_was_taken_is_none(new_rig: Callable[..., Rig], method: bytes) -> None:
+    """Nobody has seen the request: any method may be repeated, and it is the first attempt that follows."""
+    rig = new_rig(max_attempts=1)
+    rig.slot()
+    (dead,) = rig.hub.slots
+    dead.stream.transport = DeadTransport(dead.stream.transport._sock)
+    rig.consumer(get(b"/", method=method))
+    rig.until(lambda: not rig.hub.slots)
+    rig.pass_time(pothead.LIMITS.rest_s)
+    slot = rig.slot()
+    rig.until(lambda: has_bytes(slot))
+    assert slot.read_request().value(b"Pothead-Attempt") == b"1"
+
+
+def test_slot_waits_for_its_consumer_for_so_long_in_sum(rig: Rig) -> None:
+    """And not so long again after each piece that the consumer takes."""
+    slot, consumer = rig.slot(), rig.consumer(get(b"/"))
+    rig.until(lambda: has_bytes(slot))
+    slot.read_request()
+    exchange = rig.exchange(b"/")
+    (worker,), stream = rig.hub.slots, exchange.consumer.stream
+    stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    size = 64 << 20
+    sender = send_in_background(slot, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+    for left_s in (0.25, 0.15, 0.05):
+        rig.until(lambda: stream.outbuf is not None and worker.stream.deadline < math.inf)
+        assert worker.stream.deadline - rig.clock.now == pytest.approx(left_s)
+        rig.pass_time(0.1 if left_s > 0.1 else 0.04)
+        rig.until(lambda: take(consumer) and stream.outbuf is None)
+        consumer.received.clear()
+    rig.until(lambda: stream.outbuf is not None and worker.stream.deadline < math.inf)
+    rig.pass_time(0.02)
+    assert worker.stream.deadline == math.inf and exchange.may_relay(), "now the response is absorbed"
+    slot.sock.shutdown(socket.SHUT_RDWR)
+    sender.join()
 
 
 def test_slot_that_is_sent_a_body_that_has_not_come_may_take_its_time(new_rig: Callable[..., Rig]) -> None:
