@@ -101,28 +101,36 @@ def read_response(pieces: Iterable[bytes], request_method: bytes) -> Reading:
 def read_message(
     pieces: Iterable[bytes], take_head: Callable, make_body: Callable, cut_short: str
 ) -> Reading:
-    buffer, head, body, content = Inbuf(), None, None, bytearray()
+    reader = MessageReader(take_head, make_body)
+    head, body, content, is_over = None, None, bytearray(), False
     try:
         for piece in pieces:
-            buffer += piece
-            if head is None:
-                head = take_head(buffer)
-                body = head and make_body(head)
-            if body is not None and not body.done:
-                content += body.take(buffer)
+            reader.feed(memoryview(piece))
+            while not is_over and (event := next_event(reader)) is not None:
+                is_over = event is pothead.END
+                if head is None:
+                    head, body = event, make_body(event) and reader.body
+                elif not is_over:
+                    content += event
     except ProtocolError as exc:
         assert exc.detail, "a refusal says why"
         return {"expect": f"refuse {exc.status}"}
     if head is None:
         return {"expect": "incomplete"}
+    try:
+        reader.end()
+    except ProtocolError:
+        return {"expect": cut_short}
     framing = name_framing(head, body)
-    if body is not None and not body.done:
-        try:
-            body.on_eof()
-        except ProtocolError:
-            return {"expect": cut_short}
-    reading = {"expect": "forward", "framing": framing, "body": bytes(content), "rest": bytes(buffer)}
+    reading = {"expect": "forward", "framing": framing, "body": bytes(content), "rest": bytes(reader.inbuf)}
     return reading | describe_head(head)
+
+
+def next_event(reader: MessageReader) -> object:
+    """Return what comes next, in whichever turn of the loop."""
+    while (event := reader.next()) is None and reader.stopped:
+        reader.feed(pothead.NO_BYTES)
+    return event
 
 
 def name_framing(head: object, body: object) -> str:
