@@ -48,6 +48,7 @@ import ast
 import contextlib
 import difflib
 import email.utils
+import enum
 import errno
 import functools
 import gc
@@ -629,19 +630,130 @@ class ChunkedBody(RequestBody):
                 self._intake.fail("malformed trailers")
 
 
-# ---- Sending -----------------------------------------------------------------------------------------
+# ---- Links -------------------------------------------------------------------------------------------
 
 
-def send_pieces(sock: socket.socket, pieces: Sequence[bytes]) -> None:
-    """Send all pieces in order, in one call where that is possible, without copying large ones."""
-    if sum(map(len, pieces)) < COPY_BELOW_BYTES:
-        sock.sendall(b"".join(pieces))
-        return
-    sent = sock.sendmsg(pieces)
-    for piece in pieces:
-        if sent < len(piece):
-            sock.sendall(memoryview(piece)[sent:])
-        sent = max(0, sent - len(piece))
+class Ending(enum.Enum):
+    """How a connection may go on after a response."""
+
+    KEEP = enum.auto()  # with the next request
+    CLOSE = enum.auto()  # the response is whole, and the last one
+    CUT = enum.auto()  # the response is not whole, and must not look as if it were
+
+
+def nothing() -> None:
+    """Nobody wants to know."""
+
+
+class Link:
+    """One connection: to a hub, or to a consumer that has come for its response itself.
+
+    Only this touches its socket. One thread receives and sends; others may `cut` it, or say that its other
+    end has gone.
+    """
+
+    def __init__(self, sock: socket.socket, received: bytes = b"", is_old: bool = False) -> None:
+        """`received` is what somebody else has taken from it already. An old end speaks HTTP/1.0."""
+        self._sock = sock
+        self.host = ""  # of the other end
+        with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
+            self.host = str(sock.getpeername()[0])
+        self.intake = Intake(sock, received)
+        self.may_chunk = not is_old
+        self.opened_at = self.free_since = time.monotonic()
+        self.has_served = False
+        self.is_gone = False
+        self._on_gone: Callable[[], object] = nothing
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def own_host(self) -> str:
+        """The address of this end."""
+        return plain_address(self._sock.getsockname()[0])
+
+    # -- the other end
+
+    def when_gone(self, action: Callable[[], object]) -> None:
+        """Have this done, by another thread or at once, when the other end has closed; in place of others."""
+        self._on_gone = action
+        if self.is_gone:
+            action()
+
+    def disregard(self) -> None:
+        """From now on it does not matter whether the other end closes."""
+        self._on_gone = nothing
+
+    def on_gone(self) -> None:
+        """The other end has closed. Called by other threads, perhaps more than once."""
+        self.is_gone = True
+        self._on_gone()
+
+    def has_request(self, halt: Halt | None, timeout_s: float | None = None) -> bool:
+        """Wait until there is something to be read, be it the end; False when halted before."""
+        return not self.intake.is_empty or wait_ready(self._sock, select.POLLIN, halt, timeout_s)
+
+    def is_at_end(self) -> bool:
+        """Return whether the other end has closed and there is nothing left to read."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    # -- its thread
+
+    def send(self, *pieces: bytes) -> None:
+        """Send all pieces in order, in one call where that is possible, without copying large ones."""
+        if sum(map(len, pieces)) < COPY_BELOW_BYTES:
+            self._sock.sendall(b"".join(pieces))
+            return
+        sent = self._sock.sendmsg(pieces)
+        for piece in pieces:
+            if sent < len(piece):
+                self._sock.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
+
+    @contextlib.contextmanager
+    def time_limit(self, seconds: float | None) -> Iterator[None]:
+        """Have receiving raise when it would take longer; with 0, when it would wait at all."""
+        self._sock.settimeout(seconds)
+        try:
+            yield
+        finally:
+            self._sock.settimeout(None)
+
+    # -- ending it
+
+    def cut(self) -> None:
+        """End the connection for whoever sends or receives there. Called by any thread."""
+        if self.may_chunk:  # else the other end would take that for the body's end: it is reset when closed
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def finish_sending(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def linger(self) -> None:
+        """Close our direction and read the other's away until it closes, too.
+
+        Closing with unread bytes would send a reset, which destroys a response that has not been read yet.
+        """
+        close_gently(self._sock)
+
+    def end(self, ending: Ending) -> None:
+        """End it, before it is closed, so that its other end can tell whether the response is whole."""
+        if ending is not Ending.CUT:
+            if not self.may_chunk:
+                set_reset_on_close(self._sock, False)
+            self.linger()
+        self.cut()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._sock.close()
 
 
 @functools.lru_cache(maxsize=2)
@@ -655,10 +767,6 @@ def set_reset_on_close(sock: socket.socket, is_on: bool) -> None:
 
 
 def close_gently(sock: socket.socket) -> None:
-    """Close our direction and read the hub's away until it closes, too.
-
-    Closing with unread bytes would send a reset, which destroys a response that the hub has not read yet.
-    """
     ends_at = time.monotonic() + LINGER_S
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
@@ -826,19 +934,18 @@ class Response(BaseHandler):
     wsgi_multiprocess = True
     server_software = None
 
-    def __init__(self, handler: RequestHandler, head: RequestHead, body: io.BufferedIOBase) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.os_environ = {}  # the base class would copy the process's own into each environ
         self.environ: WSGIEnvironment = {}
-        self.handler = handler
-        self.request = head
-        self.body = body
+        self.exchange = exchange
+        self.link = exchange.link
+        self.request = exchange.head
         self.head: ResponseHead | None = None
         self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
         self.ends_with_close = False
         self.says_close = False
-        self.request_id = head.fields.get("X_REQUEST_ID", "-")
         self._pid = os.getpid()
 
     @property
@@ -866,9 +973,18 @@ class Response(BaseHandler):
         except BaseException as exc:
             self._on_failure(exc)
 
+    def settle(self) -> Ending:
+        """Make the connection ready for the next request, if there may be one."""
+        if not self.is_complete:
+            return Ending.CUT
+        if not self.exchange.discard_body():
+            self.exchange.link.linger()
+            return Ending.CLOSE
+        return Ending.CLOSE if self.says_close else Ending.KEEP
+
     def _call(self, application: WSGIApplication) -> None:
         self.setup_environ()
-        self.handler.on_environ(self.environ)
+        self.exchange.keeper.on_environ(self.environ)
         try:
             self.result = application(self.environ, self.start_response)
             self.finish_response()
@@ -876,12 +992,12 @@ class Response(BaseHandler):
             self.close()
 
     def add_cgi_vars(self) -> None:
-        self.environ.update(build_environ(self.request, self.handler.hub_host))
+        self.environ.update(build_environ(self.request, self.exchange.link.host))
         self.environ["wsgi.input_terminated"] = True
-        self.environ["pothead.cancelled"] = self.handler.cancelled
+        self.environ["pothead.cancelled"] = self.exchange.cancelled
 
     def get_stdin(self) -> io.BufferedIOBase:
-        return self.body
+        return io.BufferedReader(self.exchange.body) if self.exchange.body else io.BytesIO()
 
     def get_stderr(self) -> ErrorStream:
         return sys.stderr
@@ -938,7 +1054,7 @@ class Response(BaseHandler):
             raise RuntimeError("a process that the application has forked cannot answer in its place")
 
     def _check_consumer(self) -> None:
-        if self.handler.cancelled.is_set():
+        if self.exchange.cancelled.is_set():
             raise ConsumerGone
 
     # -- framing
@@ -991,19 +1107,20 @@ class Response(BaseHandler):
             fields = [*fields, *self._choose_framing(first_bytes)]
         if not self.head.has_date:
             fields = [*fields, ("Date", http_date(int(time.time())))]
-        is_redirected = self.handler.may_redirect and self.has_body and self.head.status.startswith("200")
-        self.says_close = self.says_close or is_redirected or self.handler.must_close()
+        is_detoured = self.has_body and self.head.status.startswith("200")
+        detour = self.exchange.detour if is_detoured else None
+        self.says_close = self.says_close or detour is not None or self.exchange.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
-        if is_redirected:
-            self.handler.fetch_body()
+        if detour:
+            self.exchange.fetch_body()
         self.headers_sent = True
-        self.handler.on_response_start(self.head.status)
-        if is_redirected:
-            self.handler.redirect(start)
-        if self.is_chunked and not self.handler.may_chunk:
+        self.exchange.keeper.on_status(self.head.status)
+        if detour:
+            self.link = detour.take(start)
+        if self.is_chunked and not self.link.may_chunk:
             self.is_chunked, self.ends_with_close = False, True
             return without_chunks(start)
         return start
@@ -1020,7 +1137,7 @@ class Response(BaseHandler):
 
     def _write(self, *pieces: bytes) -> None:
         try:
-            send_pieces(self.handler.connection, pieces)
+            self.link.send(*pieces)
         except OSError as exc:
             raise ConsumerGone from exc
 
@@ -1030,20 +1147,21 @@ class Response(BaseHandler):
     # -- when it fails
 
     def _on_failure(self, exc: BaseException) -> None:
+        request_id = self.exchange.request_id
         if isinstance(exc, ConsumerGone):
-            self.handler.on_consumer_gone(self.request_id, str(exc) or "the consumer has gone")
+            self.exchange.keeper.on_consumer_gone(self.exchange, str(exc) or "the consumer has gone")
         elif isinstance(exc, BodyError):
-            log.info("request %s: request %s", self.request_id, exc)
+            log.info("request %s: request %s", request_id, exc)
             self._send_error("400 Bad Request")
         elif isinstance(exc, LocalError):
             level = logging.DEBUG if isinstance(exc, LocalUnreachable) else logging.ERROR
-            log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
+            log.log(level, "request %s: the local program failed: %s", request_id, exc)
             self._send_error("502 Bad Gateway")
         elif isinstance(exc, WSGIViolation):
-            log.error("request %s: WSGI violation: %s", self.request_id, exc)
+            log.error("request %s: WSGI violation: %s", request_id, exc)
             self._send_error("500 Internal Server Error")
         else:
-            log.error("request %s: the application raised an exception", self.request_id, exc_info=exc)
+            log.error("request %s: the application raised an exception", request_id, exc_info=exc)
             self._send_error("500 Internal Server Error")
 
     def _send_error(self, status: str) -> None:
@@ -1051,7 +1169,7 @@ class Response(BaseHandler):
         if self.headers_sent:
             self.is_complete = self.is_complete or self.is_all_sent
             return
-        text = f"{status}\nrequest id: {self.request_id}\n".encode("latin-1")
+        text = f"{status}\nrequest id: {self.exchange.request_id}\n".encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
         self.head = ResponseHead(status, fields, len(text), has_date=False)
         start = self._begin(len(text))
@@ -1060,197 +1178,178 @@ class Response(BaseHandler):
             self.is_complete = True
 
 
-# ---- One connection ----------------------------------------------------------------------------------
+# ---- Exchanges ---------------------------------------------------------------------------------------
 
 GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
 LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
+class Detour(NamedTuple):
+    """The way of a response past the hub; the same in the worker and in a request's process."""
+
+    offer: Callable[[bytes], None]  # sends the consumer to where the response is that begins with this
+    wait: Callable[[], Link]  # returns the consumer's own connection. Both raise ConsumerGone
+
+    def take(self, head: bytes) -> Link:
+        self.offer(head)
+        return self.wait()
+
+
+class Exchange:
+    """One request, and how it is to be answered."""
+
+    def __init__(self, link: Link, data: bytes, keeper: Keeper) -> None:
+        """`data` is the head. Raises ProtocolError."""
+        self.link = link
+        self.data = data
+        self.head = parse_head(data)
+        self.keeper = keeper
+        self.request_id = self.head.fields.get("X_REQUEST_ID", "-")
+        self.cancelled = threading.Event()
+        self.detour: Detour | None = None  # set before the body is made
+        self._wants_close = "close" in connection_options(self.head.fields)
+        self.consumer: Link | None = None  # if it has come to the pickup port
+        self._on_cancel: Callable[[], object] = nothing
+
+    @functools.cached_property
+    def body(self) -> RequestBody | None:
+        intake, head, body = self.link.intake, self.head, None
+        if head.is_chunked or head.length:
+            body = ChunkedBody(intake) if head.is_chunked else FixedBody(intake, head.length or 0)
+        return SeparableBody(intake, body) if body and self.detour else body
+
+    def must_close(self) -> bool:
+        """Return whether the connection cannot take another request after this one."""
+        unread = self.body.left_bytes() if self.body else 0
+        return self._wants_close or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
+
+    def fetch_body(self) -> None:
+        """Have the app read the rest of the body from somewhere else. Raises BodyError."""
+        if isinstance(self.body, SeparableBody):
+            self.body.fetch()
+
+    def discard_body(self) -> bool:
+        """Read away what the app left of the body; False if that is too much or takes too long."""
+        if self.body is None or not self.body.left_bytes():
+            return True
+        ends_at = time.monotonic() + DISCARD_TIMEOUT_S
+        left = DISCARD_LIMIT_BYTES
+        with self.link.time_limit(DISCARD_TIMEOUT_S), contextlib.suppress(OSError):
+            while left > 0 and time.monotonic() < ends_at:
+                count = len(self.body.read(RECEIVE_BYTES) or b"")
+                if count == 0:
+                    return True
+                left -= count
+        return False
+
+    def when_cancelled(self, action: Callable[[], object]) -> None:
+        """Have this done, too, when nobody waits for the response any more; at once if that is so."""
+        self._on_cancel = action
+        if self.cancelled.is_set():
+            action()
+
+    def cancel(self) -> None:
+        """Nobody waits for the response any more. Called by other threads, perhaps more than once."""
+        self.cancelled.set()
+        self._on_cancel()
+
+
+class Keeper(Protocol):
+    """Who has requests answered: a slot, or a request's own process."""
+
+    def answer(self, exchange: Exchange) -> Ending: ...
+
+    def is_last(self) -> bool:
+        """Return whether the request at hand is the last one that is taken from this connection."""
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        """The app is about to be called with this."""
+
+    def on_status(self, status: str) -> None:
+        """The consumer gets a response with this status now."""
+
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        """The response could not be sent."""
+
+    def on_response(self, status_line: str) -> None:
+        """A response has come where there should be a request."""
+
+
 class RequestHandler(BaseHTTPRequestHandler):
-    """Serves the requests that come on one connection, one after the other; constructing it does the work.
+    """Takes the next request from a link and has it answered; constructing it does the work.
 
     Of its base class it keeps the way of life (setup, handle, finish; handle_one_request) and replaces the
     parser, which is slow and lenient.
     """
 
-    may_redirect = False
-    may_chunk = True
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self.slot = slot
-        self.hub_host = str(sock.getpeername()[0])
-        self.intake = Intake(sock)
-        self.body: RequestBody | None = None
-        self.is_busy = False
-        self.has_served = False
-        self.free_since = time.monotonic()
-        self.is_hung_up = False
-        self.wants_close = False
-        self.cancelled = threading.Event()
-        self.status = GONE_STATUS
-        super().__init__(sock, sock.getpeername(), slot)  # type: ignore[arg-type]  # the base only keeps it
+    def __init__(self, link: Link, keeper: Keeper) -> None:
+        self.link = link
+        self.keeper = keeper
+        self.ending = Ending.CUT  # how the link may go on
+        super().__init__(link, (link.host, 0), None)  # type: ignore[arg-type]  # the base only keeps them
 
     def setup(self) -> None:
-        self.connection = self.request
-        self.slot.on_open(self)
+        """The link is ready."""
 
     def handle(self) -> None:
-        self.close_connection = False
-        while not self.close_connection and self._wait_for_request():
-            self.handle_one_request()
+        self.handle_one_request()
 
     def finish(self) -> None:
-        self.slot.on_close(self)
-
-    def on_hang_up(self) -> None:
-        """The hub has closed the connection. Called by other threads."""
-        self.is_hung_up = True
-        self.cancelled.set()
-
-    def cut_off(self) -> None:
-        """End the connection for a thread that sends or receives there. Called by other threads."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def must_close(self) -> bool:
-        """Return whether the connection cannot take another request after this one."""
-        unread = self.body.left_bytes() if self.body else 0
-        return self.wants_close or self.is_last() or unread > DISCARD_LIMIT_BYTES
-
-    def is_last(self) -> bool:
-        """Return whether this request is the last one that the worker takes on this connection."""
-        return self.slot.serves_one_request or self.slot.halt.is_set()
-
-    # -- what modes make of a request and its response
-
-    def make_cancelled(self) -> threading.Event:
-        return threading.Event()
-
-    def on_environ(self, environ: WSGIEnvironment) -> None:
-        """The app is about to be called with this."""
-        self.slot.on_request(environ)
-
-    def on_response_start(self, status: str) -> None:
-        """The response's head is about to be sent."""
-        self.status = status[:3]
-
-    def on_consumer_gone(self, request_id: str, reason: str) -> None:
-        log.info("request %s: %s", request_id, reason)
-
-    def fetch_body(self) -> None:
-        """Have the app read the rest of the request's body from somewhere else. Raises BodyError."""
-
-    def redirect(self, head: bytes) -> None:
-        """Have the consumer come for this response; `connection` is its own then. Raises ConsumerGone."""
-
-    # -- serving
-
-    def _wait_for_request(self) -> bool:
-        if not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt):
-            return True
-        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
-        # response. It is served; after that the hub knows.
-        left_s = self.free_since + CROSSING_S - time.monotonic()
-        return left_s > 0 and wait_ready(self.connection, select.POLLIN, None, left_s)
+        """Whoever has opened the link closes it."""
 
     def handle_one_request(self) -> None:
-        """Serve one request; sets close_connection when it was the last."""
         try:
-            self._serve()
+            self.ending = self._serve()
         except ProtocolError as exc:
             self._refuse(exc)
         except OSError as exc:
             log.debug("connection to the hub lost: %s", exc)
-            self.close_connection = True
-        finally:
-            self.is_busy = False
-            self.free_since = time.monotonic()
 
-    def _serve(self) -> None:
-        self.cancelled = self.make_cancelled()
-        data = self.intake.take_head()
+    def _serve(self) -> Ending:
+        data = self.link.intake.take_head()
         if data is None:
-            self.close_connection = True
-            return
+            return Ending.CUT
         if data.startswith(b"HTTP/"):
-            self.close_connection = True
-            self.slot.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
-            return
-        head = parse_head(data)
-        self.is_busy = self.has_served = True
-        self.wants_close = "close" in connection_options(head.fields)
-        request_id = head.fields.get("X_REQUEST_ID", "-")
-        log.debug("request %s: %s %s", request_id, head.method, head.target.partition("?")[0])
-        if self.is_hung_up:  # perhaps before `cancelled` was there to be set
-            self.cancelled.set()
-            self.close_connection = True
-            log.info("request %s: the consumer had gone before it began", request_id)
-        else:
-            self._answer_and_count(data, head)
-
-    def _answer_and_count(self, data: bytes, head: RequestHead) -> None:
-        self.status = GONE_STATUS
-        began_at = time.monotonic()
-        self.slot.on_exchange_begin()
-        try:
-            self.answer(data, head)
-        finally:
-            self.slot.on_exchange_end(self.status, time.monotonic() - began_at)
-
-    def answer(self, data: bytes, head: RequestHead) -> None:
-        """Answer the request whose head was `data`; sets close_connection when it was the last."""
-        self.body = self._open_body(head)
-        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        application = self.slot.application
-        assert application is not None
-        if isinstance(application, Forwarder):
-            application = LocalExchange(application, response)
-        response.run(application)
-        self._settle(response)
-
-    def _open_body(self, head: RequestHead) -> RequestBody | None:
-        if head.is_chunked:
-            return ChunkedBody(self.intake)
-        return FixedBody(self.intake, head.length) if head.length else None
-
-    def _settle(self, response: Response) -> None:
-        """Make the connection ready for the next request, or see to its end."""
-        if not response.is_complete:
-            self.close_connection = True
-        elif not self._discard_body():
-            self.close_connection = True
-            close_gently(self.connection)
-        else:
-            self.close_connection = response.says_close
-
-    def _discard_body(self) -> bool:
-        """Read away what the app left of the body; False if that is too much or takes too long."""
-        body, self.body = self.body, None
-        if body is None or not body.left_bytes():
-            return True
-        ends_at = time.monotonic() + DISCARD_TIMEOUT_S
-        left = DISCARD_LIMIT_BYTES
-        self.connection.settimeout(DISCARD_TIMEOUT_S)
-        try:
-            while left > 0 and time.monotonic() < ends_at:
-                count = len(body.read(RECEIVE_BYTES) or b"")
-                if count == 0:
-                    return True
-                left -= count
-        except OSError:
-            return False
-        finally:
-            self.connection.settimeout(None)
-        return False
+            self.keeper.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
+            return Ending.CUT
+        exchange = Exchange(self.link, data, self.keeper)
+        log.debug(
+            "request %s: %s %s",
+            exchange.request_id,
+            exchange.head.method,
+            exchange.head.target.partition("?")[0],
+        )
+        return self.keeper.answer(exchange)
 
     def _refuse(self, reason: ProtocolError) -> None:
-        log.warning("not a request from the hub at %s: %s", self.hub_host, reason)
-        self.close_connection = True
+        log.warning("not a request from the hub at %s: %s", self.link.host, reason)
         with contextlib.suppress(OSError):
-            self.connection.sendall(
+            self.link.send(
                 b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\nConnection: close\r\n\r\nBad Request\n"
             )
-        close_gently(self.connection)
+        self.link.linger()
+
+
+# ---- Servers: who answers a request ------------------------------------------------------------------
+
+
+class Server(Protocol):
+    """Answers one request on a link."""
+
+    def answer(self, exchange: Exchange) -> Ending:
+        """Return how the link may go on. The exchange knows the rest."""
+
+
+class AppServer:
+    """Has a WSGI app answer, in the same thread."""
+
+    def __init__(self, application: WSGIApplication) -> None:
+        self._application = application
+
+    def answer(self, exchange: Exchange) -> Ending:
+        response = Response(exchange)
+        response.run(self._application)
+        return response.settle()
 
 
 # ---- Forwarding to a local program -------------------------------------------------------------------
@@ -1329,7 +1428,7 @@ def parse_local_head(data: bytes) -> LocalHead:
 
 
 class Forwarder:
-    """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
+    """Has a local HTTP program answer, which is written in any language.
 
     Each request has a connection of its own. One that is kept may be closed by the program just when the
     next request comes, and nobody could tell whether that one was run: sending it again may run it twice.
@@ -1340,6 +1439,11 @@ class Forwarder:
         self.address = parse_forward(url)
         self._lock = threading.Lock()
         self._is_unreachable = False
+
+    def answer(self, exchange: Exchange) -> Ending:
+        response = Response(exchange)
+        response.run(LocalExchange(self, response))
+        return response.settle()
 
     def open(self) -> socket.socket:
         """Return a new connection. Raises LocalUnreachable."""
@@ -1396,11 +1500,11 @@ class LocalConnection:
 
     HANG_UP = getattr(select, "POLLRDHUP", 0)
 
-    def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
+    def __init__(self, sock: socket.socket, response: Response, head: bytes) -> None:
         self.sock = sock
-        self._is_taken = handler.body is None  # all of the request, from the hub
-        self._handler = handler
-        self._is_chunked = is_chunked
+        self._exchange = response.exchange
+        self._response = response
+        self._is_taken = self._exchange.body is None  # all of the request, from the hub
         self._unsent = memoryview(head)
 
     def recv(self, size: int, /) -> bytes:
@@ -1416,7 +1520,7 @@ class LocalConnection:
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
-        hub, local = self._handler.connection.fileno(), self.sock.fileno()
+        hub, local = self._response.link.fileno(), self.sock.fileno()
         while True:
             if not self._unsent and not self._is_taken:
                 self._take_body()
@@ -1424,7 +1528,7 @@ class LocalConnection:
             poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
             poller.register(hub, self.HANG_UP | (0 if self._unsent or self._is_taken else select.POLLIN))
             events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
-            if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
+            if self._exchange.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
             if self._unsent and events.get(local, 0) & select.POLLOUT:
                 self._send()
@@ -1433,17 +1537,15 @@ class LocalConnection:
 
     def _take_body(self) -> None:
         """Take what has come of the request's body, be it only a part of a chunk's framing."""
-        body, connection = self._handler.body, self._handler.connection
+        body = self._exchange.body
         assert body is not None
-        connection.setblocking(False)
         try:
-            data = body.read(RECEIVE_BYTES) or b""
+            with self._exchange.link.time_limit(0):
+                data = body.read(RECEIVE_BYTES) or b""
         except BlockingIOError:
             return
-        finally:
-            connection.setblocking(True)
         self._is_taken = not body.has_rest()
-        if self._is_chunked:
+        if self._exchange.head.is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
             data += b"0\r\n\r\n" if self._is_taken else b""
         self._unsent = memoryview(data)
@@ -1498,8 +1600,7 @@ class LocalExchange:
     def _ask(self) -> LocalHead:
         """Send the request and return the response's head."""
         self._sock = sock = self._forwarder.open()
-        handler, is_chunked = self._response.handler, self._response.request.is_chunked
-        self._intake = LocalIntake(LocalConnection(sock, handler, self._request_head(), is_chunked))
+        self._intake = LocalIntake(LocalConnection(sock, self._response, self._request_head()))
         head = self._take_head()
         while head.status.startswith("1"):
             if head.status.startswith("101"):
@@ -1535,7 +1636,7 @@ class LocalExchange:
 
 
 class HangUpWatcher:
-    """Tells handlers that the hub closed their connection, even while the app computes: one thread for all.
+    """Tells links that their other end has closed, even while the app computes: one thread for all.
 
     A FIN hides behind unread bytes from `recv`, but not from EPOLLRDHUP. Being edge-triggered, a
     registration lasts as long as its connection and costs a request nothing; epoll allows it while the
@@ -1547,19 +1648,19 @@ class HangUpWatcher:
         self._over = Halt()
         self._epoll.register(self._over, select.EPOLLIN)
         self._lock = threading.Lock()
-        self._handlers: dict[int, RequestHandler] = {}
+        self._links: dict[int, Link] = {}
         start_thread(self._run, "watcher")
 
-    def add(self, handler: RequestHandler) -> None:
-        fd = handler.connection.fileno()
+    def add(self, link: Link) -> None:
+        fd = link.fileno()
         with self._lock:
-            self._handlers[fd] = handler
+            self._links[fd] = link
             self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
 
-    def discard(self, handler: RequestHandler) -> None:
-        fd = handler.connection.fileno()
+    def discard(self, link: Link) -> None:
+        fd = link.fileno()
         with self._lock:
-            if self._handlers.pop(fd, None):
+            if self._links.pop(fd, None):
                 self._epoll.unregister(fd)
 
     def close(self) -> None:
@@ -1569,10 +1670,10 @@ class HangUpWatcher:
         while not self._over.is_set():
             for fd, _ in self._epoll.poll():
                 with self._lock:
-                    handler = self._handlers.get(fd)
+                    link = self._links.get(fd)
                     # The event may be of an earlier connection that had the same descriptor.
-                    if handler and is_hung_up(fd):
-                        handler.on_hang_up()
+                    if link and is_hung_up(fd):
+                        link.on_gone()
         self._epoll.close()
         self._over.close()
 
@@ -1588,35 +1689,29 @@ class PeekingWatcher:
 
     def __init__(self) -> None:
         self._over = threading.Event()
-        self._handlers: set[RequestHandler] = set()
+        self._links: set[Link] = set()
         start_thread(self._run, "watcher")
 
-    def add(self, handler: RequestHandler) -> None:
-        self._handlers.add(handler)
+    def add(self, link: Link) -> None:
+        self._links.add(link)
 
-    def discard(self, handler: RequestHandler) -> None:
-        self._handlers.discard(handler)
+    def discard(self, link: Link) -> None:
+        self._links.discard(link)
 
     def close(self) -> None:
         self._over.set()
 
     def _run(self) -> None:
         while not self._over.wait(PEEK_INTERVAL_S):
-            for handler in tuple(self._handlers):
-                if handler.is_busy and is_at_end(handler.connection):
-                    handler.on_hang_up()
+            for link in tuple(self._links):
+                if link.is_at_end():
+                    link.on_gone()
 
 
-def is_at_end(sock: socket.socket) -> bool:
-    try:
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+Watcher = HangUpWatcher | PeekingWatcher
 
 
-def make_watcher() -> HangUpWatcher | PeekingWatcher:
+def make_watcher() -> Watcher:
     return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
 
 
@@ -1877,7 +1972,7 @@ def send_page(sock: socket.socket, page: Page, request: RequestHead) -> None:
     if request.method == "HEAD":
         sock.sendall(start)
     elif isinstance(page.body, bytes):
-        send_pieces(sock, [start, page.body])
+        Link(sock).send(start, page.body)
     else:
         sock.sendall(start)
         for piece in page.body:
@@ -1905,19 +2000,6 @@ class PickupExpired(ConsumerGone):
     """The consumer did not come for its response in time."""
 
 
-# Is given the consumer's connection, and whether it speaks HTTP/1.0.
-Claim = Callable[[socket.socket, bool], None]
-
-
-class Pickup(NamedTuple):
-    """A response that has begun and waits for its consumer."""
-
-    head: bytes
-    expires_at: float
-    on_claim: Claim  # must not wait
-    on_expiry: Callable[[], None]
-
-
 class PickupPort(SideDoor):
     """Where consumers come for redirected responses.
 
@@ -1941,22 +2023,21 @@ class PickupPort(SideDoor):
 
     # -- for the slots
 
-    def offer(self, head: bytes, on_claim: Claim, on_expiry: Callable[[], None]) -> str:
-        """Keep a response for its consumer; return the key. The port's thread calls one of the two."""
+    def offer(self, pickup: Pickup) -> str:
+        """Keep a response for its consumer; return the key. The port's thread tells it what comes of it."""
         key = secrets.token_urlsafe(32)
         with self._lock:
-            self._waiting[key] = Pickup(head, time.monotonic() + self.expiry_s, on_claim, on_expiry)
+            self._waiting[key] = pickup
         return key
 
     def withdraw(self, key: str) -> None:
-        """Forget a key; neither of its functions is called once this has returned."""
+        """Forget a key; nothing is told of it once this has returned."""
         with self._lock:
             self._waiting.pop(key, None)
 
-    def location(self, key: str, hub_sock: socket.socket) -> str:
+    def location(self, key: str, hub: Link) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
-        host = self._public_host or plain_address(hub_sock.getsockname()[0])
-        return f"http://{Address(host, self.port)}/{key}"
+        return f"http://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
     # -- the port's thread
 
@@ -2026,113 +2107,112 @@ class SeparableBody(RequestBody):
         super().close()
 
 
-class RedirectingHandler(RequestHandler):
-    """Sends the consumer of a `200` response to the pickup port, and the response to whoever comes there.
+class Pickup:
+    """A response that its consumer comes for: the hub is told where, and gets nothing of it.
 
     The connection to the hub ends with the 303, since an open one would offer a slot that is still taken.
     """
 
-    may_redirect = True
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self._arrivals: queue.SimpleQueue[ConsumerGone | None] = queue.SimpleQueue()
+    def __init__(
+        self,
+        port: PickupPort,
+        exchange: Exchange,
+        watcher: Watcher,
+        on_arrival: Callable[[Link], object],
+        on_loss: Callable[[ConsumerGone], object],
+    ) -> None:
+        """The port's thread calls one of the two, and neither may wait."""
+        self._port = port
+        self._watcher = watcher
+        self._exchange = exchange
+        self._on_arrival = on_arrival
+        self._on_loss = on_loss
         self._key = ""
-        self.is_whole = False
-        super().__init__(sock, slot)
-
-    def _open_body(self, head: RequestHead) -> RequestBody | None:
-        body = super()._open_body(head)
-        return SeparableBody(self.intake, body) if body and self.may_redirect else body
-
-    def fetch_body(self) -> None:
-        if isinstance(self.body, SeparableBody):
-            self.body.fetch()
-
-    def redirect(self, head: bytes) -> None:
-        self.offer(head)
-        gone = self._arrivals.get()
-        if gone is not None:
-            raise gone
+        self.head = b""
+        self.expires_at = math.inf
 
     def offer(self, head: bytes) -> None:
         """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
-        pickups, hub_sock = self.slot.pickups, self.connection
-        assert pickups is not None
-        self.slot.unwatch(self)
-        if self.is_hung_up:
+        hub = self._exchange.link
+        hub.disregard()
+        if hub.is_gone:
             raise ConsumerGone
-        self._key = pickups.offer(head, self.on_claim, self.on_expiry)
+        self.head, self.expires_at = head, time.monotonic() + self._port.expiry_s
+        self._key = self._port.offer(self)
         lines = [
             "HTTP/1.1 303 See Other",
-            f"Location: {pickups.location(self._key, hub_sock)}",
+            f"Location: {self._port.location(self._key, hub)}",
             "Cache-Control: no-store",
             "Content-Length: 0",
             f"Date: {http_date(int(time.time()))}",
             "Connection: close",
         ]
         try:
-            hub_sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
-            hub_sock.shutdown(socket.SHUT_WR)  # there is nothing unread, so nothing can destroy the 303
+            hub.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub.finish_sending()  # there is nothing unread, so nothing can destroy the 303
         except OSError as exc:
             raise ConsumerGone from exc
 
     def on_claim(self, sock: socket.socket, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
-        self.may_chunk = not is_old
         with contextlib.suppress(OSError):
             set_options(sock)
             if is_old:  # only a reset tells it that the body was cut off
                 set_reset_on_close(sock, True)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
-        self.connection = sock
-        self.slot.watch(self)
-        self.deliver(sock)
+        self._exchange.consumer = consumer = Link(sock, is_old=is_old)
+        consumer.when_gone(functools.partial(self._on_gone, consumer))
+        self._watcher.add(consumer)
+        self._on_arrival(consumer)
 
-    def deliver(self, sock: socket.socket) -> None:
-        """Have the response sent to where the consumer is now."""
-        self._arrivals.put(None)
+    def _on_gone(self, consumer: Link) -> None:
+        self._exchange.cancel()
+        # It may only have closed its sending direction; a send that waits for it to read ends so.
+        consumer.cut()
 
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
-        assert self.slot.pickups is not None
-        self.cancelled.set()
-        self.give_up(PickupExpired(f"nobody came for the response within {self.slot.pickups.expiry_s:g} s"))
+        self._exchange.cancelled.set()
+        self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
 
-    def give_up(self, reason: ConsumerGone) -> None:
-        self._arrivals.put(reason)
+    def close(self, ending: Ending) -> Ending:
+        """See to the consumer's connection after the response; return how that to the hub may go on."""
+        if not self._key:
+            return ending
+        self._port.withdraw(self._key)
+        consumer = self._exchange.consumer
+        if consumer:
+            consumer.end(ending)
+            self._watcher.discard(consumer)
+            consumer.close()
+        return Ending.CUT if ending is Ending.CUT else Ending.CLOSE
 
-    def on_hang_up(self) -> None:
-        super().on_hang_up()
-        self._arrivals.put(ConsumerGone())
-        if self.connection is not self.request:
-            # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
-            self.cut_off()
 
-    def cut_off(self) -> None:
-        if self.may_chunk:
-            super().cut_off()
-        # Else it would take that for the body's end. It is cut off when the connection is closed.
+class DetouringServer:
+    """Has another server answer, and the consumers of its `200` responses come to the pickup port."""
 
-    def _settle(self, response: Response) -> None:
-        body = self.body
-        super()._settle(response)
-        self.is_whole = response.is_complete
-        if body:
-            body.close()
+    def __init__(self, server: Server, port: PickupPort, watcher: Watcher) -> None:
+        self._server = server
+        self._port = port
+        self._watcher = watcher
 
-    def finish(self) -> None:
-        if self._key:
-            assert self.slot.pickups is not None
-            self.slot.pickups.withdraw(self._key)
-        super().finish()
-        if self.connection is not self.request:
-            with self.connection:
-                if self.is_whole:
-                    set_reset_on_close(self.connection, False)
-                    close_gently(self.connection)
-                else:
-                    self.cut_off()
+    def answer(self, exchange: Exchange) -> Ending:
+        arrivals: queue.SimpleQueue[Link | ConsumerGone] = queue.SimpleQueue()
+
+        def wait() -> Link:
+            arrival = arrivals.get()
+            if isinstance(arrival, ConsumerGone):
+                raise arrival
+            return arrival
+
+        pickup = Pickup(self._port, exchange, self._watcher, arrivals.put, arrivals.put)
+        exchange.when_cancelled(lambda: arrivals.put(ConsumerGone()))
+        exchange.detour = Detour(pickup.offer, wait)
+        ending = self._server.answer(exchange)
+        if isinstance(exchange.body, SeparableBody):
+            exchange.body.close()
+        return pickup.close(ending)
 
 
 # ---- A process for each request: the worker's side ---------------------------------------------------
@@ -2207,8 +2287,8 @@ class ForkServer:
         self._launch()
         self._keeper = start_thread(self._keep, "fork-server")
 
-    def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
-        """Have a process made that owns `sock` and the other end of the control channel.
+    def fork(self, process: RequestProcess, control: socket.socket, link: Link) -> None:
+        """Have a process made that owns a copy of `link` and the other end of the control channel.
 
         Waits while another fork server is started. Raises ForkServerLost.
         """
@@ -2219,7 +2299,7 @@ class ForkServer:
                     raise ForkServerLost("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
-                socket.send_fds(self._orders, [b"F"], [sock.fileno(), control.fileno()])
+                socket.send_fds(self._orders, [b"F"], [link.fileno(), control.fileno()])
             except OSError as exc:
                 raise ForkServerLost("the fork server has just died") from exc
             self._processes.add(process)
@@ -2382,14 +2462,16 @@ class RequestProcess:
     direction: the app is told so by `pothead.cancelled`, and what is left a moment later is killed.
     """
 
-    def __init__(self, handler: ProcessHandler, timeout_s: float) -> None:
+    def __init__(self, exchange: Exchange, timeout_s: float) -> None:
         self.pid: int | None = None
         self.has_responded = False  # is set before the first byte of the response is sent
         self.report: dict[str, object] | None = None  # how the response ended, as the process tells it
         self.reason = ""  # why it was told to end, if it was
         self.is_overdue = False
         self.failure = ""  # how it ended, if not as it should
-        self._handler = handler
+        self._exchange = exchange
+        self._callbacks: dict[str, Callable[..., object]] = {}
+        self.pickup: Pickup | None = None  # if the response may be redirected
         self._control, self._other_end = own_pair()
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + timeout_s
@@ -2407,18 +2489,70 @@ class RequestProcess:
             self.is_overdue = True
             self.cancel(f"stopped after the request timeout of {self._timeout_s:g} s")
 
-    def run(self, fork_server: ForkServer, sock: socket.socket, order: Order, data: bytes) -> None:
-        """Have the request that begins with `data` served on `sock`; return when its process has ended."""
+    def run(self, fork_server: ForkServer, halt: Halt) -> Ending:
+        """Have the request served; return when its process has ended."""
+        exchange = self._exchange
+        received = exchange.data + b"\r\n" + exchange.link.intake.take_received()
+        environ = self._ask_gate()
+        order: Order = {
+            "environ": environ,
+            "callbacks": list(self._callbacks),
+            "is_last": exchange.keeper.is_last(),
+            "may_redirect": self.pickup is not None,
+        }
         with self._control:
-            with self._other_end:
-                fork_server.fork(self, self._other_end, sock)
+            try:
+                with self._other_end:
+                    fork_server.fork(self, self._other_end, exchange.link)
+            except ForkServerLost as exc:
+                self.failure = f"could not be started: {exc}"
+                return self._end()
             try:
                 with contextlib.suppress(OSError):
                     text = json.dumps(order).encode()
-                    self._control.sendall(b"%08x%08x" % (len(text), len(data)) + text + data)
-                self._follow()
+                    self._control.sendall(b"%08x%08x" % (len(text), len(received)) + text + received)
+                self._follow(halt)
             finally:
                 fork_server.on_end(self)
+        return self._end()
+
+    def _ask_gate(self) -> dict[str, object]:
+        """Return what the gate puts into the environ, as far as it can be told to another process.
+
+        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
+        """
+        environ = build_environ(self._exchange.head, self._exchange.link.host)
+        known = set(environ)
+        self._exchange.keeper.on_environ(environ)
+        added = {name: value for name, value in environ.items() if name not in known}
+        self._callbacks = {name: value for name, value in added.items() if callable(value)}
+        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
+
+    def _end(self) -> Ending:
+        """See to the connection once the process has ended."""
+        keeper, link = self._exchange.keeper, self._exchange.link
+        ending = Ending[str(self.report["ending"])] if self.report else Ending.CUT
+        if ending is Ending.CUT or self.failure:
+            self._log_ending()
+        if self.failure and not self.has_responded and not self.reason:
+            keeper.on_status(LOST_STATUS)
+        if self.is_overdue and not self.has_responded:
+            keeper.on_status("504")
+            with contextlib.suppress(OSError):
+                link.send(plain_answer("504 Gateway Timeout"))
+            link.linger()
+        if self.pickup:
+            ending = self.pickup.close(ending)
+        return Ending.CUT if self.failure else ending
+
+    def _log_ending(self) -> None:
+        request_id = self._exchange.request_id
+        if self.reason:
+            log.info("request %s: %s", request_id, self.reason)
+        elif self.failure:
+            log.error("request %s: its process %s", request_id, self.failure)
+        elif self.report and self.report.get("reason"):
+            log.info("request %s: %s", request_id, self.report["reason"])
 
     # -- called by any thread
 
@@ -2427,10 +2561,11 @@ class RequestProcess:
             self.reason = self.reason or reason
             self._control.shutdown(socket.SHUT_WR)
 
-    def deliver(self, sock: socket.socket, order: bytes) -> None:
+    def deliver(self, consumer: Link) -> None:
         """Give the process the consumer's own connection."""
+        order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
         with self._lock, contextlib.suppress(OSError):
-            socket.send_fds(self._control, [order], [sock.fileno()])
+            socket.send_fds(self._control, [order], [consumer.fileno()])
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -2438,8 +2573,7 @@ class RequestProcess:
 
     # -- following what it does
 
-    def _follow(self) -> None:
-        halt = self._handler.slot.halt
+    def _follow(self, halt: Halt) -> None:
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         poller.register(halt, select.POLLIN)
@@ -2482,13 +2616,13 @@ class RequestProcess:
                 self.pid = pid
             case {"status": status}:
                 self.has_responded = True
-                self._handler.on_response_start(status)
+                self._exchange.keeper.on_status(status)
             case {"log": record}:
                 forward_record(record)
             case {"call": name, "arguments": arguments, "keywords": keywords}:
-                self._handler.call_back(name, arguments, keywords)
+                self._call_back(name, arguments, keywords)
             case {"offer": head}:
-                self._handler.on_offer(head.encode("latin-1"))
+                self._offer(head.encode("latin-1"))
             case {"report": report}:
                 self.report = report
             case {"ending": ending}:
@@ -2510,82 +2644,7 @@ class RequestProcess:
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-
-def forward_record(record: dict[str, object]) -> None:
-    """Log what a process has logged."""
-    fields = {"name": log.name, "args": (), **record}
-    log.handle(logging.makeLogRecord(fields))
-
-
-class ProcessHandler(RedirectingHandler):
-    """Has each request served by a process of its own, to which it gives the connection itself."""
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self._process: RequestProcess | None = None
-        self._callbacks: dict[str, Callable[..., object]] = {}
-        super().__init__(sock, slot)
-
-    def answer(self, data: bytes, head: RequestHead) -> None:
-        fork_server = self.slot.fork_server
-        assert fork_server is not None
-        request_id = head.fields.get("X_REQUEST_ID", "-")
-        try:
-            self._process = process = RequestProcess(self, self.slot.request_timeout_s)
-        except OSError as exc:  # too many open files
-            log.error("request %s: its process %s", request_id, f"could not be started: {exc.strerror}")
-            self.status, self.close_connection = LOST_STATUS, True
-            return
-        if self.is_hung_up:  # perhaps before there was a process to be told
-            process.cancel("the consumer has gone")
-        received = data + b"\r\n" + self.intake.take_received()
-        order: Order = {
-            "environ": self._ask_gate(head),
-            "callbacks": list(self._callbacks),
-            "is_last": self.slot.serves_one_request,
-            "may_redirect": self.slot.pickups is not None,
-        }
-        try:
-            process.run(fork_server, self.connection, order, received)
-        except ForkServerLost as exc:
-            process.failure = f"could not be started: {exc}"
-        self._close_response(process, request_id)
-
-    def _ask_gate(self, head: RequestHead) -> dict[str, object]:
-        """Return what the gate puts into the environ, as far as it can be told to another process.
-
-        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
-        """
-        environ = build_environ(head, self.hub_host)
-        known = set(environ)
-        self.slot.on_request(environ)
-        added = {name: value for name, value in environ.items() if name not in known}
-        self._callbacks = {name: value for name, value in added.items() if callable(value)}
-        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
-
-    def _close_response(self, process: RequestProcess, request_id: str) -> None:
-        """See to the connection once the process has ended."""
-        report = process.report or {}
-        self.is_whole = bool(report.get("is_whole"))
-        self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
-        if not self.is_whole or process.failure:
-            self._log_ending(process, request_id)
-        if process.failure and not process.has_responded and not process.reason:
-            self.status = LOST_STATUS
-        if process.is_overdue and not process.has_responded:
-            self.status = "504"
-            with contextlib.suppress(OSError):
-                self.connection.sendall(plain_answer("504 Gateway Timeout"))
-            close_gently(self.connection)
-
-    def _log_ending(self, process: RequestProcess, request_id: str) -> None:
-        if process.reason:
-            log.info("request %s: %s", request_id, process.reason)
-        elif process.failure:
-            log.error("request %s: its process %s", request_id, process.failure)
-        elif process.report and process.report.get("reason"):
-            log.info("request %s: %s", request_id, process.report["reason"])
-
-    def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
+    def _call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
             with app_code():
@@ -2593,25 +2652,55 @@ class ProcessHandler(RedirectingHandler):
         except Exception:
             log.exception("%s failed", name)
 
-    def on_offer(self, head: bytes) -> None:
-        assert self._process is not None
+    def _offer(self, head: bytes) -> None:
+        assert self.pickup is not None
         try:
-            self.offer(head)
+            self.pickup.offer(head)
         except ConsumerGone:
-            self._process.cancel("the consumer has gone")
+            self.cancel("the consumer has gone")
 
-    def deliver(self, sock: socket.socket) -> None:
-        if self._process:
-            self._process.deliver(sock, PICKED_UP if self.may_chunk else PICKED_UP_BY_OLD)
 
-    def give_up(self, reason: ConsumerGone) -> None:
-        if self._process:
-            self._process.cancel(str(reason))
+def forward_record(record: dict[str, object]) -> None:
+    """Log what a process has logged."""
+    fields = {"name": log.name, "args": (), **record}
+    log.handle(logging.makeLogRecord(fields))
 
-    def on_hang_up(self) -> None:
-        super().on_hang_up()
-        if self._process:
-            self._process.cancel("the consumer has gone")
+
+class ProcessServer:
+    """Has a process of its own answer each request, to which it gives the connection itself."""
+
+    def __init__(
+        self,
+        fork_server: ForkServer,
+        halt: Halt,
+        timeout_s: float,
+        port: PickupPort | None,
+        watcher: Watcher,
+    ) -> None:
+        self._fork_server = fork_server
+        self._halt = halt
+        self._timeout_s = timeout_s
+        self._port = port
+        self._watcher = watcher
+
+    def answer(self, exchange: Exchange) -> Ending:
+        try:
+            process = RequestProcess(exchange, self._timeout_s)
+        except OSError as exc:  # too many open files
+            reason = f"could not be started: {exc.strerror}"
+            log.error("request %s: its process %s", exchange.request_id, reason)
+            exchange.keeper.on_status(LOST_STATUS)
+            return Ending.CUT
+        if self._port:
+            process.pickup = Pickup(
+                self._port,
+                exchange,
+                self._watcher,
+                process.deliver,
+                on_loss=lambda reason: process.cancel(str(reason)),
+            )
+        exchange.when_cancelled(lambda: process.cancel("the consumer has gone"))
+        return process.run(self._fork_server, self._halt)
 
 
 # ---- A process for each request: the fork server -----------------------------------------------------
@@ -2911,8 +3000,7 @@ class Orders:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._is_draining = False
-        self._consumer: socket.socket | None = None
-        self.may_chunk = True  # to that consumer
+        self.consumer: Link | None = None  # if it has come itself
 
     def take_request(self) -> tuple[Order, bytes]:
         """Return what is to be done, and all that has come of the request. Raises EOFError."""
@@ -2934,11 +3022,13 @@ class Orders:
             pass
         return self._is_draining
 
-    def wait_for_consumer(self) -> socket.socket | None:
-        """Return the connection of the consumer that has come, or None when the worker gives up."""
-        while self._consumer is None and self._take(is_patient=True):
+    def wait_for_consumer(self) -> Link:
+        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
+        while self.consumer is None and self._take(is_patient=True):
             pass
-        return self._consumer
+        if self.consumer is None:
+            raise ConsumerGone
+        return self.consumer
 
     def _take(self, is_patient: bool) -> bool:
         """Take one byte of orders; False if there is none, for now or for ever."""
@@ -2947,93 +3037,50 @@ class Orders:
         except OSError:
             return False
         if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            self._consumer = own(socket.socket(fileno=fds[0]))
-            self.may_chunk = order == PICKED_UP
+            sock = own(socket.socket(fileno=fds[0]))
+            self.consumer = Link(sock, is_old=order == PICKED_UP_BY_OLD)
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
 
 
-class OnlySlot(NamedTuple):
-    """What a handler needs of a slot, in a process that has only one request."""
+class ProcessKeeper:
+    """Has the one request of this process answered, and reports to the worker."""
 
-    application: WSGIApplication
-
-    def on_open(self, handler: RequestHandler) -> None:
-        """The worker watches the connection,"""
-
-    def on_close(self, handler: RequestHandler) -> None:
-        """closes it,"""
-
-    def on_exchange_begin(self) -> None:
-        """and counts"""
-
-    def on_exchange_end(self, status: str, seconds: float) -> None:
-        """what is served."""
-
-
-class LoneHandler(RedirectingHandler):
-    """Serves one request, in its own process, and reports to the worker."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        slot: OnlySlot,
-        channel: Channel,
-        orders: Orders,
-    ) -> None:
-        order, self._received = orders.take_request()
-        self.may_redirect = bool(order["may_redirect"])
-        self._order = order
+    def __init__(self, server: Server, channel: Channel, orders: Orders, order: Order) -> None:
+        self.report: dict[str, object] = {}
+        self._server = server
         self._channel = channel
         self._orders = orders
-        self._report: dict[str, object] = {}
-        super().__init__(sock, slot)  # type: ignore[arg-type]  # it has all that is needed here
+        self._order = order
 
-    def setup(self) -> None:
-        super().setup()
-        self.intake = Intake(self.connection, self._received)
+    def answer(self, exchange: Exchange) -> Ending:
+        exchange.cancelled = CancelledEvent(self._channel.sock)
+        if self._order["may_redirect"]:
+            exchange.detour = Detour(self._offer, self._orders.wait_for_consumer)
+        return self._server.answer(exchange)
 
-    def handle(self) -> None:
-        self.close_connection = False
-        self.handle_one_request()
-        self._report["is_reusable"] = not self.close_connection and self.intake.is_empty
-        self._channel.tell(report=self._report)
-
-    def finish(self) -> None:
-        self.slot.on_close(self)
-        if self.connection is not self.request:
-            self.connection.close()  # only here: the worker's own descriptor ends it
+    def is_last(self) -> bool:
+        return self._order["is_last"] or self._orders.is_draining()
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
 
+    def on_status(self, status: str) -> None:
+        self._channel.tell(status=status)
+
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        self.report["reason"] = reason  # the worker may have noticed, too, and logs it once
+
+    def on_response(self, status_line: str) -> None:
+        """The worker has seen that it is a request."""
+
+    def _offer(self, head: bytes) -> None:
+        self._channel.tell(offer=head.decode("latin-1"))
+
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
         self._channel.tell(call=name, arguments=arguments, keywords=keywords)
-
-    def make_cancelled(self) -> threading.Event:
-        return CancelledEvent(self._channel.sock)
-
-    def is_last(self) -> bool:
-        return self._order["is_last"] or self._orders.is_draining()
-
-    def on_response_start(self, status: str) -> None:
-        self._channel.tell(status=status)
-
-    def on_consumer_gone(self, request_id: str, reason: str) -> None:
-        self._report["reason"] = reason  # the worker may have noticed, too, and logs it once
-
-    def redirect(self, head: bytes) -> None:
-        self._channel.tell(offer=head.decode("latin-1"))
-        consumer = self._orders.wait_for_consumer()
-        if consumer is None:
-            raise ConsumerGone
-        self.connection, self.may_chunk = consumer, self._orders.may_chunk
-
-    def _settle(self, response: Response) -> None:
-        super()._settle(response)
-        self._report["is_whole"] = response.is_complete
 
 
 def serve_one_request(
@@ -3048,7 +3095,14 @@ def serve_one_request(
     Response.wsgi_multithread = False
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
-        LoneHandler(connection, OnlySlot(app), channel, orders)
+        order, received = orders.take_request()
+        link, keeper = Link(connection, received), ProcessKeeper(AppServer(app), channel, orders, order)
+        ending = RequestHandler(link, keeper).ending
+        if ending is Ending.KEEP and not link.intake.is_empty:
+            ending = Ending.CLOSE  # somebody else cannot go on from here
+        channel.tell(report={"ending": ending.name, **keeper.report})
+        if orders.consumer:
+            orders.consumer.close()  # only here: the worker ends it
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------
@@ -3457,25 +3511,24 @@ class Slot:
     def __init__(
         self, pool: WorkerPool, halt: Halt, connector: Connector, reachability: Reachability
     ) -> None:
-        self.halt = halt
-        self.application = pool.application
-        self.fork_server = pool.fork_server
-        self.pickups = pool.pickups
-        self.request_timeout_s = pool.request_timeout_s
+        self._halt = halt
+        self._server = pool.server
         self._metrics = pool.metrics
         self._pool = pool
         self._connector = connector
         self._reachability = reachability
         self._backoff = Backoff()
-        self._handler: RequestHandler | None = None
+        self._status = GONE_STATUS
+        self._exchange: Exchange | None = None
+        self.link: Link | None = None
 
     def run(self) -> None:
         try:
-            while not self.halt.is_set():
+            while not self._halt.is_set():
                 if self._serve_connection():
                     self._backoff.reset()
                 else:
-                    self.halt.wait(self._backoff.next_wait_s())
+                    self._halt.wait(self._backoff.next_wait_s())
         finally:
             self._pool.on_slot_end(self)
 
@@ -3488,78 +3541,96 @@ class Slot:
             return False
         if sock is None:
             return False
-        opened_at = time.monotonic()
-        with sock:
-            self._reachability.on_connected(self)
-            handler = self._handle(sock)
-            with contextlib.suppress(OSError):  # closing is not enough if another process holds it, too
-                sock.shutdown(socket.SHUT_RDWR)
+        link = Link(sock)
+        self._reachability.on_connected(self)
+        self._serve(link)
+        link.cut()  # closing is not enough while another process holds it, too
+        link.close()
         closed_at = time.monotonic()
-        has_served = bool(handler and handler.has_served)
-        if handler and not has_served and not self.halt.is_set():
-            self._reachability.on_unused(opened_at, closed_at)
-        return has_served or closed_at - opened_at > BACKOFF_LAST_S
+        if not link.has_served and not self._halt.is_set():
+            self._reachability.on_unused(link.opened_at, closed_at)
+        return link.has_served or closed_at - link.opened_at > BACKOFF_LAST_S
 
-    def _handle(self, sock: socket.socket) -> RequestHandler | None:
-        handler_class: type[RequestHandler] = RequestHandler
-        if self.fork_server:
-            handler_class = ProcessHandler
-        elif self.pickups:
-            handler_class = RedirectingHandler
+    def _serve(self, link: Link) -> None:
+        self.link = link
+        self._pool.watcher.add(link)
+        self._metrics.on_slot(1)
         try:
-            return handler_class(sock, self)
-        except OSError as exc:
-            log.debug("connection to the hub lost: %s", exc)
+            while self._wait_for_request(link) and RequestHandler(link, self).ending is Ending.KEEP:
+                pass
         except Exception:
             log.exception("a fault of the worker itself")
-        return None
+        finally:
+            self._metrics.on_slot(-1)
+            self._pool.watcher.discard(link)
+            self.link = None
 
-    @property
-    def handler(self) -> RequestHandler | None:
-        """What serves the open connection."""
-        return self._handler
+    def _wait_for_request(self, link: Link) -> bool:
+        if link.has_request(self._halt):
+            return True
+        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
+        # response. It is served; after that the hub knows.
+        left_s = link.free_since + CROSSING_S - time.monotonic()
+        return left_s > 0 and link.has_request(None, left_s)
 
-    def on_open(self, handler: RequestHandler) -> None:
-        self._handler = handler
-        self.watch(handler)
-        self._metrics.on_slot(1)
+    # -- as the keeper of its requests
 
-    def on_request(self, environ: WSGIEnvironment) -> None:
-        """A request has come, and the app is about to be called with `environ`."""
+    def answer(self, exchange: Exchange) -> Ending:
+        link = exchange.link
+        link.has_served = True
+        self._exchange = exchange
+        link.when_gone(exchange.cancel)
+        try:
+            if not exchange.cancelled.is_set():
+                return self._answer_and_count(exchange)
+            log.info("request %s: the consumer had gone before it began", exchange.request_id)
+            return Ending.CUT
+        finally:
+            link.disregard()
+            self._exchange = None
+            link.free_since = time.monotonic()
 
-    def on_response(self, status_line: str) -> None:
-        """A response has come where there should be a request."""
-        self._reachability.on_response(status_line)
-
-    def on_exchange_begin(self) -> None:
+    def _answer_and_count(self, exchange: Exchange) -> Ending:
+        self._status = GONE_STATUS
+        began_at = time.monotonic()
         self._reachability.on_request()
         self._metrics.on_request()
+        try:
+            return self._server.answer(exchange)
+        finally:
+            self._metrics.on_response(self._status, time.monotonic() - began_at)
 
-    def on_exchange_end(self, status: str, seconds: float) -> None:
-        self._metrics.on_response(status, seconds)
+    def is_last(self) -> bool:
+        return self.serves_one_request or self._halt.is_set()
 
-    def on_close(self, handler: RequestHandler) -> None:
-        self._metrics.on_slot(-1)
-        self.unwatch(handler)
-        self._handler = None
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        """Nobody here adds anything."""
 
-    def watch(self, handler: RequestHandler) -> None:
-        """From now on, tell the handler when its connection's other end closes."""
-        self._pool.watcher.add(handler)
+    def on_status(self, status: str) -> None:
+        self._status = status[:3]
 
-    def unwatch(self, handler: RequestHandler) -> None:
-        """From now on, what happens to the connection does not matter to the handler."""
-        self._pool.watcher.discard(handler)
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        log.info("request %s: %s", exchange.request_id, reason)
+
+    def on_response(self, status_line: str) -> None:
+        self._reachability.on_response(status_line)
+
+    # -- for other threads
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being served."""
+        return self._exchange is not None
 
     def abort(self) -> bool:
-        """Cut the connection off, from another thread; return whether a request was being served."""
-        handler = self._handler
-        if handler is None:
-            return False
-        was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
-        handler.on_hang_up()
-        handler.cut_off()
-        return was_busy
+        """Cut the connection off; return whether a request was being served."""
+        link, exchange = self.link, self._exchange
+        if exchange:
+            exchange.cancel()
+        for each in (link, exchange and exchange.consumer):
+            if each:
+                each.cut()
+        return exchange is not None
 
     def on_exit(self) -> None:
         """The process ends now, although the app still runs. Called by another thread."""
@@ -3631,7 +3702,7 @@ class GatedSlot(Slot):
     def on_exit(self) -> None:
         self._offer.end()
 
-    def on_request(self, environ: WSGIEnvironment) -> None:
+    def on_environ(self, environ: WSGIEnvironment) -> None:
         self._has_request = True
         self._offer.on_request(environ)
         self._gate_loop.on_request()
@@ -3711,7 +3782,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        application: WSGIApplication | Forwarder | None,
+        application: WSGIApplication | None,
         connect: str | tuple[str, int] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
@@ -3721,8 +3792,9 @@ class WorkerPool:
         request_timeout_s: float = math.inf,
         pickups: PickupPort | None = None,
         metrics: Metrics | None = None,
+        server: Server | None = None,
     ) -> None:
-        """`application` is an app, or a Forwarder to a program that serves in its place.
+        """`server` is what answers in the place of an app, like a Forwarder.
 
         With `poll_jobs`, `application.wait_for_slot` says when there is room for a job, and `workers` has no
         meaning. With a fork server, its own app is what serves, and a request may have a time limit;
@@ -3733,13 +3805,14 @@ class WorkerPool:
         """
         if workers < 1:
             raise ValueError("workers must be at least 1")
-        if application is None and fork_server is None:
+        if application is None and fork_server is None and server is None:
             raise ValueError("there is no application")
         self.gate = find_gate(application) if poll_jobs else None
         self.metrics = metrics or Metrics()
-        self.application = application
         self.fork_server = fork_server
-        self.request_timeout_s = request_timeout_s
+        self._application = application
+        self._given_server = server
+        self._request_timeout_s = request_timeout_s
         self.pickups = pickups
         self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
         self.workers = workers
@@ -3767,6 +3840,7 @@ class WorkerPool:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
             self.watcher = make_watcher()
+            self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
             connector = Connector(self.address, halt)
@@ -3780,6 +3854,15 @@ class WorkerPool:
             self._running = self.workers
             for number, slot in enumerate(self._slots, 1):
                 start_thread(slot.run, f"slot-{number}")
+
+    def _make_server(self, halt: Halt) -> Server:
+        if self.fork_server:
+            return ProcessServer(self.fork_server, halt, self._request_timeout_s, self.pickups, self.watcher)
+        server = self._given_server
+        if server is None:
+            assert self._application is not None
+            server = AppServer(self._application)
+        return DetouringServer(server, self.pickups, self.watcher) if self.pickups else server
 
     def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
         self.reachability = reachability = Reachability(self.address, 1, "gated")
@@ -3886,9 +3969,8 @@ class WorkerPool:
     def count(self) -> tuple[int, int]:
         """Return how many slots wait for a request and how many serve one."""
         with self._lock:
-            handlers = [slot.handler for slot in self._slots]
-        busy = sum(handler is not None and handler.is_busy for handler in handlers)
-        return sum(handler is not None for handler in handlers) - busy, busy
+            busy = sum(slot.is_busy for slot in self._slots)
+            return sum(slot.link is not None for slot in self._slots) - busy, busy
 
     def wait_for_drain(self, sock: socket.socket) -> bool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
@@ -4858,12 +4940,10 @@ def bind(
     return door
 
 
-def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarder | None, ForkServer | None]:
-    """Return what serves; and with a fork server the app for its gate only. Raises LoadError."""
-    if options.forward:
-        return Forwarder(options.forward), None
+def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | None, ForkServer | None]:
+    """Return the app, which with a fork server is for its gate only. Raises LoadError."""
     app = None
-    if options.poll_jobs or not options.use_request_subprocess:
+    if options.poll_jobs or not (options.use_request_subprocess or options.forward):
         app = load_app(options.app) if options.app else demo_app
     if options.poll_jobs:
         try:
@@ -4921,6 +5001,7 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         request_timeout_s=options.request_timeout,
         pickups=pickups,
         metrics=metrics,
+        server=Forwarder(options.forward) if options.forward else None,
     )
     if inspection:
         inspection.pages = Inspection(pool).pages

@@ -69,7 +69,7 @@ def lines() -> Iterator[Lines]:
 
 
 @contextlib.contextmanager
-def running_pool(app: App, listener: wire.Listener, **options: Any) -> Iterator[WorkerPool]:
+def running_pool(app: App | None, listener: wire.Listener, **options: Any) -> Iterator[WorkerPool]:
     """Run a pool in this process, and see to it that nothing of it is left afterwards."""
     pool = WorkerPool(app, connect=listener.worker, **options)
     pool.start()
@@ -251,7 +251,7 @@ def test_send_that_was_interrupted_is_completed(sent_at_first: int) -> None:
     pieces = [b"a" * 20_000, b"", b"b" * 20_000, b"\r\n"]
     one, two = socket.socketpair()
     with Interrupted(fileno=one.detach()) as sender, two:
-        pothead_worker.send_pieces(sender, pieces)
+        pothead_worker.Link(sender).send(*pieces)
         assert two.recv(40_002, socket.MSG_WAITALL) == b"".join(pieces)
 
 
@@ -1249,15 +1249,14 @@ def test_request_whose_consumer_left_before_it_began_is_not_run(
     listener: wire.Listener, lines: Lines
 ) -> None:
     halt = pothead_worker.Halt()
-    slot = types.SimpleNamespace(
-        halt=halt,
-        application=raising(AssertionError("was run")),
-        on_open=lambda handler: handler.on_hang_up(),
-        on_close=lambda handler: None,
-    )
+    pool = WorkerPool(raising(AssertionError("was run")), listener.worker)
+    pool.server = pothead_worker.AppServer(raising(AssertionError("was run")))
+    slot = pothead_worker.Slot(pool, halt, None, None)  # type: ignore[arg-type]  # has a link already
     with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
         peer.send(request())
-        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
+        link = pothead_worker.Link(sock)
+        link.on_gone()
+        assert pothead_worker.RequestHandler(link, slot).ending is pothead_worker.Ending.CUT
     halt.close()
     lines.wait_for("the consumer had gone before it began")
     assert not lines.having("was run")
@@ -1511,20 +1510,17 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
 
 def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
     halt = pothead_worker.Halt()
-    slot = types.SimpleNamespace(
-        halt=halt,
-        application=hello,
-        serves_one_request=False,
-        on_open=lambda handler: halt.set(),
-        on_request=lambda environ: None,
-        on_exchange_begin=lambda: None,
-        on_exchange_end=lambda status, seconds: None,
-        on_close=lambda handler: None,
-    )
+    pool = WorkerPool(hello, listener.worker)
+    pool.server = pothead_worker.AppServer(hello)
+    reachability = pothead_worker.Reachability(pool.address, 1, "slots=1")
+    slot = pothead_worker.Slot(pool, halt, None, reachability)  # type: ignore[arg-type]
     with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
         peer.send(request())
         assert pothead_worker.wait_ready(sock, 1, halt)
-        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
+        halt.set()
+        link = pothead_worker.Link(sock)
+        assert slot._wait_for_request(link)
+        pothead_worker.RequestHandler(link, slot)
         assert peer.read_response().value(b"connection") == b"close"
     halt.close()
 
