@@ -144,6 +144,7 @@ KEEP_ALIVE_PROBES = 3
 # the midst of a response is given up when the kernel has retransmitted often enough, as every HTTP server
 # does.
 
+HAND_BACK_S = 0.1  # after a response, a slot waits so long for the next request before the lobby does
 CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
@@ -690,18 +691,14 @@ class Link:
         self.is_gone = True
         self._on_gone()
 
-    def has_request(self, halt: Halt | None, timeout_s: float | None = None) -> bool:
-        """Wait until there is something to be read, be it the end; False when halted before."""
-        return not self.intake.is_empty or wait_ready(self._sock, select.POLLIN, halt, timeout_s)
-
-    def is_at_end(self) -> bool:
-        """Return whether the other end has closed and there is nothing left to read."""
+    def peek(self) -> bytes | None:
+        """Return the next byte if it has come, or b"" if there will be no more."""
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return False
+            return None
         except OSError:
-            return True
+            return b""
 
     # -- its thread
 
@@ -752,7 +749,7 @@ class Link:
         self.cut()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it. Only who watches it may do so: its number is used again at once."""
         self._sock.close()
 
 
@@ -1206,17 +1203,21 @@ class Exchange:
         self.keeper = keeper
         self.request_id = self.head.fields.get("X_REQUEST_ID", "-")
         self.cancelled = threading.Event()
-        self.detour: Detour | None = None  # set before the body is made
+        self.detour: Detour | None = None
+        self.body: RequestBody | None = None
+        if self.head.is_chunked:
+            self.body = ChunkedBody(link.intake)
+        elif self.head.length:
+            self.body = FixedBody(link.intake, self.head.length)
         self._wants_close = "close" in connection_options(self.head.fields)
         self.consumer: Link | None = None  # if it has come to the pickup port
         self._on_cancel: Callable[[], object] = nothing
 
-    @functools.cached_property
-    def body(self) -> RequestBody | None:
-        intake, head, body = self.link.intake, self.head, None
-        if head.is_chunked or head.length:
-            body = ChunkedBody(intake) if head.is_chunked else FixedBody(intake, head.length or 0)
-        return SeparableBody(intake, body) if body and self.detour else body
+    def redirect(self, detour: Detour) -> None:
+        """Have the response taken past the hub, if it is one for that."""
+        self.detour = detour
+        if self.body:
+            self.body = SeparableBody(self.link.intake, self.body)
 
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
@@ -1257,6 +1258,9 @@ class Exchange:
 class Keeper(Protocol):
     """Who has requests answered: a slot, or a request's own process."""
 
+    def has_next(self, link: Link) -> bool:
+        """Wait for another request to be taken from the link; False if it is not to be waited for."""
+
     def answer(self, exchange: Exchange) -> Ending: ...
 
     def is_last(self) -> bool:
@@ -1276,7 +1280,7 @@ class Keeper(Protocol):
 
 
 class RequestHandler(BaseHTTPRequestHandler):
-    """Takes the next request from a link and has it answered; constructing it does the work.
+    """Takes requests from a link, one after the other, and has them answered; constructing it does the work.
 
     Of its base class it keeps the way of life (setup, handle, finish; handle_one_request) and replaces the
     parser, which is slow and lenient.
@@ -1285,14 +1289,15 @@ class RequestHandler(BaseHTTPRequestHandler):
     def __init__(self, link: Link, keeper: Keeper) -> None:
         self.link = link
         self.keeper = keeper
-        self.ending = Ending.CUT  # how the link may go on
+        self.ending = Ending.KEEP  # how the link may go on
         super().__init__(link, (link.host, 0), None)  # type: ignore[arg-type]  # the base only keeps them
 
     def setup(self) -> None:
         """The link is ready."""
 
     def handle(self) -> None:
-        self.handle_one_request()
+        while self.ending is Ending.KEEP and self.keeper.has_next(self.link):
+            self.handle_one_request()
 
     def finish(self) -> None:
         """Whoever has opened the link closes it."""
@@ -1304,6 +1309,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self._refuse(exc)
         except OSError as exc:
             log.debug("connection to the hub lost: %s", exc)
+            self.ending = Ending.CUT
 
     def _serve(self) -> Ending:
         data = self.link.intake.take_head()
@@ -1323,6 +1329,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def _refuse(self, reason: ProtocolError) -> None:
         log.warning("not a request from the hub at %s: %s", self.link.host, reason)
+        self.ending = Ending.CUT
         with contextlib.suppress(OSError):
             self.link.send(
                 b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\nConnection: close\r\n\r\nBad Request\n"
@@ -1630,89 +1637,6 @@ class LocalExchange:
         if request.is_chunked:
             lines.append("Transfer-Encoding: chunked\r\n")
         return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
-
-
-# ---- Noticing that the consumer has gone -------------------------------------------------------------
-
-
-class HangUpWatcher:
-    """Tells links that their other end has closed, even while the app computes: one thread for all.
-
-    A FIN hides behind unread bytes from `recv`, but not from EPOLLRDHUP. Being edge-triggered, a
-    registration lasts as long as its connection and costs a request nothing; epoll allows it while the
-    thread waits, unlike poll.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._over = Halt()
-        self._epoll.register(self._over, select.EPOLLIN)
-        self._lock = threading.Lock()
-        self._links: dict[int, Link] = {}
-        start_thread(self._run, "watcher")
-
-    def add(self, link: Link) -> None:
-        fd = link.fileno()
-        with self._lock:
-            self._links[fd] = link
-            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
-
-    def discard(self, link: Link) -> None:
-        fd = link.fileno()
-        with self._lock:
-            if self._links.pop(fd, None):
-                self._epoll.unregister(fd)
-
-    def close(self) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            for fd, _ in self._epoll.poll():
-                with self._lock:
-                    link = self._links.get(fd)
-                    # The event may be of an earlier connection that had the same descriptor.
-                    if link and is_hung_up(fd):
-                        link.on_gone()
-        self._epoll.close()
-        self._over.close()
-
-
-def is_hung_up(fd: int) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLRDHUP)
-    return bool(poller.poll(0))
-
-
-class PeekingWatcher:
-    """The same where there is no epoll, by looking often. It cannot see the end behind an unread body."""
-
-    def __init__(self) -> None:
-        self._over = threading.Event()
-        self._links: set[Link] = set()
-        start_thread(self._run, "watcher")
-
-    def add(self, link: Link) -> None:
-        self._links.add(link)
-
-    def discard(self, link: Link) -> None:
-        self._links.discard(link)
-
-    def close(self) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        while not self._over.wait(PEEK_INTERVAL_S):
-            for link in tuple(self._links):
-                if link.is_at_end():
-                    link.on_gone()
-
-
-Watcher = HangUpWatcher | PeekingWatcher
-
-
-def make_watcher() -> Watcher:
-    return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
 
 
 # ---- Side doors: ports of the worker's own -----------------------------------------------------------
@@ -2117,13 +2041,13 @@ class Pickup:
         self,
         port: PickupPort,
         exchange: Exchange,
-        watcher: Watcher,
+        lobby: Lobby,
         on_arrival: Callable[[Link], object],
         on_loss: Callable[[ConsumerGone], object],
     ) -> None:
         """The port's thread calls one of the two, and neither may wait."""
         self._port = port
-        self._watcher = watcher
+        self._lobby = lobby
         self._exchange = exchange
         self._on_arrival = on_arrival
         self._on_loss = on_loss
@@ -2163,7 +2087,7 @@ class Pickup:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self._exchange.consumer = consumer = Link(sock, is_old=is_old)
         consumer.when_gone(functools.partial(self._on_gone, consumer))
-        self._watcher.add(consumer)
+        self._lobby.watch(consumer)
         self._on_arrival(consumer)
 
     def _on_gone(self, consumer: Link) -> None:
@@ -2184,18 +2108,17 @@ class Pickup:
         consumer = self._exchange.consumer
         if consumer:
             consumer.end(ending)
-            self._watcher.discard(consumer)
-            consumer.close()
+            self._lobby.dismiss(consumer)
         return Ending.CUT if ending is Ending.CUT else Ending.CLOSE
 
 
 class DetouringServer:
     """Has another server answer, and the consumers of its `200` responses come to the pickup port."""
 
-    def __init__(self, server: Server, port: PickupPort, watcher: Watcher) -> None:
+    def __init__(self, server: Server, port: PickupPort, lobby: Lobby) -> None:
         self._server = server
         self._port = port
-        self._watcher = watcher
+        self._lobby = lobby
 
     def answer(self, exchange: Exchange) -> Ending:
         arrivals: queue.SimpleQueue[Link | ConsumerGone] = queue.SimpleQueue()
@@ -2206,9 +2129,9 @@ class DetouringServer:
                 raise arrival
             return arrival
 
-        pickup = Pickup(self._port, exchange, self._watcher, arrivals.put, arrivals.put)
+        pickup = Pickup(self._port, exchange, self._lobby, arrivals.put, arrivals.put)
         exchange.when_cancelled(lambda: arrivals.put(ConsumerGone()))
-        exchange.detour = Detour(pickup.offer, wait)
+        exchange.redirect(Detour(pickup.offer, wait))
         ending = self._server.answer(exchange)
         if isinstance(exchange.body, SeparableBody):
             exchange.body.close()
@@ -2675,13 +2598,13 @@ class ProcessServer:
         halt: Halt,
         timeout_s: float,
         port: PickupPort | None,
-        watcher: Watcher,
+        lobby: Lobby,
     ) -> None:
         self._fork_server = fork_server
         self._halt = halt
         self._timeout_s = timeout_s
         self._port = port
-        self._watcher = watcher
+        self._lobby = lobby
 
     def answer(self, exchange: Exchange) -> Ending:
         try:
@@ -2695,7 +2618,7 @@ class ProcessServer:
             process.pickup = Pickup(
                 self._port,
                 exchange,
-                self._watcher,
+                self._lobby,
                 process.deliver,
                 on_loss=lambda reason: process.cancel(str(reason)),
             )
@@ -2924,6 +2847,12 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     return data, list(fds)
 
 
+def is_hung_up(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLRDHUP)
+    return bool(poller.poll(0))
+
+
 def is_of_our_session(pid: int) -> bool:
     try:
         return os.getsid(pid) == os.getsid(0)
@@ -3052,11 +2981,16 @@ class ProcessKeeper:
         self._channel = channel
         self._orders = orders
         self._order = order
+        self._has_answered = False
+
+    def has_next(self, link: Link) -> bool:
+        return not self._has_answered
 
     def answer(self, exchange: Exchange) -> Ending:
+        self._has_answered = True
         exchange.cancelled = CancelledEvent(self._channel.sock)
         if self._order["may_redirect"]:
-            exchange.detour = Detour(self._offer, self._orders.wait_for_consumer)
+            exchange.redirect(Detour(self._offer, self._orders.wait_for_consumer))
         return self._server.answer(exchange)
 
     def is_last(self) -> bool:
@@ -3310,87 +3244,6 @@ def parse_address(text: str) -> Address:
 # What socket.getaddrinfo returns for each address: family, type, protocol, canonical name, address.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
-Answers = list[Sequence[AddressInfo] | OSError]  # of the name service: none yet, or one
-
-
-class Connector:
-    """Opens connections to the hub, whose name is looked up each time."""
-
-    def __init__(self, address: Address, halt: Halt) -> None:
-        self._address = address
-        self._halt = halt
-        self._last_found: Sequence[AddressInfo] = ()
-        self._lock = threading.Lock()
-        self._answers: Answers | None = None  # to the latest question
-
-    def connect(self) -> socket.socket | None:
-        """Return a new connection, or None when halted. Raises OSError."""
-        failure: OSError | None = None
-        for info in self._look_up():
-            try:
-                return self._dial(*info)
-            except OSError as exc:
-                failure = exc
-        if failure and not self._halt.is_set():
-            raise failure
-        return None
-
-    def _look_up(self) -> Sequence[AddressInfo]:
-        """Return the hub's addresses; the last ones when the name service fails; none when halted."""
-        answers = self._ask_resolver()
-        if self._halt.wait(CONNECT_TIMEOUT_S, unless=lambda: answers):
-            return ()
-        found = answers[0] if answers else OSError(errno.ETIMEDOUT, "the name service does not answer")
-        if not isinstance(found, OSError):
-            self._last_found = found
-        elif not self._last_found:
-            raise found
-        return self._last_found
-
-    def _ask_resolver(self) -> Answers:
-        """Return where the answer will be, to this question or to one that is under way.
-
-        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
-        All slots share that one, or a resolver that hangs would cost a thread for each slot and try.
-        """
-
-        def ask() -> None:
-            answers.append(look_up(self._address))
-            self._halt.notify()
-
-        with self._lock:
-            if self._answers is not None and not self._answers:
-                return self._answers
-            answers: Answers = []
-            start_thread(ask, "resolver")
-            self._answers = answers
-            return answers
-
-    def _dial(
-        self,
-        family: socket.AddressFamily,
-        kind: socket.SocketKind,
-        protocol: int,
-        _name: str,
-        address: SocketAddress,
-    ) -> socket.socket:
-        sock = own(socket.socket(family, kind, protocol))
-        try:
-            sock.setblocking(False)
-            error = sock.connect_ex(address)
-            if error == errno.EINPROGRESS:
-                is_ready = wait_ready(sock, select.POLLOUT, self._halt, CONNECT_TIMEOUT_S)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if is_ready else errno.ETIMEDOUT
-            if error == 0 and sock.getsockname() == sock.getpeername():
-                error = errno.ECONNREFUSED  # nobody listens there, and TCP met itself on that very port
-            if error:
-                raise OSError(error, os.strerror(error))
-            sock.setblocking(True)
-            set_options(sock)
-        except OSError:
-            sock.close()
-            raise
-        return sock
 
 
 def look_up(address: Address) -> Sequence[AddressInfo] | OSError:
@@ -3500,80 +3353,427 @@ class Reachability:
                 log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
 
 
+# ---- The lobby ---------------------------------------------------------------------------------------
+
+
+class Stage(enum.Enum):
+    """What a seat waits for."""
+
+    LOOKING_UP = enum.auto()  # the hub's addresses
+    DIALLING = enum.auto()  # the connection to one of them
+    RESTING = enum.auto()  # the next try
+    WAITING = enum.auto()  # a request
+    SERVING = enum.auto()  # the slot, which has the link
+    OVER = enum.auto()
+
+
+class Seat:
+    """What the lobby does for one slot: one link at a time waits for a request."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.stage = Stage.RESTING
+        self.deadline = math.inf
+        self.backoff = Backoff()
+        self.addresses: list[AddressInfo] = []  # that have not been tried
+        self.failure = OSError("it has no address")
+        self.dialled: socket.socket | None = None
+        self.link: Link | None = None
+
+
+class Lobby:
+    """One thread that dials the hub, waits with the links for requests, and watches all links for their end.
+
+    A slot is given a link when there is a request on it, and gives it back. What other threads want they
+    order; nothing else of it is theirs. It is only here that links are opened, and closed: what somebody else
+    closed might be another connection by the time that it is looked at.
+
+    A FIN hides behind unread bytes from `recv`, but not from POLLRDHUP. Where there is none, what is not
+    waited with is looked at often, and an end behind an unread body is not seen.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        halt: Halt,
+        reachability: Reachability,
+        metrics: Metrics,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._halt = halt
+        self._reachability = reachability
+        self._metrics = metrics
+        self._on_end = on_end
+        self._hang_up = getattr(select, "POLLRDHUP", 0)
+        self._poller = select.poll()
+        self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; they are given its events
+        self._seats: dict[Slot, Seat] = {}
+        self._watched: set[Link] = set()  # which somebody else has
+        self._closing: list[Link | socket.socket] = []  # at the end of the turn
+        self._is_resolving = False
+        self._last_found: Sequence[AddressInfo] = ()
+        self._is_halted = False
+        self._is_over = False
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._reader, self._writer = own_pair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    # -- for other threads
+
+    def start(self) -> None:
+        self._listen(self._reader.fileno(), select.POLLIN, self._obey)
+        self._listen(self._halt.fileno(), select.POLLIN, self._on_halt)
+        start_thread(self._run, "lobby")
+
+    def seat(self, slot: Slot) -> None:
+        """Have a link wait for the slot from now on, which is put into its inbox with a request; or None."""
+        self._order(self._seat, slot)
+
+    def give_back(self, slot: Slot, ending: Ending) -> None:
+        """Take the slot's link."""
+        self._order(self._on_given_back, slot, ending)
+
+    def watch(self, link: Link) -> None:
+        """Tell the link when its other end closes."""
+        self._order(self._watch, link)
+
+    def dismiss(self, link: Link) -> None:
+        """Watch it no longer, and close it."""
+        self._order(self._dismiss, link)
+
+    def close(self) -> None:
+        """End the thread, when there are no slots any more."""
+        self._order(self._end)
+
+    def _order(self, action: Callable[..., None], *arguments: object) -> None:
+        self._orders.put(functools.partial(action, *arguments))
+        with contextlib.suppress(OSError):  # it is awake, or has ended
+            self._writer.send(b"O")
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while not self._is_over:
+            for fd, events in self._poller.poll(self._wait_ms()):
+                if action := self._actions.get(fd):  # it may be gone since this turn began
+                    self._do(action, events)
+            self._do(self._on_time)
+            for each in self._closing:
+                each.close()
+            self._closing.clear()
+        self._reader.close()
+        self._writer.close()
+        self._on_end()
+
+    def _do(self, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception:
+            log.exception("a fault of the worker itself")
+
+    def _obey(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(RECEIVE_BYTES)
+        for _ in range(self._orders.qsize()):  # those that come meanwhile have a turn of their own
+            self._do(self._orders.get())
+
+    def _end(self) -> None:
+        self._is_over = True
+
+    def _wait_ms(self) -> float | None:
+        deadline = min([seat.deadline for seat in self._seats.values()], default=math.inf)
+        wait_s = min(LONGEST_POLL_S, max(0.0, deadline - time.monotonic()))
+        if self._watched and not self._hang_up:
+            wait_s = min(wait_s, PEEK_INTERVAL_S)
+        return wait_s * 1000 + 1
+
+    def _on_time(self) -> None:
+        now = time.monotonic()
+        for seat in [seat for seat in self._seats.values() if seat.deadline <= now]:
+            self._on_deadline(seat)
+        if not self._hang_up:
+            for link in [link for link in self._watched if link.peek() == b""]:
+                self._on_hang_up(link)
+
+    def _on_deadline(self, seat: Seat) -> None:
+        if seat.stage is Stage.RESTING:
+            self._look_up(seat)
+        elif seat.stage is Stage.LOOKING_UP:
+            self._fail(seat, OSError(errno.ETIMEDOUT, "the name service does not answer"))
+        elif seat.stage is Stage.DIALLING:
+            self._on_dialled(seat, errno.ETIMEDOUT)
+        else:
+            self._end_link(seat)
+
+    def _listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
+        self._poller.register(fd, events)
+        self._actions[fd] = action
+
+    def _ignore(self, fd: int) -> None:
+        if self._actions.pop(fd, None):
+            self._poller.unregister(fd)
+
+    def _close(self, each: Link | socket.socket) -> None:
+        self._ignore(each.fileno())
+        self._closing.append(each)
+
+    # -- links that others have
+
+    def _watch(self, link: Link) -> None:
+        self._watched.add(link)
+        self._listen(link.fileno(), self._hang_up, functools.partial(self._on_watched, link))
+
+    def _on_watched(self, link: Link, events: int) -> None:
+        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
+            self._on_hang_up(link)
+
+    def _on_hang_up(self, link: Link) -> None:
+        self._watched.discard(link)
+        self._ignore(link.fileno())
+        link.on_gone()
+
+    def _dismiss(self, link: Link) -> None:
+        self._watched.discard(link)
+        self._close(link)
+
+    # -- seats
+
+    def _seat(self, slot: Slot) -> None:
+        self._seats[slot] = seat = Seat(slot)
+        if self._is_halted:
+            self._leave(seat)
+        else:
+            self._look_up(seat)
+
+    def _on_halt(self, _events: int) -> None:
+        self._ignore(self._halt.fileno())
+        self._is_halted = True
+        for seat in list(self._seats.values()):
+            if seat.stage is Stage.WAITING:
+                self._wait_no_longer(seat)
+            elif seat.dialled and wait_ready(seat.dialled, select.POLLOUT, None, 0):
+                self._on_dial_event(seat, seat.dialled, 0)  # the hub has it, and perhaps a request for it
+            elif seat.stage is not Stage.SERVING:
+                self._leave(seat)
+
+    def _wait_no_longer(self, seat: Seat) -> None:
+        """A request that has come is served; and so is one that is on its way.
+
+        The hub, which did not know of the halt, may have sent it on the heels of the last response.
+        """
+        assert seat.link is not None
+        seat.deadline = seat.link.free_since + CROSSING_S
+        self._on_arrival(seat, 0)
+
+    def _rest(self, seat: Seat) -> None:
+        seat.stage, seat.deadline = Stage.RESTING, time.monotonic() + seat.backoff.next_wait_s()
+
+    def _leave(self, seat: Seat, is_good: bool = False) -> None:
+        """There is nothing more to be done for this slot."""
+        if seat.dialled:
+            self._close(seat.dialled)
+        seat.stage, seat.deadline = Stage.OVER, math.inf
+        del self._seats[seat.slot]
+        seat.slot.is_good = is_good
+        seat.slot.inbox.put(None)
+
+    def _fail(self, seat: Seat, reason: OSError) -> None:
+        """The hub cannot be reached."""
+        self._reachability.on_failed(reason)
+        if seat.slot.serves_one_request:
+            self._leave(seat)
+        else:
+            self._rest(seat)
+
+    # -- reaching the hub, whose name is looked up each time
+
+    def _look_up(self, seat: Seat) -> None:
+        """Have the hub's addresses told to the seat.
+
+        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
+        All seats share that one, or a resolver that hangs would cost a thread for each slot and try.
+        """
+        seat.stage, seat.deadline = Stage.LOOKING_UP, time.monotonic() + CONNECT_TIMEOUT_S
+        if self._is_resolving:
+            return
+        try:
+            start_thread(lambda: self._order(self._on_answer, look_up(self._address)), "resolver")
+            self._is_resolving = True
+        except OSError as exc:
+            self._fail(seat, exc)
+
+    def _on_answer(self, found: Sequence[AddressInfo] | OSError) -> None:
+        """The name service has answered; when it fails, the last addresses are used."""
+        self._is_resolving = False
+        if not isinstance(found, OSError):
+            self._last_found = found
+        for seat in list(self._seats.values()):
+            if seat.stage is Stage.LOOKING_UP:
+                if isinstance(found, OSError):
+                    seat.failure = found
+                seat.addresses = list(self._last_found)
+                self._dial(seat)
+
+    def _dial(self, seat: Seat) -> None:
+        """Begin to connect to the next of the addresses."""
+        if self._is_halted:
+            self._leave(seat)
+            return
+        if not seat.addresses:
+            self._fail(seat, seat.failure)
+            return
+        family, kind, protocol, _, address = seat.addresses.pop(0)
+        seat.stage, seat.deadline = Stage.DIALLING, time.monotonic() + CONNECT_TIMEOUT_S
+        try:
+            seat.dialled = own(socket.socket(family, kind, protocol))
+            seat.dialled.setblocking(False)
+            error = seat.dialled.connect_ex(address)
+        except OSError as exc:
+            error = exc.errno or errno.EINVAL
+        if error == errno.EINPROGRESS:
+            assert seat.dialled is not None
+            action = functools.partial(self._on_dial_event, seat, seat.dialled)
+            self._listen(seat.dialled.fileno(), select.POLLOUT, action)
+        else:
+            self._on_dialled(seat, error)
+
+    def _on_dial_event(self, seat: Seat, sock: socket.socket, _events: int) -> None:
+        self._on_dialled(seat, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _on_dialled(self, seat: Seat, error: int) -> None:
+        """The connection is there, or has failed."""
+        sock, seat.dialled = seat.dialled, None
+        try:
+            if error or sock is None:
+                raise OSError(error, os.strerror(error))
+            if sock.getsockname() == sock.getpeername():  # nobody listens there, and TCP met itself
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+            sock.setblocking(True)
+            set_options(sock)
+        except OSError as exc:
+            if sock:
+                self._close(sock)
+            seat.failure = exc
+            self._dial(seat)
+        else:
+            self._ignore(sock.fileno())
+            self._on_connected(seat, Link(sock))
+
+    def _on_connected(self, seat: Seat, link: Link) -> None:
+        seat.link = seat.slot.link = link
+        self._reachability.on_connected(seat.slot)
+        self._metrics.on_slot(1)
+        self._wait(seat)
+
+    # -- waiting with a link
+
+    def _wait(self, seat: Seat) -> None:
+        assert seat.link is not None
+        seat.stage, seat.deadline = Stage.WAITING, math.inf
+        action = functools.partial(self._on_arrival, seat)
+        self._listen(seat.link.fileno(), select.POLLIN | self._hang_up, action)
+        if self._is_halted:
+            self._wait_no_longer(seat)
+
+    def _on_arrival(self, seat: Seat, events: int) -> None:
+        """A request has come, or the end."""
+        link = seat.link
+        assert link is not None
+        first = link.peek()
+        if first is None:  # the event was of a moment ago
+            return
+        if not first:
+            self._end_link(seat)
+            return
+        seat.stage, seat.deadline = Stage.SERVING, math.inf
+        link.is_gone = bool(self._hang_up & events)
+        self._watch(link)
+        seat.slot.inbox.put(link)
+
+    def _on_given_back(self, slot: Slot, ending: Ending) -> None:
+        seat = self._seats[slot]
+        assert seat.link is not None
+        self._watched.discard(seat.link)
+        if ending is Ending.KEEP:
+            self._wait(seat)
+        else:
+            self._end_link(seat)
+
+    def _end_link(self, seat: Seat) -> None:
+        link, now = seat.link, time.monotonic()
+        assert link is not None
+        link.cut()  # closing is not enough while another process holds it, too
+        self._close(link)
+        seat.link = seat.slot.link = None
+        self._metrics.on_slot(-1)
+        if not link.has_served and not self._is_halted:
+            self._reachability.on_unused(link.opened_at, now)
+        is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
+        if is_good:
+            seat.backoff.reset()
+        if self._is_halted or seat.slot.serves_one_request:
+            self._leave(seat, is_good)
+        elif is_good:
+            self._look_up(seat)
+        else:
+            self._rest(seat)
+
+
 # ---- Slots -------------------------------------------------------------------------------------------
 
 
 class Slot:
-    """A thread with one connection to the hub at a time. Whatever the app does, it lives until the halt."""
+    """A thread that serves one request at a time. Whatever the app does, it lives until the halt.
 
-    serves_one_request = False
+    With an offer of a gate, it serves a single request.
+    """
 
-    def __init__(
-        self, pool: WorkerPool, halt: Halt, connector: Connector, reachability: Reachability
-    ) -> None:
-        self._halt = halt
-        self._server = pool.server
-        self._metrics = pool.metrics
+    def __init__(self, pool: WorkerPool, halt: Halt, offer: Offer | None = None) -> None:
+        self.inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self.link: Link | None = None  # to the hub, be it the lobby's at present
+        self.is_good = False  # what the lobby could do for it
         self._pool = pool
-        self._connector = connector
-        self._reachability = reachability
-        self._backoff = Backoff()
+        self._halt = halt
+        self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
-        self.link: Link | None = None
+        self._poller = select.poll()
+
+    @property
+    def serves_one_request(self) -> bool:
+        return self._offer is not None
 
     def run(self) -> None:
         try:
-            while not self._halt.is_set():
-                if self._serve_connection():
-                    self._backoff.reset()
-                else:
-                    self._halt.wait(self._backoff.next_wait_s())
+            while (link := self.inbox.get()) is not None:
+                self._pool.lobby.give_back(self, self._serve(link))
         finally:
+            if self._offer:
+                self._offer.close(self.is_good)
             self._pool.on_slot_end(self)
 
-    def _serve_connection(self) -> bool:
-        """Serve one connection to its end; False if it was good for nothing."""
+    def _serve(self, link: Link) -> Ending:
+        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer."""
+        self._poller = select.poll()
+        self._poller.register(self._halt, select.POLLIN)
+        self._poller.register(link, select.POLLIN)
         try:
-            sock = self._connector.connect()
-        except OSError as exc:
-            self._reachability.on_failed(exc)
-            return False
-        if sock is None:
-            return False
-        link = Link(sock)
-        self._reachability.on_connected(self)
-        self._serve(link)
-        link.cut()  # closing is not enough while another process holds it, too
-        link.close()
-        closed_at = time.monotonic()
-        if not link.has_served and not self._halt.is_set():
-            self._reachability.on_unused(link.opened_at, closed_at)
-        return link.has_served or closed_at - link.opened_at > BACKOFF_LAST_S
-
-    def _serve(self, link: Link) -> None:
-        self.link = link
-        self._pool.watcher.add(link)
-        self._metrics.on_slot(1)
-        try:
-            while self._wait_for_request(link) and RequestHandler(link, self).ending is Ending.KEEP:
-                pass
+            ending = RequestHandler(link, self).ending
         except Exception:
             log.exception("a fault of the worker itself")
-        finally:
-            self._metrics.on_slot(-1)
-            self._pool.watcher.discard(link)
-            self.link = None
-
-    def _wait_for_request(self, link: Link) -> bool:
-        if link.has_request(self._halt):
-            return True
-        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
-        # response. It is served; after that the hub knows.
-        left_s = link.free_since + CROSSING_S - time.monotonic()
-        return left_s > 0 and link.has_request(None, left_s)
+            ending = Ending.CUT
+        if ending is not Ending.KEEP:
+            link.cut()
+        return ending
 
     # -- as the keeper of its requests
+
+    def has_next(self, link: Link) -> bool:
+        fd = link.fileno()
+        is_there = not link.intake.is_empty
+        return is_there or any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
 
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
@@ -3593,18 +3793,19 @@ class Slot:
     def _answer_and_count(self, exchange: Exchange) -> Ending:
         self._status = GONE_STATUS
         began_at = time.monotonic()
-        self._reachability.on_request()
-        self._metrics.on_request()
+        self._pool.reachability.on_request()
+        self._pool.metrics.on_request()
         try:
-            return self._server.answer(exchange)
+            return self._pool.server.answer(exchange)
         finally:
-            self._metrics.on_response(self._status, time.monotonic() - began_at)
+            self._pool.metrics.on_response(self._status, time.monotonic() - began_at)
 
     def is_last(self) -> bool:
         return self.serves_one_request or self._halt.is_set()
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
-        """Nobody here adds anything."""
+        if self._offer:
+            self._offer.on_request(environ)
 
     def on_status(self, status: str) -> None:
         self._status = status[:3]
@@ -3613,7 +3814,7 @@ class Slot:
         log.info("request %s: %s", exchange.request_id, reason)
 
     def on_response(self, status_line: str) -> None:
-        self._reachability.on_response(status_line)
+        self._pool.reachability.on_response(status_line)
 
     # -- for other threads
 
@@ -3633,7 +3834,9 @@ class Slot:
         return exchange is not None
 
     def on_exit(self) -> None:
-        """The process ends now, although the app still runs. Called by another thread."""
+        """The process ends now, although the app still runs."""
+        if self._offer:
+            self._offer.end()
 
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
@@ -3644,7 +3847,9 @@ Gate = Callable[[Callable[[], bool]], object]
 class Offer:
     """What a gate let through: one connection for one request. Tells the gate's object how it goes."""
 
-    def __init__(self, reservation: object) -> None:
+    def __init__(self, gate_loop: GateLoop, reservation: object) -> None:
+        self._gate_loop = gate_loop
+        self._has_request = False
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
         # Whether the gate gets to know when the job is over; one that is made of several may say otherwise.
@@ -3652,7 +3857,14 @@ class Offer:
         self._lock = threading.Lock()
 
     def on_request(self, environ: WSGIEnvironment) -> None:
+        self._has_request = True
         self._tell(self._request_received, environ)
+        self._gate_loop.on_request()
+
+    def close(self, is_good: bool) -> None:
+        """The connection has ended, which was good for something or not."""
+        self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+        self.end()
 
     def end(self) -> None:
         """The job is over, or never came; only the first call counts."""
@@ -3669,43 +3881,6 @@ class Offer:
                 method(*arguments)
         except BaseException:
             log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
-
-
-class GatedSlot(Slot):
-    """A slot for one request on one connection."""
-
-    serves_one_request = True
-
-    def __init__(
-        self,
-        pool: WorkerPool,
-        halt: Halt,
-        connector: Connector,
-        reachability: Reachability,
-        gate_loop: GateLoop,
-        offer: Offer,
-    ) -> None:
-        super().__init__(pool, halt, connector, reachability)
-        self._gate_loop = gate_loop
-        self._offer = offer
-        self._has_request = False
-
-    def run(self) -> None:
-        is_good = False
-        try:
-            is_good = self._serve_connection()
-        finally:
-            self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
-            self._offer.end()
-            self._pool.on_slot_end(self)
-
-    def on_exit(self) -> None:
-        self._offer.end()
-
-    def on_environ(self, environ: WSGIEnvironment) -> None:
-        self._has_request = True
-        self._offer.on_request(environ)
-        self._gate_loop.on_request()
 
 
 class GateLoop:
@@ -3742,7 +3917,7 @@ class GateLoop:
     def _let_one_through(self) -> None:
         asked_at = time.monotonic()
         with app_code():
-            offer = Offer(self._gate(self._halt.is_set))
+            offer = Offer(self, self._gate(self._halt.is_set))
         self._metrics.on_gate(time.monotonic() - asked_at)
         self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
         if self._has_failed:  # here and not before: the gate may have been waiting all the time
@@ -3820,6 +3995,7 @@ class WorkerPool:
         self._lock = threading.RLock()
         self._halt: Halt | None = None
         self._slots: list[Slot] = []
+        self._numbers = itertools.count(1)
         self._running = 0
         self._is_stopping = False
         self._was_cut_off = False
@@ -3839,54 +4015,52 @@ class WorkerPool:
             if self._halt is not None:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
-            self.watcher = make_watcher()
+            slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
+            self.reachability = Reachability(self.address, slots, description)
+            self.lobby = Lobby(self.address, halt, self.reachability, self.metrics, self._on_end)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
-            connector = Connector(self.address, halt)
             if self._is_stopping:
                 halt.set()
+            self.lobby.start()
             if self.gate:
-                self._start_gate(self.gate, halt, connector)
+                self._running = 1
+                self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
+                start_thread(self._run_gate, "gate")
                 return
-            self.reachability = Reachability(self.address, self.workers, f"slots={self.workers}")
-            self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
-            self._running = self.workers
-            for number, slot in enumerate(self._slots, 1):
-                start_thread(slot.run, f"slot-{number}")
+            for _ in range(self.workers):
+                self._open_slot()
 
     def _make_server(self, halt: Halt) -> Server:
         if self.fork_server:
-            return ProcessServer(self.fork_server, halt, self._request_timeout_s, self.pickups, self.watcher)
+            return ProcessServer(self.fork_server, halt, self._request_timeout_s, self.pickups, self.lobby)
         server = self._given_server
         if server is None:
             assert self._application is not None
             server = AppServer(self._application)
-        return DetouringServer(server, self.pickups, self.watcher) if self.pickups else server
+        return DetouringServer(server, self.pickups, self.lobby) if self.pickups else server
 
-    def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
-        self.reachability = reachability = Reachability(self.address, 1, "gated")
-        numbers = itertools.count(1)
+    def _open_slot(self, offer: Offer | None = None) -> None:
+        """Raises OSError."""
+        assert self._halt is not None
+        slot = Slot(self, self._halt, offer)
+        with self._lock:
+            start_thread(slot.run, f"slot-{next(self._numbers)}")
+            self._slots.append(slot)
+            self._running += 1
+        self.lobby.seat(slot)
 
-        def open_slot(offer: Offer) -> None:
-            slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
-            try:
-                with self._lock:
-                    start_thread(slot.run, f"slot-{next(numbers)}")
-                    self._slots.append(slot)
-                    self._running += 1
-            except OSError as exc:
-                reachability.on_failed(exc)
-                gate_loop.on_slot_end(had_request=False, is_good=False)
-                offer.end()
+    def _open_gated_slot(self, offer: Offer) -> None:
+        try:
+            self._open_slot(offer)
+        except OSError as exc:
+            self.reachability.on_failed(exc)
+            offer.close(is_good=False)
 
-        def run() -> None:
-            gate_loop.run()
-            self._on_gate_end()
-
-        gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
-        self._running = 1
-        start_thread(run, "gate")
+    def _run_gate(self) -> None:
+        self._gate_loop.run()
+        self._on_gate_end()
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
@@ -3998,14 +4172,17 @@ class WorkerPool:
     def _on_thread_end(self) -> None:
         """The last one puts out the light."""
         self._running -= 1
-        if self._running:
-            return
+        if not self._running:
+            self.lobby.close()
+
+    def _on_end(self) -> None:
+        """Called by the lobby's thread as its last act."""
         assert self._halt is not None
-        if self._timer:
-            self._timer.cancel()
-        self.watcher.close()
-        self._halt.close()
-        self._ended.set()
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._halt.close()
+            self._ended.set()
 
 
 # ---- Inspection --------------------------------------------------------------------------------------

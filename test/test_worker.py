@@ -79,7 +79,7 @@ def running_pool(app: App | None, listener: wire.Listener, **options: Any) -> It
         pool.stop_now()
         pool.join()
         for thread in threading.enumerate():
-            if thread.name.startswith(("pothead-slot", "pothead-watcher", "Thread-")):
+            if thread.name.startswith(("pothead-slot", "pothead-lobby", "Thread-")):
                 thread.join(wire.DEADLINE_S)
                 assert not thread.is_alive(), thread
 
@@ -1151,8 +1151,10 @@ def test_app_is_told_within_100_ms_that_the_consumer_has_gone(
     served.accept_again()
 
 
-def test_where_there_is_no_epoll_peeking_notices_too(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("select.epoll")
+def test_where_there_is_no_event_for_it_peeking_notices_too(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("select.POLLRDHUP")
     for leave in (leave_by_fin, leave_by_reset):
         app = Computing()
         served = serving(app)
@@ -1249,14 +1251,12 @@ def test_request_whose_consumer_left_before_it_began_is_not_run(
     listener: wire.Listener, lines: Lines
 ) -> None:
     halt = pothead_worker.Halt()
-    pool = WorkerPool(raising(AssertionError("was run")), listener.worker)
-    pool.server = pothead_worker.AppServer(raising(AssertionError("was run")))
-    slot = pothead_worker.Slot(pool, halt, None, None)  # type: ignore[arg-type]  # has a link already
+    slot = pothead_worker.Slot(WorkerPool(raising(AssertionError("was run"))), halt)
     with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
         peer.send(request())
         link = pothead_worker.Link(sock)
         link.on_gone()
-        assert pothead_worker.RequestHandler(link, slot).ending is pothead_worker.Ending.CUT
+        assert slot._serve(link) is pothead_worker.Ending.CUT
     halt.close()
     lines.wait_for("the consumer had gone before it began")
     assert not lines.having("was run")
@@ -1366,7 +1366,8 @@ def test_connection_that_brought_no_request_is_followed_by_a_wait(serving: Any) 
     assert times[-1] - times[0] > 0.1 + 0.2 / 2
     assert ask(served.peer, "GET /", "Connection: close").status == 200
     served.accept_again()  # at once, and the next failure counts as the first
-    assert served.pool._slots[0]._backoff.failures == 0
+    [seat] = served.pool.lobby._seats.values()
+    assert seat.backoff.failures == 0
 
 
 def test_fault_of_the_worker_itself_is_logged_and_the_slot_lives_on(
@@ -1508,21 +1509,24 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
     assert served.pool.join() is True
 
 
-def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
-    halt = pothead_worker.Halt()
-    pool = WorkerPool(hello, listener.worker)
-    pool.server = pothead_worker.AppServer(hello)
-    reachability = pothead_worker.Reachability(pool.address, 1, "slots=1")
-    slot = pothead_worker.Slot(pool, halt, None, reachability)  # type: ignore[arg-type]
-    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
-        peer.send(request())
-        assert pothead_worker.wait_ready(sock, 1, halt)
-        halt.set()
-        link = pothead_worker.Link(sock)
-        assert slot._wait_for_request(link)
-        pothead_worker.RequestHandler(link, slot)
-        assert peer.read_response().value(b"connection") == b"close"
-    halt.close()
+def test_request_that_came_before_the_halt_is_answered(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the halt is the first of the two that is noticed."""
+    served = serving(hello)
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(self: pothead_worker.Lobby) -> float:
+        waiting.set()
+        assert go_on.wait(wire.DEADLINE_S)
+        return 0.0
+
+    monkeypatch.setattr(pothead_worker.Lobby, "_wait_ms", wait)
+    served.pool.lobby._order(lambda: None)  # so that it has to wait once more
+    assert waiting.wait(wire.DEADLINE_S)
+    served.peer.send(request())
+    served.pool.stop()
+    go_on.set()
+    assert served.peer.read_response().value(b"connection") == b"close"
+    assert served.pool.join() is True
 
 
 def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -> None:
@@ -1567,13 +1571,14 @@ def test_stop_interrupts_a_wait_for_the_next_try(lines: Lines, monkeypatch: pyte
 
 def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = threading.Event()
-    wait_ready = pothead_worker.wait_ready
+    dial = pothead_worker.Lobby._dial
 
-    def telling(*arguments: Any) -> bool:
+    def telling(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
+        dial(lobby, seat)
+        assert seat.stage is pothead_worker.Stage.DIALLING
         waiting.set()
-        return wait_ready(*arguments)
 
-    monkeypatch.setattr(pothead_worker, "wait_ready", telling)
+    monkeypatch.setattr(pothead_worker.Lobby, "_dial", telling)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         stack.enter_context(socket.create_connection(listening.getsockname()))  # the one place in its queue
