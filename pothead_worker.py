@@ -18,17 +18,18 @@ program:
     pool = WorkerPool(app, connect="hub.example:4040", workers=2)
     pool.run()  # until another thread calls pool.stop()
 
-How it is built, from the bottom to the top: `parse_head` and the bodies understand what the hub sends;
-`Response` calls the app as PEP 3333 says and sends what it answers; `RequestHandler` serves the requests of
-one connection, one after the other; a `Slot` is a thread that keeps one connection open; a watcher notices
-a hub that closes a connection while the app computes; `WorkerPool` owns the slots and ends them. Threads
-share next to nothing: a slot's connection belongs to its thread, and `Halt` is how the others tell it to
-stop.
+How it is built, from the bottom to the top: a `Link` is a connection, and `parse_head` and the bodies
+understand what the hub sends there; an `Exchange` is one request on it; a `Server` answers it, as a rule by
+a `Response`, which calls the app as PEP 3333 says, and tells how the link may go on: an `Ending`. The
+`Lobby` is a thread that dials the hub, waits with the links for requests and notices who leaves; a `Slot` is
+a thread that is given a link with a request on it. `WorkerPool` owns them and ends them. Threads share next
+to nothing: what others want of the lobby they order, and `Halt` is how all are told to stop.
 
-The modes are built on that. A `Forwarder` stands in for an app, and passes requests to a local HTTP program.
-A `SideDoor` is a port of the worker's own: a `PickupPort`, where consumers come for responses that shall not
-pass the hub, or a `PagePort` with metrics or with what the worker is doing. A `ForkServer` gives each request
-a process of its own. A `GateLoop` opens a slot for one request each time the app's gate returns.
+The modes are built on that. A `Forwarder` is a server that passes requests to a local HTTP program, and a
+`ProcessServer` one that gives each a process, which a `ForkServer` makes. A `SidePort` is a port of the
+worker's own: a `PickupPort`, where consumers come for responses that take a `Detour` past the hub, or a
+`PagePort` with metrics or with what the worker is doing. A `GateLoop` opens a slot for one request each time
+the app's gate returns.
 
 Vocabulary: the *consumer* sent the request to the hub; an *exchange* is one request with its response; a
 message has a *head* and a *body*.
@@ -68,7 +69,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import socket
 import stat
 import struct
@@ -83,7 +83,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
@@ -175,6 +175,10 @@ LOG_BACKLOG_BYTES = 1 << 20  # log lines kept while the log's reader does not re
 
 class ProtocolError(Exception):
     """The hub sent what is not a request."""
+
+
+class HeadTooLong(ProtocolError):
+    """It has not ended by then."""
 
 
 class BodyError(ConnectionError):
@@ -470,10 +474,22 @@ class Intake:
     def is_empty(self) -> bool:
         return not self._buffer
 
-    def take_head(self) -> bytes | None:
-        """Return the next head without its empty line, or None when the hub closes. Raises ProtocolError."""
-        head = self._take_until(b"\r\n\r\n", MAX_HEAD_BYTES)
+    def take_head(self, limit_bytes: int = MAX_HEAD_BYTES) -> bytes | None:
+        """Return the next head without its empty line, or None at the end. Raises ProtocolError."""
+        head = self._take_until(b"\r\n\r\n", limit_bytes)
         return None if head is None else head + b"\r\n"
+
+    def take_wary_head(self, limit_bytes: int, start: bytes = b"") -> bytes | None:
+        """Raise ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
+        searched = 0
+        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= limit_bytes:
+            is_begun = self._buffer.startswith(start[: len(self._buffer)])
+            if not is_begun or NEVER_IN_A_HEAD.search(self._buffer, searched):
+                raise ProtocolError("malformed head")
+            searched = len(self._buffer)
+            if not self._receive():
+                return None
+        return self.take_head(limit_bytes)
 
     def take_received(self) -> bytes:
         """Return what has come already, for somebody else to understand."""
@@ -525,7 +541,7 @@ class Intake:
             if not self._receive():
                 return None
         if not 0 <= found <= limit_bytes:
-            raise ProtocolError("head too long")
+            raise HeadTooLong("head too long")
         data, self._buffer = self._buffer[:found], self._buffer[found + len(end) :]
         return data
 
@@ -727,8 +743,7 @@ class Link:
     def cut(self) -> None:
         """End the connection for whoever sends or receives there. Called by any thread."""
         if self.may_chunk:  # else the other end would take that for the body's end: it is reset when closed
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+            cut_off(self._sock)
 
     def finish_sending(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
@@ -761,6 +776,12 @@ def http_date(unix_second: int) -> str:
 def set_reset_on_close(sock: socket.socket, is_on: bool) -> None:
     """Have the connection end with a reset when it is closed, or not."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_on, 0))
+
+
+def cut_off(sock: socket.socket) -> None:
+    """End a connection for whoever sends or receives there."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def close_gently(sock: socket.socket) -> None:
@@ -1211,7 +1232,7 @@ class Exchange:
             self.body = FixedBody(link.intake, self.head.length)
         self._wants_close = "close" in connection_options(self.head.fields)
         self.consumer: Link | None = None  # if it has come to the pickup port
-        self._on_cancel: Callable[[], object] = nothing
+        self._on_cancel: list[Callable[[], object]] = []
 
     def redirect(self, detour: Detour) -> None:
         """Have the response taken past the hub, if it is one for that."""
@@ -1245,14 +1266,15 @@ class Exchange:
 
     def when_cancelled(self, action: Callable[[], object]) -> None:
         """Have this done, too, when nobody waits for the response any more; at once if that is so."""
-        self._on_cancel = action
+        self._on_cancel.append(action)
         if self.cancelled.is_set():
             action()
 
     def cancel(self) -> None:
         """Nobody waits for the response any more. Called by other threads, perhaps more than once."""
         self.cancelled.set()
-        self._on_cancel()
+        for action in self._on_cancel:
+            action()
 
 
 class Keeper(Protocol):
@@ -1480,18 +1502,6 @@ class LocalIntake(Intake):
 
     failure = LocalError
 
-    def take_head(self) -> bytes | None:
-        """Raises ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
-        searched = 0
-        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= MAX_HEAD_BYTES:
-            is_http = self._buffer.startswith(LOCAL_HEAD_START[: len(self._buffer)])
-            if not is_http or NEVER_IN_A_HEAD.search(self._buffer, searched):
-                raise ProtocolError("this is not HTTP/1.x")
-            searched = len(self._buffer)
-            if not self._receive():
-                return None
-        return super().take_head()
-
     def take_rest(self) -> bytes:
         """Return what has come, or b"" at the end of the connection."""
         data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
@@ -1501,17 +1511,17 @@ class LocalIntake(Intake):
 class LocalConnection:
     """A connection to the local program, as a source of bytes.
 
-    While it waits for them, it sends the request, and it looks out for the hub's closing. So both bodies
-    flow at the same time without a second thread, and neither end has to take one before it gets the other.
+    While it waits for them, it sends the request. So both bodies flow at the same time without a second
+    thread, and neither end has to take one before it gets the other. It is cut when the consumer leaves.
     """
 
     HANG_UP = getattr(select, "POLLRDHUP", 0)
 
-    def __init__(self, sock: socket.socket, response: Response, head: bytes) -> None:
+    def __init__(self, sock: socket.socket, exchange: Exchange, head: bytes) -> None:
         self.sock = sock
-        self._exchange = response.exchange
-        self._response = response
-        self._is_taken = self._exchange.body is None  # all of the request, from the hub
+        self._exchange = exchange
+        exchange.when_cancelled(functools.partial(cut_off, sock))
+        self._is_taken = exchange.body is None  # all of the request, from the hub
         self._unsent = memoryview(head)
 
     def recv(self, size: int, /) -> bytes:
@@ -1527,14 +1537,15 @@ class LocalConnection:
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
-        hub, local = self._response.link.fileno(), self.sock.fileno()
+        hub, local = self._exchange.link.fileno(), self.sock.fileno()
         while True:
             if not self._unsent and not self._is_taken:
                 self._take_body()
             poller = select.poll()
             poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            poller.register(hub, self.HANG_UP | (0 if self._unsent or self._is_taken else select.POLLIN))
-            events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
+            if not (self._unsent or self._is_taken):
+                poller.register(hub, select.POLLIN | self.HANG_UP)
+            events = dict(poller.poll())
             if self._exchange.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
             if self._unsent and events.get(local, 0) & select.POLLOUT:
@@ -1607,7 +1618,7 @@ class LocalExchange:
     def _ask(self) -> LocalHead:
         """Send the request and return the response's head."""
         self._sock = sock = self._forwarder.open()
-        self._intake = LocalIntake(LocalConnection(sock, self._response, self._request_head()))
+        self._intake = LocalIntake(LocalConnection(sock, self._response.exchange, self._request_head()))
         head = self._take_head()
         while head.status.startswith("1"):
             if head.status.startswith("101"):
@@ -1617,9 +1628,11 @@ class LocalExchange:
 
     def _take_head(self) -> LocalHead:
         try:
-            data = self._intake.take_head()
-        except ProtocolError as exc:
+            data = self._intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
+        except HeadTooLong as exc:
             raise LocalError(str(exc)) from None
+        except ProtocolError:
+            raise LocalError("this is not HTTP/1.x") from None
         if data is None:
             raise LocalError("it closed the connection before its response")
         return parse_local_head(data)
@@ -1639,9 +1652,7 @@ class LocalExchange:
         return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
-# ---- Side doors: ports of the worker's own -----------------------------------------------------------
-
-Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
+# ---- Side ports: where others than the hub come ------------------------------------------------------
 
 
 def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
@@ -1657,173 +1668,6 @@ def plain_address(host: object) -> str:
     return str(host).removeprefix("::ffff:")
 
 
-class Visitor:
-    """A connection to a side door whose request has not come yet, or that is being closed gently."""
-
-    def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock = sock
-        self.address = address
-        self.received = b""
-        self.deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
-        self.is_answered = False
-
-
-class SideDoor:
-    """A port at which others than the hub come with one request each: a thread that understands these.
-
-    What is answered is for its subclasses to say. Nothing that takes long may happen in the thread.
-    """
-
-    def __init__(
-        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
-    ) -> None:
-        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
-        self._name = name
-        self._listener = own(socket.create_server((host, port)) if host else listen_everywhere(port))
-        self._listener.setblocking(False)
-        self._host = host or "*"
-        self.port = int(self._listener.getsockname()[1])
-        self._interval_s = interval_s
-        self._visitors: dict[int, Visitor] = {}
-        self._over = Halt()
-        self._selector = selectors.DefaultSelector()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        log.info("listening %s=%s:%d", self._name, self._host, self.port)
-        self._thread = start_thread(self._run, self._name)
-
-    def close(self) -> None:
-        """End the thread, and close whatever nobody has taken over. May be called again."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
-        self._listener.close()
-        self._selector.close()
-        self._over.close()
-
-    # -- for subclasses
-
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
-        """Return the answer to a GET or HEAD, if it is short, or what takes the connection over."""
-        raise NotImplementedError
-
-    def on_interval(self) -> None:
-        """See to what is overdue."""
-
-    # -- the thread
-
-    def _run(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
-        self._selector.register(self._over, selectors.EVENT_READ)
-        looks_at = 0.0
-        while not self._over.is_set():
-            for key, _ in self._selector.select(self._interval_s):
-                try:
-                    self._on_event(key.data)
-                except Exception:
-                    log.exception("a fault of the worker itself")
-            now = time.monotonic()
-            for visitor in [visitor for visitor in self._visitors.values() if visitor.deadline <= now]:
-                self._on_deadline(visitor)
-            if now >= looks_at:
-                self.on_interval()
-                looks_at = now + self._interval_s
-        for visitor in list(self._visitors.values()):
-            self._drop(visitor)
-
-    def _on_event(self, source: object) -> None:
-        if source is self._listener:
-            self._accept()
-        elif isinstance(source, Visitor):
-            self._receive(source)
-
-    def _on_deadline(self, visitor: Visitor) -> None:
-        if visitor.is_answered or not visitor.received:
-            self._drop(visitor)
-        else:
-            self._answer(visitor, plain_answer("408 Request Timeout"))
-
-    def _accept(self) -> None:
-        try:
-            sock, address = self._listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning("%s: cannot accept a connection: %s", self._name, exc.strerror)
-                self._over.wait(ACCEPT_PAUSE_S)
-            return
-        if len(self._visitors) >= SIDE_VISITORS:
-            self._drop(next(iter(self._visitors.values())))
-        own(sock).setblocking(False)
-        visitor = Visitor(sock, plain_address(address[0]))
-        self._visitors[sock.fileno()] = visitor
-        self._selector.register(sock, selectors.EVENT_READ, visitor)
-
-    def _receive(self, visitor: Visitor) -> None:
-        if self._visitors.get(visitor.sock.fileno()) is not visitor:
-            return  # dropped a moment ago, in this very turn
-        try:
-            data = visitor.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(visitor)
-        elif not visitor.is_answered:
-            self._on_data(visitor, data)
-
-    def _on_data(self, visitor: Visitor, data: bytes) -> None:
-        searched = len(visitor.received)
-        visitor.received += data
-        end = visitor.received.find(b"\r\n\r\n", max(0, searched - 3))
-        if (end if end >= 0 else len(visitor.received)) > SIDE_HEAD_BYTES:
-            self._answer(visitor, plain_answer("431 Request Header Fields Too Large"))
-        elif end >= 0:
-            self._on_head(visitor, visitor.received[: end + 2])
-        elif NEVER_IN_A_HEAD.search(visitor.received, searched):
-            self._refuse(visitor, "malformed head")  # TLS, say: its sender waits, and no empty line will come
-
-    def _on_head(self, visitor: Visitor, data: bytes) -> None:
-        try:
-            head = parse_head(data, may_be_old=True)
-        except ProtocolError as exc:
-            self._refuse(visitor, str(exc))
-            return
-        if head.method not in ("GET", "HEAD"):
-            self._answer(visitor, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
-            return
-        answer = self.on_request(head, visitor.address)
-        if isinstance(answer, bytes):
-            self._answer(visitor, answer)
-        else:
-            self._forget(visitor)
-            visitor.sock.setblocking(True)
-            answer(visitor.sock)
-
-    def _refuse(self, visitor: Visitor, reason: str) -> None:
-        log.warning("%s: not a request from %s: %s", self._name, visitor.address, reason)
-        self._answer(visitor, plain_answer("400 Bad Request"))
-
-    def _answer(self, visitor: Visitor, answer: bytes) -> None:
-        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
-        visitor.is_answered = True
-        visitor.deadline = time.monotonic() + LINGER_S
-        try:
-            visitor.sock.send(answer)
-            visitor.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._drop(visitor)
-
-    def _drop(self, visitor: Visitor) -> None:
-        self._forget(visitor)
-        visitor.sock.close()
-
-    def _forget(self, visitor: Visitor) -> None:
-        self._selector.unregister(visitor.sock)
-        del self._visitors[visitor.sock.fileno()]
-
-
 class Page(NamedTuple):
     body: bytes | Iterable[bytes]  # several pieces are sent as they come
     status: str = "200 OK"
@@ -1833,75 +1677,231 @@ class Page(NamedTuple):
 PageMaker = Callable[[socket.socket], Page]
 
 
-class PagePort(SideDoor):
-    """Shows pages about the worker, each to each visitor in a thread of its own."""
+class Visitor(BaseHTTPRequestHandler):
+    """Who comes to a side port with one request, which is understood strictly, and for the port to answer."""
+
+    server: SidePort
+    request_version = protocol_version = "HTTP/1.1"
+    command = ""  # until its head is known
+
+    def setup(self) -> None:
+        super().setup()
+        self.address = plain_address(self.client_address[0])
+        self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+
+    def recv(self, size: int, /) -> bytes:
+        """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
+        self.connection.settimeout(max(0.001, self._deadline - time.monotonic()))
+        data: bytes = self.connection.recv(size)
+        return data
+
+    def recv_into(self, target: memoryview, /) -> int:
+        raise NotImplementedError  # there are no bodies
+
+    def handle(self) -> None:
+        intake = Intake(self)
+        try:
+            data = intake.take_wary_head(SIDE_HEAD_BYTES)
+            head = None if data is None else parse_head(data, may_be_old=True)
+        except TimeoutError:
+            if not intake.is_empty:
+                self.answer("408 Request Timeout")
+        except HeadTooLong:
+            self.answer("431 Request Header Fields Too Large")
+        except ProtocolError as exc:
+            log.warning("%s: not a request from %s: %s", self.server.name, self.address, exc)
+            self.answer("400 Bad Request")
+        else:
+            if head:
+                self._on_head(head)
+
+    def _on_head(self, head: RequestHead) -> None:
+        self.command = head.method
+        self.connection.settimeout(SIDE_SEND_TIMEOUT_S)
+        if head.method in ("GET", "HEAD"):
+            self.server.show(self, head)
+        else:
+            self.answer("405 Method Not Allowed", "Allow: GET, HEAD")
+
+    def answer(self, status: str, *fields: str, text: str = "") -> None:
+        self.wfile.write(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
+
+    def show(self, page: Page, is_old: bool) -> None:
+        """Send a page, in chunks if it comes in pieces and the visitor knows these."""
+        code, _, phrase = page.status.partition(" ")
+        pieces = [page.body] if isinstance(page.body, bytes) else page.body
+        is_chunked = pieces is page.body and not is_old
+        self.send_response_only(int(code), phrase)
+        self.send_header("Content-Type", page.content_type)
+        self.send_header("Cache-Control", "no-store")
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif isinstance(page.body, bytes):
+            self.send_header("Content-Length", str(len(page.body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for piece in pieces:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
+
+    def take_over(self) -> socket.socket:
+        """Return the connection, which is not the port's any longer."""
+        return own(socket.socket(fileno=self.connection.detach()))
+
+    def finish(self) -> None:
+        super().finish()
+        close_gently(self.connection)
+
+
+class SidePort(ThreadingHTTPServer):
+    """A port at which others than the hub come, each with one request and for a thread of its own.
+
+    Those that have not said yet what they want, or are being closed, are bounded in number: for another one
+    the oldest is cut off. What is answered is for subclasses to say.
+    """
+
+    def __init__(
+        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
+    ) -> None:
+        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
+        super().__init__((host or "", port), Visitor, bind_and_activate=False)
+        self.socket.close()  # it is for one kind of address only, and binding it would look up its name
+        self.socket = own(socket.create_server((host, port)) if host else listen_everywhere(port))
+        self.socket.setblocking(False)
+        self.name = name
+        self.port = int(self.socket.getsockname()[1])
+        self._host = host or "*"
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._waiting: dict[socket.socket, None] = {}  # the oldest first
+        self._over = Halt()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        log.info("listening %s=%s:%d", self.name, self._host, self.port)
+        self._thread = start_thread(self._run, self.name)
+
+    def close(self) -> None:
+        """Accept nobody any longer, and cut off who waits. May be called again."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self.server_close()
+        self._over.close()
+        with self._lock:
+            for sock in self._waiting:
+                cut_off(sock)
+
+    # -- for subclasses
+
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
+        """Answer a GET or HEAD, in the visitor's thread."""
+        raise NotImplementedError
+
+    def on_interval(self) -> None:
+        """See to what is overdue."""
+
+    def let_stay(self, visitor: Visitor) -> None:
+        """Do not cut this one off for others."""
+        with self._lock:
+            self._waiting.pop(visitor.connection, None)
+
+    # -- the port's thread
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            if wait_ready(self.socket, select.POLLIN, self._over, self._interval_s):
+                self.handle_request()
+            self.on_interval()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            sock, address = self.socket.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._cannot_accept(exc)
+                self._over.wait(ACCEPT_PAUSE_S)
+            raise
+        return own(sock), address
+
+    def _cannot_accept(self, reason: OSError) -> None:
+        log.warning("%s: cannot accept a connection: %s", self.name, reason.strerror)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            if len(self._waiting) >= SIDE_VISITORS:
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                cut_off(oldest)
+            self._waiting[request] = None
+        try:
+            visit = functools.partial(self.process_request_thread, request, client_address)
+            start_thread(visit, f"{self.name}-visitor")
+        except OSError as exc:
+            self._cannot_accept(exc)
+            with contextlib.suppress(OSError):
+                request.send(plain_answer("503 Service Unavailable"))
+            close_gently(request)
+            self.shutdown_request(request)
+
+    # -- the visitors' threads
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            log.debug("%s: visitor lost: %s", self.name, sys.exc_info()[1])
+        else:
+            log.exception("a fault of the worker itself")
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._waiting.pop(request, None)
+        super().shutdown_request(request)
+
+
+class PagePort(SidePort):
+    """Shows pages about the worker, a bounded number of each at the same time."""
 
     def __init__(self, name: str, port: int, host: str | None = None) -> None:
         """Set `pages`, by path, before `start`. Raises OSError."""
         super().__init__(name, port, host)
         self.pages: Mapping[str, PageMaker] = {}
-        self._visits: dict[str, list[threading.Thread]] = {}  # by path
+        self._visits: dict[threading.Thread, str] = {}  # and the path of each
         self._crowded: set[str] = set()  # paths whose limit has been told
 
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
         path = head.target.partition("?")[0]
         if path not in self.pages:
-            text = f"There is only {', '.join(self.pages)} here.\n"
-            return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
-        self._visits[path] = visits = [*filter(threading.Thread.is_alive, self._visits.get(path, []))]
-        if len(visits) >= PAGE_VISITS:
-            if path not in self._crowded:
-                log.warning("%s: too many visitors at a time of %s", self._name, path)
-            self._crowded.add(path)
-            return plain_answer("503 Service Unavailable", is_head=head.method == "HEAD")
-        self._crowded.discard(path)
-        return functools.partial(self._begin_visit, path, head)
-
-    def _begin_visit(self, path: str, head: RequestHead, sock: socket.socket) -> None:
-        visit = functools.partial(self._visit, self.pages[path], head, sock)
-        try:
-            self._visits[path].append(start_thread(visit, f"{self._name}-page"))
-        except OSError as exc:
-            log.warning("%s: cannot show %s: %s", self._name, path, exc.strerror)
-            with sock, contextlib.suppress(OSError):
-                sock.send(plain_answer("503 Service Unavailable", is_head=head.method == "HEAD"))
-
-    def _visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
-        with sock:
+            visitor.answer("404 Not Found", text=f"There is only {', '.join(self.pages)} here.\n")
+        elif not self._may_visit(path):
+            visitor.answer("503 Service Unavailable")
+        else:
+            self.let_stay(visitor)
             try:
-                sock.settimeout(SIDE_SEND_TIMEOUT_S)
-                send_page(sock, make_page(sock), head)
-                close_gently(sock)
-            except OSError as exc:
-                log.debug("%s: visitor lost: %s", self._name, exc)
-            except Exception:
-                log.exception("a fault of the worker itself")
+                visitor.show(self.pages[path](visitor.connection), head.is_old)
+            finally:
+                with self._lock:
+                    del self._visits[threading.current_thread()]
+
+    def _may_visit(self, path: str) -> bool:
+        with self._lock:
+            is_crowded = list(self._visits.values()).count(path) >= PAGE_VISITS
+            if is_crowded and path not in self._crowded:
+                log.warning("%s: too many visitors at a time of %s", self.name, path)
+            if is_crowded:
+                self._crowded.add(path)
+            else:
+                self._crowded.discard(path)
+                self._visits[threading.current_thread()] = path
+            return not is_crowded
 
     def close(self) -> None:
         """End, after a moment for the pages that are under way."""
         super().close()
         ends_at = time.monotonic() + SIDE_GRACE_S
-        for visit in itertools.chain(*self._visits.values()):
+        for visit in list(self._visits):
             visit.join(max(0.0, ends_at - time.monotonic()))
-
-
-def send_page(sock: socket.socket, page: Page, request: RequestHead) -> None:
-    is_chunked = not (isinstance(page.body, bytes) or request.is_old)
-    fields = [f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
-    if isinstance(page.body, bytes):
-        fields.append(f"Content-Length: {len(page.body)}")
-    elif is_chunked:
-        fields.append("Transfer-Encoding: chunked")
-    start = "\r\n".join([f"HTTP/1.1 {page.status}", *fields, "Connection: close", "", ""]).encode("latin-1")
-    if request.method == "HEAD":
-        sock.sendall(start)
-    elif isinstance(page.body, bytes):
-        Link(sock).send(start, page.body)
-    else:
-        sock.sendall(start)
-        for piece in page.body:
-            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-        sock.sendall(b"0\r\n\r\n" if is_chunked else b"")
 
 
 def listen_everywhere(port: int) -> socket.socket:
@@ -1924,7 +1924,7 @@ class PickupExpired(ConsumerGone):
     """The consumer did not come for its response in time."""
 
 
-class PickupPort(SideDoor):
+class PickupPort(SidePort):
     """Where consumers come for redirected responses.
 
     A key is good for one GET. Whoever comes with it is handed, as a connection, to the slot that makes the
@@ -1942,54 +1942,49 @@ class PickupPort(SideDoor):
         super().__init__("redirects", port, interval_s=interval_s)
         self.expiry_s = expiry_s
         self._public_host = host
-        self._lock = threading.Lock()
-        self._waiting: dict[str, Pickup] = {}
+        self._pickups_lock = threading.Lock()
+        self._pickups: dict[str, Pickup] = {}  # by key
 
     # -- for the slots
 
     def offer(self, pickup: Pickup) -> str:
         """Keep a response for its consumer; return the key. The port's thread tells it what comes of it."""
         key = secrets.token_urlsafe(32)
-        with self._lock:
-            self._waiting[key] = pickup
+        with self._pickups_lock:
+            self._pickups[key] = pickup
         return key
 
     def withdraw(self, key: str) -> None:
         """Forget a key; nothing is told of it once this has returned."""
-        with self._lock:
-            self._waiting.pop(key, None)
+        with self._pickups_lock:
+            self._pickups.pop(key, None)
 
     def location(self, key: str, hub: Link) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
         return f"http://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
-    # -- the port's thread
+    # -- for consumers
 
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
         key = head.target[1:]
-        with self._lock:
-            pickup = self._waiting.get(key)
-        if pickup is None or pickup.expires_at <= time.monotonic():
-            log.warning("redirects: unknown, used or expired key from %s", visitor_address)
-            return plain_answer("410 Gone", "Cache-Control: no-store", is_head=head.method == "HEAD")
-        if head.method == "HEAD":
-            return without_chunks(pickup.head) if head.is_old else pickup.head
-        return functools.partial(self._hand_over, key, head.is_old)
-
-    def _hand_over(self, key: str, is_old: bool, sock: socket.socket) -> None:
-        with self._lock:
-            pickup = self._waiting.pop(key, None)
-            if pickup:
-                pickup.on_claim(sock, is_old)
-            else:  # withdrawn just now: there is no response any more
-                sock.close()
+        with self._pickups_lock:
+            pickup = self._pickups.get(key)
+            is_there = pickup is not None and pickup.expires_at > time.monotonic()
+            if pickup and is_there and head.method == "GET":
+                del self._pickups[key]
+                pickup.on_claim(visitor.take_over(), head.is_old)
+        if pickup is None or not is_there:
+            log.warning("redirects: unknown, used or expired key from %s", visitor.address)
+            visitor.answer("410 Gone", "Cache-Control: no-store")
+        elif head.method == "HEAD":
+            visitor.wfile.write(without_chunks(pickup.head) if head.is_old else pickup.head)
 
     def on_interval(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            overdue = [key for key, pickup in self._waiting.items() if pickup.expires_at <= now]
+        with self._pickups_lock:
+            overdue = [key for key, pickup in self._pickups.items() if pickup.expires_at <= now]
             for key in overdue:
-                self._waiting.pop(key).on_expiry()
+                self._pickups.pop(key).on_expiry()
 
 
 class SeparableBody(RequestBody):
@@ -2097,8 +2092,8 @@ class Pickup:
 
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
-        self._exchange.cancelled.set()
         self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
+        self._exchange.cancel()
 
     def close(self, ending: Ending) -> Ending:
         """See to the consumer's connection after the response; return how that to the hub may go on."""
@@ -3957,7 +3952,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        application: WSGIApplication | None,
+        application: WSGIApplication | Forwarder | None,
         connect: str | tuple[str, int] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
@@ -3967,9 +3962,8 @@ class WorkerPool:
         request_timeout_s: float = math.inf,
         pickups: PickupPort | None = None,
         metrics: Metrics | None = None,
-        server: Server | None = None,
     ) -> None:
-        """`server` is what answers in the place of an app, like a Forwarder.
+        """`application` is an app, or a Forwarder to a program that serves in its place.
 
         With `poll_jobs`, `application.wait_for_slot` says when there is room for a job, and `workers` has no
         meaning. With a fork server, its own app is what serves, and a request may have a time limit;
@@ -3980,13 +3974,12 @@ class WorkerPool:
         """
         if workers < 1:
             raise ValueError("workers must be at least 1")
-        if application is None and fork_server is None and server is None:
+        if application is None and fork_server is None:
             raise ValueError("there is no application")
         self.gate = find_gate(application) if poll_jobs else None
         self.metrics = metrics or Metrics()
         self.fork_server = fork_server
         self._application = application
-        self._given_server = server
         self._request_timeout_s = request_timeout_s
         self.pickups = pickups
         self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
@@ -4035,9 +4028,11 @@ class WorkerPool:
     def _make_server(self, halt: Halt) -> Server:
         if self.fork_server:
             return ProcessServer(self.fork_server, halt, self._request_timeout_s, self.pickups, self.lobby)
-        server = self._given_server
-        if server is None:
-            assert self._application is not None
+        assert self._application is not None
+        server: Server
+        if isinstance(self._application, Forwarder):
+            server = self._application
+        else:
             server = AppServer(self._application)
         return DetouringServer(server, self.pickups, self.lobby) if self.pickups else server
 
@@ -5099,7 +5094,7 @@ class Signals:
             self._writer.close()
 
 
-Door = TypeVar("Door", bound=SideDoor)
+Door = TypeVar("Door", bound=SidePort)
 
 
 def bind(
@@ -5117,10 +5112,12 @@ def bind(
     return door
 
 
-def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | None, ForkServer | None]:
-    """Return the app, which with a fork server is for its gate only. Raises LoadError."""
+def load(options: Options, metrics: Metrics) -> tuple[WSGIApplication | Forwarder | None, ForkServer | None]:
+    """Return what serves; and with a fork server the app for its gate only. Raises LoadError."""
+    if options.forward:
+        return Forwarder(options.forward), None
     app = None
-    if options.poll_jobs or not (options.use_request_subprocess or options.forward):
+    if options.poll_jobs or not options.use_request_subprocess:
         app = load_app(options.app) if options.app else demo_app
     if options.poll_jobs:
         try:
@@ -5178,7 +5175,6 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         request_timeout_s=options.request_timeout,
         pickups=pickups,
         metrics=metrics,
-        server=Forwarder(options.forward) if options.forward else None,
     )
     if inspection:
         inspection.pages = Inspection(pool).pages

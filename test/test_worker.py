@@ -69,7 +69,9 @@ def lines() -> Iterator[Lines]:
 
 
 @contextlib.contextmanager
-def running_pool(app: App | None, listener: wire.Listener, **options: Any) -> Iterator[WorkerPool]:
+def running_pool(
+    app: App | pothead_worker.Forwarder, listener: wire.Listener, **options: Any
+) -> Iterator[WorkerPool]:
     """Run a pool in this process, and see to it that nothing of it is left afterwards."""
     pool = WorkerPool(app, connect=listener.worker, **options)
     pool.start()
@@ -1247,18 +1249,33 @@ def test_request_that_was_answered_is_not_cancelled_by_the_end_of_its_connection
     assert not events[0].is_set() and not events[-1].is_set()
 
 
+class Held:
+    """Holds lobbies up, once a seat of theirs has come to a stage, until `go_on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: pothead_worker.Stage) -> None:
+        self.is_there, self.go_on = threading.Event(), threading.Event()
+        wait_ms = pothead_worker.Lobby._wait_ms
+
+        def hold(lobby: pothead_worker.Lobby) -> float | None:
+            if any(seat.stage is stage for seat in lobby._seats.values()):
+                self.is_there.set()
+                assert self.go_on.wait(wire.DEADLINE_S)
+            return wait_ms(lobby)
+
+        monkeypatch.setattr(pothead_worker.Lobby, "_wait_ms", hold)
+
+
 def test_request_whose_consumer_left_before_it_began_is_not_run(
-    listener: wire.Listener, lines: Lines
+    serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halt = pothead_worker.Halt()
-    slot = pothead_worker.Slot(WorkerPool(raising(AssertionError("was run"))), halt)
-    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
-        peer.send(request())
-        link = pothead_worker.Link(sock)
-        link.on_gone()
-        assert slot._serve(link) is pothead_worker.Ending.CUT
-    halt.close()
+    lobby = Held(monkeypatch, pothead_worker.Stage.WAITING)
+    served = serving(raising(AssertionError("was run")))
+    assert lobby.is_there.wait(wire.DEADLINE_S)
+    served.peer.send(request())
+    served.peer.finish_sending()
+    lobby.go_on.set()
     lines.wait_for("the consumer had gone before it began")
+    served.peer.expect_eof()
     assert not lines.having("was run")
 
 
@@ -1276,6 +1293,28 @@ def test_each_slot_serves_one_request_at_a_time(listener: wire.Listener) -> None
         one.send(request())
         two.send(request())
         assert one.read_response().body == two.read_response().body == b"hello"
+
+
+def test_connection_that_a_slot_has_given_back_is_waited_with_and_used_again(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Tries()
+    wait = pothead_worker.Lobby._wait
+
+    def counting(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
+        wait(lobby, seat)
+        waits.release()
+
+    monkeypatch.setattr(pothead_worker.Lobby, "_wait", counting)
+    monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
+    served = serving(hello)
+    for _ in range(5):
+        assert waits.acquire_many(1)
+        assert ask(served.peer).body == b"hello"
+    assert waits.acquire_many(1)
+    served.peer.finish_sending()
+    served.peer.expect_eof()
+    assert ask(served.accept_again()).body == b"hello"
 
 
 def test_connections_are_logged_once_they_all_are_there(listener: wire.Listener, lines: Lines) -> None:
@@ -1509,22 +1548,17 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
     assert served.pool.join() is True
 
 
-def test_request_that_came_before_the_halt_is_answered(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the halt is the first of the two that is noticed."""
+@pytest.mark.parametrize("stage", [pothead_worker.Stage.DIALLING, pothead_worker.Stage.WAITING])
+def test_request_that_came_before_the_halt_is_answered(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, stage: pothead_worker.Stage
+) -> None:
+    """Also if the halt is noticed first, or even the connection is not known yet to be there."""
+    lobby = Held(monkeypatch, stage)
     served = serving(hello)
-    waiting, go_on = threading.Event(), threading.Event()
-
-    def wait(self: pothead_worker.Lobby) -> float:
-        waiting.set()
-        assert go_on.wait(wire.DEADLINE_S)
-        return 0.0
-
-    monkeypatch.setattr(pothead_worker.Lobby, "_wait_ms", wait)
-    served.pool.lobby._order(lambda: None)  # so that it has to wait once more
-    assert waiting.wait(wire.DEADLINE_S)
+    assert lobby.is_there.wait(wire.DEADLINE_S)
     served.peer.send(request())
     served.pool.stop()
-    go_on.set()
+    lobby.go_on.set()
     assert served.peer.read_response().value(b"connection") == b"close"
     assert served.pool.join() is True
 
