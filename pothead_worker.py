@@ -18,17 +18,18 @@ program:
     pool = WorkerPool(app, connect="hub.example:4040", workers=2)
     pool.run()  # until another thread calls pool.stop()
 
-How it is built, from the bottom to the top: `parse_head` and the bodies understand what the hub sends;
-`Response` calls the app as PEP 3333 says and sends what it answers; `RequestHandler` serves the requests of
-one connection, one after the other; a `Slot` is a thread that keeps one connection open; a watcher notices
-a hub that closes a connection while the app computes; `WorkerPool` owns the slots and ends them. Threads
-share next to nothing: a slot's connection belongs to its thread, and `Halt` is how the others tell it to
-stop.
+How it is built, from the bottom to the top: a `Link` is a connection, and `parse_head` and the bodies
+understand what the hub sends there; an `Exchange` is one request on it; a `Server` answers it, as a rule by
+a `Response`, which calls the app as PEP 3333 says, and tells how the link may go on: an `Ending`. The
+`Lobby` is a thread that dials the hub, waits with the links for requests and notices who leaves; a `Slot` is
+a thread that is given a link with a request on it. `WorkerPool` owns them and ends them. Threads share next
+to nothing: what others want of the lobby they order, and `Halt` is how all are told to stop.
 
-The modes are built on that. A `Forwarder` stands in for an app, and passes requests to a local HTTP program.
-A `SideDoor` is a port of the worker's own: a `PickupPort`, where consumers come for responses that shall not
-pass the hub, or a `PagePort` with metrics or with what the worker is doing. A `ForkServer` gives each request
-a process of its own. A `GateLoop` opens a slot for one request each time the app's gate returns.
+The modes are built on that. A `Forwarder` is a server that passes requests to a local HTTP program, and a
+`ProcessServer` one that gives each a process, which a `ForkServer` makes. A `SidePort` is a port of the
+worker's own: a `PickupPort`, where consumers come for responses that take a `Detour` past the hub, or a
+`PagePort` with metrics or with what the worker is doing. A `GateLoop` opens a slot for one request each time
+the app's gate returns.
 
 Vocabulary: the *consumer* sent the request to the hub; an *exchange* is one request with its response; a
 message has a *head* and a *body*.
@@ -48,6 +49,7 @@ import ast
 import contextlib
 import difflib
 import email.utils
+import enum
 import errno
 import fcntl
 import functools
@@ -68,7 +70,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import socket
 import stat
 import struct
@@ -83,7 +84,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
@@ -144,6 +145,7 @@ KEEP_ALIVE_PROBES = 3
 # the midst of a response is given up when the kernel has retransmitted often enough, as every HTTP server
 # does.
 
+HAND_BACK_S = 0.1  # after a response, a slot waits so long for the next request before the lobby does
 CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05
@@ -174,6 +176,10 @@ LOG_BACKLOG_BYTES = 1 << 20  # log lines kept while the log's reader does not re
 
 class ProtocolError(Exception):
     """The hub sent what is not a request."""
+
+
+class HeadTooLong(ProtocolError):
+    """It has not ended by then."""
 
 
 class BodyError(ConnectionError):
@@ -469,10 +475,22 @@ class Intake:
     def is_empty(self) -> bool:
         return not self._buffer
 
-    def take_head(self) -> bytes | None:
-        """Return the next head without its empty line, or None when the hub closes. Raises ProtocolError."""
-        head = self._take_until(b"\r\n\r\n", MAX_HEAD_BYTES)
+    def take_head(self, limit_bytes: int = MAX_HEAD_BYTES) -> bytes | None:
+        """Return the next head without its empty line, or None at the end. Raises ProtocolError."""
+        head = self._take_until(b"\r\n\r\n", limit_bytes)
         return None if head is None else head + b"\r\n"
+
+    def take_wary_head(self, limit_bytes: int, start: bytes = b"") -> bytes | None:
+        """Raise ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
+        searched = 0
+        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= limit_bytes:
+            is_begun = self._buffer.startswith(start[: len(self._buffer)])
+            if not is_begun or NEVER_IN_A_HEAD.search(self._buffer, searched):
+                raise ProtocolError("malformed head")
+            searched = len(self._buffer)
+            if not self._receive():
+                return None
+        return self.take_head(limit_bytes)
 
     def take_received(self) -> bytes:
         """Return what has come already, for somebody else to understand."""
@@ -524,7 +542,7 @@ class Intake:
             if not self._receive():
                 return None
         if not 0 <= found <= limit_bytes:
-            raise ProtocolError("head too long")
+            raise HeadTooLong("head too long")
         data, self._buffer = self._buffer[:found], self._buffer[found + len(end) :]
         return data
 
@@ -630,19 +648,125 @@ class ChunkedBody(RequestBody):
                 self._intake.fail("malformed trailers")
 
 
-# ---- Sending -----------------------------------------------------------------------------------------
+# ---- Links -------------------------------------------------------------------------------------------
 
 
-def send_pieces(sock: socket.socket, pieces: Sequence[bytes]) -> None:
-    """Send all pieces in order, in one call where that is possible, without copying large ones."""
-    if sum(map(len, pieces)) < COPY_BELOW_BYTES:
-        sock.sendall(b"".join(pieces))
-        return
-    sent = sock.sendmsg(pieces)
-    for piece in pieces:
-        if sent < len(piece):
-            sock.sendall(memoryview(piece)[sent:])
-        sent = max(0, sent - len(piece))
+class Ending(enum.Enum):
+    """How a connection may go on after a response."""
+
+    KEEP = enum.auto()  # with the next request
+    CLOSE = enum.auto()  # the response is whole, and the last one
+    CUT = enum.auto()  # the response is not whole, and must not look as if it were
+
+
+def nothing() -> None:
+    """Nobody wants to know."""
+
+
+class Link:
+    """One connection: to a hub, or to a consumer that has come for its response itself.
+
+    Only this touches its socket. One thread receives and sends; others may `cut` it, or say that its other
+    end has gone.
+    """
+
+    def __init__(self, sock: socket.socket, received: bytes = b"", is_old: bool = False) -> None:
+        """`received` is what somebody else has taken from it already. An old end speaks HTTP/1.0."""
+        self._sock = sock
+        self.host = ""  # of the other end
+        with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
+            self.host = str(sock.getpeername()[0])
+        self.intake = Intake(sock, received)
+        self.may_chunk = not is_old
+        self.opened_at = self.free_since = time.monotonic()
+        self.has_served = False
+        self.is_gone = False
+        self._on_gone: Callable[[], object] = nothing
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def own_host(self) -> str:
+        """The address of this end."""
+        return plain_address(self._sock.getsockname()[0])
+
+    # -- the other end
+
+    def when_gone(self, action: Callable[[], object]) -> None:
+        """Have this done, by another thread or at once, when the other end has closed; in place of others."""
+        self._on_gone = action
+        if self.is_gone:
+            action()
+
+    def disregard(self) -> None:
+        """From now on it does not matter whether the other end closes."""
+        self._on_gone = nothing
+
+    def on_gone(self) -> None:
+        """The other end has closed. Called by other threads, perhaps more than once."""
+        self.is_gone = True
+        self._on_gone()
+
+    def peek(self) -> bytes | None:
+        """Return the next byte if it has come, or b"" if there will be no more."""
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    # -- its thread
+
+    def send(self, *pieces: bytes) -> None:
+        """Send all pieces in order, in one call where that is possible, without copying large ones."""
+        if sum(map(len, pieces)) < COPY_BELOW_BYTES:
+            self._sock.sendall(b"".join(pieces))
+            return
+        sent = self._sock.sendmsg(pieces)
+        for piece in pieces:
+            if sent < len(piece):
+                self._sock.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
+
+    @contextlib.contextmanager
+    def time_limit(self, seconds: float | None) -> Iterator[None]:
+        """Have receiving raise when it would take longer; with 0, when it would wait at all."""
+        self._sock.settimeout(seconds)
+        try:
+            yield
+        finally:
+            self._sock.settimeout(None)
+
+    # -- ending it
+
+    def cut(self) -> None:
+        """End the connection for whoever sends or receives there. Called by any thread."""
+        if self.may_chunk:  # else the other end would take that for the body's end: it is reset when closed
+            cut_off(self._sock)
+
+    def finish_sending(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def linger(self) -> None:
+        """Close our direction and read the other's away until it closes, too.
+
+        Closing with unread bytes would send a reset, which destroys a response that has not been read yet.
+        """
+        close_gently(self._sock)
+
+    def end(self, ending: Ending) -> None:
+        """End it, before it is closed, so that its other end can tell whether the response is whole."""
+        if ending is not Ending.CUT:
+            if not self.may_chunk:
+                set_reset_on_close(self._sock, False)
+            self.linger()
+        self.cut()
+
+    def close(self) -> None:
+        """Let go of it. Only who watches it may do so: its number is used again at once."""
+        self._sock.close()
 
 
 @functools.lru_cache(maxsize=2)
@@ -655,11 +779,13 @@ def set_reset_on_close(sock: socket.socket, is_on: bool) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_on, 0))
 
 
-def close_gently(sock: socket.socket) -> None:
-    """Close our direction and read the hub's away until it closes, too.
+def cut_off(sock: socket.socket) -> None:
+    """End a connection for whoever sends or receives there."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
-    Closing with unread bytes would send a reset, which destroys a response that the hub has not read yet.
-    """
+
+def close_gently(sock: socket.socket) -> None:
     ends_at = time.monotonic() + LINGER_S
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
@@ -833,19 +959,18 @@ class Response(BaseHandler):
     wsgi_multiprocess = True
     server_software = None
 
-    def __init__(self, handler: RequestHandler, head: RequestHead, body: io.BufferedIOBase) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.os_environ = {}  # the base class would copy the process's own into each environ
         self.environ: WSGIEnvironment = {}
-        self.handler = handler
-        self.request = head
-        self.body = body
+        self.exchange = exchange
+        self.link = exchange.link
+        self.request = exchange.head
         self.head: ResponseHead | None = None
         self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
         self.ends_with_close = False
         self.says_close = False
-        self.request_id = head.fields.get("X_REQUEST_ID", "-")
         self._pid = os.getpid()
 
     @property
@@ -873,9 +998,18 @@ class Response(BaseHandler):
         except BaseException as exc:
             self._on_failure(exc)
 
+    def settle(self) -> Ending:
+        """Make the connection ready for the next request, if there may be one."""
+        if not self.is_complete:
+            return Ending.CUT
+        if not self.exchange.discard_body():
+            self.exchange.link.linger()
+            return Ending.CLOSE
+        return Ending.CLOSE if self.says_close else Ending.KEEP
+
     def _call(self, application: WSGIApplication) -> None:
         self.setup_environ()
-        self.handler.on_environ(self.environ)
+        self.exchange.keeper.on_environ(self.environ)
         try:
             self.result = application(self.environ, self.start_response)
             self.finish_response()
@@ -883,12 +1017,12 @@ class Response(BaseHandler):
             self.close()
 
     def add_cgi_vars(self) -> None:
-        self.environ.update(build_environ(self.request, self.handler.hub_host))
+        self.environ.update(build_environ(self.request, self.exchange.link.host))
         self.environ["wsgi.input_terminated"] = True
-        self.environ["pothead.cancelled"] = self.handler.cancelled
+        self.environ["pothead.cancelled"] = self.exchange.cancelled
 
     def get_stdin(self) -> io.BufferedIOBase:
-        return self.body
+        return io.BufferedReader(self.exchange.body) if self.exchange.body else io.BytesIO()
 
     def get_stderr(self) -> ErrorStream:
         return sys.stderr
@@ -948,7 +1082,7 @@ class Response(BaseHandler):
             raise RuntimeError("a process that the application has forked cannot answer in its place")
 
     def _check_consumer(self) -> None:
-        if self.handler.cancelled.is_set():
+        if self.exchange.cancelled.is_set():
             raise ConsumerGone
 
     # -- framing
@@ -1001,19 +1135,20 @@ class Response(BaseHandler):
             fields = [*fields, *self._choose_framing(first_bytes)]
         if not self.head.has_date:
             fields = [*fields, ("Date", http_date(int(time.time())))]
-        is_redirected = self.handler.may_redirect and self.has_body and self.head.status.startswith("200")
-        self.says_close = self.says_close or is_redirected or self.handler.must_close()
+        is_detoured = self.has_body and self.head.status.startswith("200")
+        detour = self.exchange.detour if is_detoured else None
+        self.says_close = self.says_close or detour is not None or self.exchange.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
-        if is_redirected:
-            self.handler.fetch_body()
+        if detour:
+            self.exchange.fetch_body()
         self.headers_sent = True
-        self.handler.on_response_start(self.head.status)
-        if is_redirected:
-            self.handler.redirect(start)
-        if self.is_chunked and not self.handler.may_chunk:
+        self.exchange.keeper.on_status(self.head.status)
+        if detour:
+            self.link = detour.take(start)
+        if self.is_chunked and not self.link.may_chunk:
             self.is_chunked, self.ends_with_close = False, True
             return without_chunks(start)
         return start
@@ -1030,7 +1165,7 @@ class Response(BaseHandler):
 
     def _write(self, *pieces: bytes) -> None:
         try:
-            send_pieces(self.handler.connection, pieces)
+            self.link.send(*pieces)
         except OSError as exc:
             raise ConsumerGone from exc
 
@@ -1040,22 +1175,23 @@ class Response(BaseHandler):
     # -- when it fails
 
     def _on_failure(self, exc: BaseException) -> None:
+        request_id = self.exchange.request_id
         if isinstance(exc, ConsumerGone):
-            self.handler.on_consumer_gone(self.request_id, str(exc) or self.handler.hang_up_reason)
+            self.exchange.keeper.on_consumer_gone(self.exchange, str(exc) or self.exchange.why_cancelled)
         elif isinstance(exc, BodyError):
-            log.info("request %s: request %s", self.request_id, exc)
+            log.info("request %s: request %s", request_id, exc)
             self._send_error("400 Bad Request")
         elif isinstance(exc, LocalError):
             is_down = isinstance(exc, LocalUnreachable)
             level = logging.DEBUG if is_down else logging.ERROR
-            log.log(level, "request %s: the local program failed: %s", self.request_id, exc)
+            log.log(level, "request %s: the local program failed: %s", request_id, exc)
             detail = "the service behind the worker cannot be reached" if is_down else ""
             self._send_error("502 Bad Gateway", detail)
         elif isinstance(exc, WSGIViolation):
-            log.error("request %s: WSGI violation: %s", self.request_id, exc)
+            log.error("request %s: WSGI violation: %s", request_id, exc)
             self._send_error("500 Internal Server Error")
         else:
-            log.error("request %s: the application raised an exception", self.request_id, exc_info=exc)
+            log.error("request %s: the application raised an exception", request_id, exc_info=exc)
             self._send_error("500 Internal Server Error")
 
     def _send_error(self, status: str, detail: str = "") -> None:
@@ -1063,7 +1199,7 @@ class Response(BaseHandler):
         if self.headers_sent:
             self.is_complete = self.is_complete or self.is_all_sent
             return
-        text = error_text(status, self.request_id, detail).encode("latin-1")
+        text = error_text(status, self.exchange.request_id, detail).encode("latin-1")
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
         self.head = ResponseHead(status, fields, len(text), has_date=False)
         start = self._begin(len(text))
@@ -1072,198 +1208,195 @@ class Response(BaseHandler):
             self.is_complete = True
 
 
-# ---- One connection ----------------------------------------------------------------------------------
+# ---- Exchanges ---------------------------------------------------------------------------------------
 
 GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
 LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
+class Detour(NamedTuple):
+    """The way of a response past the hub; the same in the worker and in a request's process."""
+
+    offer: Callable[[bytes], None]  # sends the consumer to where the response is that begins with this
+    wait: Callable[[], Link]  # returns the consumer's own connection. Both raise ConsumerGone
+
+    def take(self, head: bytes) -> Link:
+        self.offer(head)
+        return self.wait()
+
+
+CONSUMER_HAS_GONE = "the consumer has gone"
+
+
+class Exchange:
+    """One request, and how it is to be answered."""
+
+    def __init__(self, link: Link, data: bytes, keeper: Keeper) -> None:
+        """`data` is the head. Raises ProtocolError."""
+        self.link = link
+        self.data = data
+        self.head = parse_head(data)
+        self.keeper = keeper
+        self.request_id = self.head.fields.get("X_REQUEST_ID", "-")
+        self.cancelled = threading.Event()
+        self.why_cancelled = CONSUMER_HAS_GONE
+        self.detour: Detour | None = None
+        self.body: RequestBody | None = None
+        if self.head.is_chunked:
+            self.body = ChunkedBody(link.intake)
+        elif self.head.length:
+            self.body = FixedBody(link.intake, self.head.length)
+        self._wants_close = "close" in connection_options(self.head.fields)
+        self.consumer: Link | None = None  # if it has come to the pickup port
+        self._on_cancel: list[Callable[[], object]] = []
+
+    def redirect(self, detour: Detour) -> None:
+        """Have the response taken past the hub, if it is one for that."""
+        self.detour = detour
+        if self.body:
+            self.body = SeparableBody(self.link.intake, self.body)
+
+    def must_close(self) -> bool:
+        """Return whether the connection cannot take another request after this one."""
+        unread = self.body.left_bytes() if self.body else 0
+        return self._wants_close or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
+
+    def fetch_body(self) -> None:
+        """Have the app read the rest of the body from somewhere else. Raises BodyError."""
+        if isinstance(self.body, SeparableBody):
+            self.body.fetch()
+
+    def discard_body(self) -> bool:
+        """Read away what the app left of the body; False if that is too much or takes too long."""
+        if self.body is None or not self.body.left_bytes():
+            return True
+        ends_at = time.monotonic() + DISCARD_TIMEOUT_S
+        left = DISCARD_LIMIT_BYTES
+        with self.link.time_limit(DISCARD_TIMEOUT_S), contextlib.suppress(OSError):
+            while left > 0 and time.monotonic() < ends_at:
+                count = len(self.body.read(RECEIVE_BYTES) or b"")
+                if count == 0:
+                    return True
+                left -= count
+        return False
+
+    def when_cancelled(self, action: Callable[[], object]) -> None:
+        """Have this done, too, when nobody waits for the response any more; at once if that is so."""
+        self._on_cancel.append(action)
+        if self.cancelled.is_set():
+            action()
+
+    def cancel(self, reason: str = CONSUMER_HAS_GONE) -> None:
+        """Nobody waits for the response any more. Called by other threads, perhaps more than once."""
+        if not self.cancelled.is_set():
+            self.why_cancelled = reason
+            self.cancelled.set()
+        for action in self._on_cancel:
+            action()
+
+
+class Keeper(Protocol):
+    """Who has requests answered: a slot, or a request's own process."""
+
+    def has_next(self, link: Link) -> bool:
+        """Wait for another request to be taken from the link; False if it is not to be waited for."""
+
+    def answer(self, exchange: Exchange) -> Ending: ...
+
+    def is_last(self) -> bool:
+        """Return whether the request at hand is the last one that is taken from this connection."""
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        """The app is about to be called with this."""
+
+    def on_status(self, status: str) -> None:
+        """The consumer gets a response with this status now."""
+
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        """The response could not be sent."""
+
+    def on_response(self, status_line: str) -> None:
+        """A response has come where there should be a request."""
+
+
 class RequestHandler(BaseHTTPRequestHandler):
-    """Serves the requests that come on one connection, one after the other; constructing it does the work.
+    """Takes requests from a link, one after the other, and has them answered; constructing it does the work.
 
     Of its base class it keeps the way of life (setup, handle, finish; handle_one_request) and replaces the
     parser, which is slow and lenient.
     """
 
-    may_redirect = False
-    may_chunk = True
-    hang_up_reason = "the consumer has gone"  # why the connection was closed, if it was
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self.slot = slot
-        self.hub_host = str(sock.getpeername()[0])
-        self.intake = Intake(sock)
-        self.body: RequestBody | None = None
-        self.is_busy = False
-        self.has_served = False
-        self.free_since = time.monotonic()
-        self.is_hung_up = False
-        self.wants_close = False
-        self.cancelled = threading.Event()
-        self.status = GONE_STATUS
-        super().__init__(sock, sock.getpeername(), slot)  # type: ignore[arg-type]  # the base only keeps it
+    def __init__(self, link: Link, keeper: Keeper) -> None:
+        self.link = link
+        self.keeper = keeper
+        self.ending = Ending.KEEP  # how the link may go on
+        super().__init__(link, (link.host, 0), None)  # type: ignore[arg-type]  # the base only keeps them
 
     def setup(self) -> None:
-        self.connection = self.request
-        self.slot.on_open(self)
+        """The link is ready."""
 
     def handle(self) -> None:
-        self.close_connection = False
-        while not self.close_connection and self._wait_for_request():
+        while self.ending is Ending.KEEP and self.keeper.has_next(self.link):
             self.handle_one_request()
 
     def finish(self) -> None:
-        self.slot.on_close(self)
-
-    def on_hang_up(self) -> None:
-        """The hub has closed the connection. Called by other threads."""
-        self.is_hung_up = True
-        self.cancelled.set()
-
-    def cut_off(self) -> None:
-        """End the connection for a thread that sends or receives there. Called by other threads."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def must_close(self) -> bool:
-        """Return whether the connection cannot take another request after this one."""
-        unread = self.body.left_bytes() if self.body else 0
-        return self.wants_close or self.is_last() or unread > DISCARD_LIMIT_BYTES
-
-    def is_last(self) -> bool:
-        """Return whether this request is the last one that the worker takes on this connection."""
-        return self.slot.serves_one_request or self.slot.halt.is_set()
-
-    # -- what modes make of a request and its response
-
-    def make_cancelled(self) -> threading.Event:
-        return threading.Event()
-
-    def on_environ(self, environ: WSGIEnvironment) -> None:
-        """The app is about to be called with this."""
-        self.slot.on_request(environ)
-
-    def on_response_start(self, status: str) -> None:
-        """The response's head is about to be sent."""
-        self.status = status[:3]
-
-    def on_consumer_gone(self, request_id: str, reason: str) -> None:
-        log.info("request %s: %s", request_id, reason)
-
-    def fetch_body(self) -> None:
-        """Have the app read the rest of the request's body from somewhere else. Raises BodyError."""
-
-    def redirect(self, head: bytes) -> None:
-        """Have the consumer come for this response; `connection` is its own then. Raises ConsumerGone."""
-
-    # -- serving
-
-    def _wait_for_request(self) -> bool:
-        if not self.intake.is_empty or wait_ready(self.connection, select.POLLIN, self.slot.halt):
-            return True
-        # The hub, which did not know of the halt, may have sent the next request on the heels of the last
-        # response. It is served; after that the hub knows.
-        left_s = self.free_since + CROSSING_S - time.monotonic()
-        return left_s > 0 and wait_ready(self.connection, select.POLLIN, None, left_s)
+        """Whoever has opened the link closes it."""
 
     def handle_one_request(self) -> None:
-        """Serve one request; sets close_connection when it was the last."""
         try:
-            self._serve()
+            self.ending = self._serve()
         except ProtocolError as exc:
             self._refuse(exc)
         except OSError as exc:
             log.debug("connection to the hub lost: %s", exc)
-            self.close_connection = True
-        finally:
-            self.is_busy = False
-            self.free_since = time.monotonic()
+            self.ending = Ending.CUT
 
-    def _serve(self) -> None:
-        self.cancelled = self.make_cancelled()
-        data = self.intake.take_head()
+    def _serve(self) -> Ending:
+        data = self.link.intake.take_head()
         if data is None:
-            self.close_connection = True
-            return
+            return Ending.CUT
         if data.startswith(b"HTTP/"):
-            self.close_connection = True
-            self.slot.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
-            return
-        head = parse_head(data)
-        self.is_busy = self.has_served = True
-        self.wants_close = "close" in connection_options(head.fields)
-        request_id = head.fields.get("X_REQUEST_ID", "-")
-        log.debug("request %s: %s %s", request_id, head.method, head.target.partition("?")[0])
-        if self.is_hung_up:  # perhaps before `cancelled` was there to be set
-            self.cancelled.set()
-            self.close_connection = True
-            log.info("request %s: the consumer had gone before it began", request_id)
-        else:
-            self._answer_and_count(data, head)
-
-    def _answer_and_count(self, data: bytes, head: RequestHead) -> None:
-        self.status = GONE_STATUS
-        began_at = time.monotonic()
-        self.slot.on_exchange_begin()
-        try:
-            self.answer(data, head)
-        finally:
-            self.slot.on_exchange_end(self.status, time.monotonic() - began_at)
-
-    def answer(self, data: bytes, head: RequestHead) -> None:
-        """Answer the request whose head was `data`; sets close_connection when it was the last."""
-        self.body = self._open_body(head)
-        response = Response(self, head, io.BufferedReader(self.body) if self.body else io.BytesIO())
-        application = self.slot.application
-        assert application is not None
-        if isinstance(application, Forwarder):
-            application = LocalExchange(application, response)
-        response.run(application)
-        self._settle(response)
-
-    def _open_body(self, head: RequestHead) -> RequestBody | None:
-        if head.is_chunked:
-            return ChunkedBody(self.intake)
-        return FixedBody(self.intake, head.length) if head.length else None
-
-    def _settle(self, response: Response) -> None:
-        """Make the connection ready for the next request, or see to its end."""
-        if not response.is_complete:
-            self.close_connection = True
-        elif not self._discard_body():
-            self.close_connection = True
-            close_gently(self.connection)
-        else:
-            self.close_connection = response.says_close
-
-    def _discard_body(self) -> bool:
-        """Read away what the app left of the body; False if that is too much or takes too long."""
-        body, self.body = self.body, None
-        if body is None or not body.left_bytes():
-            return True
-        ends_at = time.monotonic() + DISCARD_TIMEOUT_S
-        left = DISCARD_LIMIT_BYTES
-        self.connection.settimeout(DISCARD_TIMEOUT_S)
-        try:
-            while left > 0 and time.monotonic() < ends_at:
-                count = len(body.read(RECEIVE_BYTES) or b"")
-                if count == 0:
-                    return True
-                left -= count
-        except OSError:
-            return False
-        finally:
-            self.connection.settimeout(None)
-        return False
+            self.keeper.on_response(data.partition(b"\r\n")[0].decode("latin-1"))
+            return Ending.CUT
+        exchange = Exchange(self.link, data, self.keeper)
+        log.debug(
+            "request %s: %s %s",
+            exchange.request_id,
+            exchange.head.method,
+            exchange.head.target.partition("?")[0],
+        )
+        return self.keeper.answer(exchange)
 
     def _refuse(self, reason: ProtocolError) -> None:
-        log.warning("not a request from the hub at %s: %s", self.hub_host, reason)
-        self.close_connection = True
+        log.warning("not a request from the hub at %s: %s", self.link.host, reason)
+        self.ending = Ending.CUT
         with contextlib.suppress(OSError):
-            self.connection.sendall(
+            self.link.send(
                 b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\nConnection: close\r\n\r\nBad Request\n"
             )
-        close_gently(self.connection)
+        self.link.linger()
+
+
+# ---- Servers: who answers a request ------------------------------------------------------------------
+
+
+class Server(Protocol):
+    """Answers one request on a link."""
+
+    def answer(self, exchange: Exchange) -> Ending:
+        """Return how the link may go on. The exchange knows the rest."""
+
+
+class AppServer:
+    """Has a WSGI app answer, in the same thread."""
+
+    def __init__(self, application: WSGIApplication) -> None:
+        self._application = application
+
+    def answer(self, exchange: Exchange) -> Ending:
+        response = Response(exchange)
+        response.run(self._application)
+        return response.settle()
 
 
 # ---- Forwarding to a local program -------------------------------------------------------------------
@@ -1342,7 +1475,7 @@ def parse_local_head(data: bytes) -> LocalHead:
 
 
 class Forwarder:
-    """Stands in for an app: a local HTTP program, which is written in any language, serves the requests.
+    """Has a local HTTP program answer, which is written in any language.
 
     Each request has a connection of its own. One that is kept may be closed by the program just when the
     next request comes, and nobody could tell whether that one was run: sending it again may run it twice.
@@ -1353,6 +1486,11 @@ class Forwarder:
         self.address = parse_forward(url)
         self._lock = threading.Lock()
         self._is_unreachable = False
+
+    def answer(self, exchange: Exchange) -> Ending:
+        response = Response(exchange)
+        response.run(LocalExchange(self, response))
+        return response.settle()
 
     def open(self) -> socket.socket:
         """Return a new connection. Raises LocalUnreachable."""
@@ -1382,18 +1520,6 @@ class LocalIntake(Intake):
 
     failure = LocalError
 
-    def take_head(self) -> bytes | None:
-        """Raises ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
-        searched = 0
-        while b"\r\n\r\n" not in self._buffer and len(self._buffer) <= MAX_HEAD_BYTES:
-            is_http = self._buffer.startswith(LOCAL_HEAD_START[: len(self._buffer)])
-            if not is_http or NEVER_IN_A_HEAD.search(self._buffer, searched):
-                raise ProtocolError("this is not HTTP/1.x")
-            searched = len(self._buffer)
-            if not self._receive():
-                return None
-        return super().take_head()
-
     def take_rest(self) -> bytes:
         """Return what has come, or b"" at the end of the connection."""
         data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
@@ -1403,17 +1529,17 @@ class LocalIntake(Intake):
 class LocalConnection:
     """A connection to the local program, as a source of bytes.
 
-    While it waits for them, it sends the request, and it looks out for the hub's closing. So both bodies
-    flow at the same time without a second thread, and neither end has to take one before it gets the other.
+    While it waits for them, it sends the request. So both bodies flow at the same time without a second
+    thread, and neither end has to take one before it gets the other. It is cut when the consumer leaves.
     """
 
     HANG_UP = getattr(select, "POLLRDHUP", 0)
 
-    def __init__(self, sock: socket.socket, handler: RequestHandler, head: bytes, is_chunked: bool) -> None:
+    def __init__(self, sock: socket.socket, exchange: Exchange, head: bytes) -> None:
         self.sock = sock
-        self._is_taken = handler.body is None  # all of the request, from the hub
-        self._handler = handler
-        self._is_chunked = is_chunked
+        self._exchange = exchange
+        exchange.when_cancelled(functools.partial(cut_off, sock))
+        self._is_taken = exchange.body is None  # all of the request, from the hub
         self._unsent = memoryview(head)
 
     def recv(self, size: int, /) -> bytes:
@@ -1429,15 +1555,16 @@ class LocalConnection:
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
-        hub, local = self._handler.connection.fileno(), self.sock.fileno()
+        hub, local = self._exchange.link.fileno(), self.sock.fileno()
         while True:
             if not self._unsent and not self._is_taken:
                 self._take_body()
             poller = select.poll()
             poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            poller.register(hub, self.HANG_UP | (0 if self._unsent or self._is_taken else select.POLLIN))
-            events = dict(poller.poll(None if self.HANG_UP else PEEK_INTERVAL_S * 1000))
-            if self._handler.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
+            if not (self._unsent or self._is_taken):
+                poller.register(hub, select.POLLIN | self.HANG_UP)
+            events = dict(poller.poll())
+            if self._exchange.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
             if self._unsent and events.get(local, 0) & select.POLLOUT:
                 self._send()
@@ -1446,17 +1573,15 @@ class LocalConnection:
 
     def _take_body(self) -> None:
         """Take what has come of the request's body, be it only a part of a chunk's framing."""
-        body, connection = self._handler.body, self._handler.connection
+        body = self._exchange.body
         assert body is not None
-        connection.setblocking(False)
         try:
-            data = body.read(RECEIVE_BYTES) or b""
+            with self._exchange.link.time_limit(0):
+                data = body.read(RECEIVE_BYTES) or b""
         except BlockingIOError:
             return
-        finally:
-            connection.setblocking(True)
         self._is_taken = not body.has_rest()
-        if self._is_chunked:
+        if self._exchange.head.is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
             data += b"0\r\n\r\n" if self._is_taken else b""
         self._unsent = memoryview(data)
@@ -1511,8 +1636,7 @@ class LocalExchange:
     def _ask(self) -> LocalHead:
         """Send the request and return the response's head."""
         self._sock = sock = self._forwarder.open()
-        handler, is_chunked = self._response.handler, self._response.request.is_chunked
-        self._intake = LocalIntake(LocalConnection(sock, handler, self._request_head(), is_chunked))
+        self._intake = LocalIntake(LocalConnection(sock, self._response.exchange, self._request_head()))
         head = self._take_head()
         while head.status.startswith("1"):
             if head.status.startswith("101"):
@@ -1522,9 +1646,11 @@ class LocalExchange:
 
     def _take_head(self) -> LocalHead:
         try:
-            data = self._intake.take_head()
-        except ProtocolError as exc:
+            data = self._intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
+        except HeadTooLong as exc:
             raise LocalError(str(exc)) from None
+        except ProtocolError:
+            raise LocalError("this is not HTTP/1.x") from None
         if data is None:
             raise LocalError("it closed the connection before its response")
         return parse_local_head(data)
@@ -1544,98 +1670,7 @@ class LocalExchange:
         return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
-# ---- Noticing that the consumer has gone -------------------------------------------------------------
-
-
-class HangUpWatcher:
-    """Tells handlers that the hub closed their connection, even while the app computes: one thread for all.
-
-    A FIN hides behind unread bytes from `recv`, but not from EPOLLRDHUP. Being edge-triggered, a
-    registration lasts as long as its connection and costs a request nothing; epoll allows it while the
-    thread waits, unlike poll.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._over = Halt()
-        self._epoll.register(self._over, select.EPOLLIN)
-        self._lock = threading.Lock()
-        self._handlers: dict[int, RequestHandler] = {}
-        start_thread(self._run, "watcher")
-
-    def add(self, handler: RequestHandler) -> None:
-        fd = handler.connection.fileno()
-        with self._lock:
-            self._handlers[fd] = handler
-            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
-
-    def discard(self, handler: RequestHandler) -> None:
-        fd = handler.connection.fileno()
-        with self._lock:
-            if self._handlers.pop(fd, None):
-                self._epoll.unregister(fd)
-
-    def close(self) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            for fd, _ in self._epoll.poll():
-                with self._lock:
-                    handler = self._handlers.get(fd)
-                    # The event may be of an earlier connection that had the same descriptor.
-                    if handler and is_hung_up(fd):
-                        handler.on_hang_up()
-        self._epoll.close()
-        self._over.close()
-
-
-def is_hung_up(fd: int) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLRDHUP)
-    return bool(poller.poll(0))
-
-
-class PeekingWatcher:
-    """The same where there is no epoll, by looking often. It cannot see the end behind an unread body."""
-
-    def __init__(self) -> None:
-        self._over = threading.Event()
-        self._handlers: set[RequestHandler] = set()
-        start_thread(self._run, "watcher")
-
-    def add(self, handler: RequestHandler) -> None:
-        self._handlers.add(handler)
-
-    def discard(self, handler: RequestHandler) -> None:
-        self._handlers.discard(handler)
-
-    def close(self) -> None:
-        self._over.set()
-
-    def _run(self) -> None:
-        while not self._over.wait(PEEK_INTERVAL_S):
-            for handler in tuple(self._handlers):
-                if handler.is_busy and is_at_end(handler.connection):
-                    handler.on_hang_up()
-
-
-def is_at_end(sock: socket.socket) -> bool:
-    try:
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def make_watcher() -> HangUpWatcher | PeekingWatcher:
-    return HangUpWatcher() if hasattr(select, "epoll") else PeekingWatcher()
-
-
-# ---- Side doors: ports of the worker's own -----------------------------------------------------------
-
-Takeover = Callable[[socket.socket], None]  # is given a visitor's connection as its own and must not wait
+# ---- Side ports: where others than the hub come ------------------------------------------------------
 
 
 def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
@@ -1651,173 +1686,6 @@ def plain_address(host: object) -> str:
     return str(host).removeprefix("::ffff:")
 
 
-class Visitor:
-    """A connection to a side door whose request has not come yet, or that is being closed gently."""
-
-    def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock = sock
-        self.address = address
-        self.received = b""
-        self.deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
-        self.is_answered = False
-
-
-class SideDoor:
-    """A port at which others than the hub come with one request each: a thread that understands these.
-
-    What is answered is for its subclasses to say. Nothing that takes long may happen in the thread.
-    """
-
-    def __init__(
-        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
-    ) -> None:
-        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
-        self._name = name
-        self._listener = own(socket.create_server((host, port)) if host else listen_everywhere(port))
-        self._listener.setblocking(False)
-        self._host = host or "*"
-        self.port = int(self._listener.getsockname()[1])
-        self._interval_s = interval_s
-        self._visitors: dict[int, Visitor] = {}
-        self._over = Halt()
-        self._selector = selectors.DefaultSelector()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        log.info("listening %s=%s:%d", self._name, self._host, self.port)
-        self._thread = start_thread(self._run, self._name)
-
-    def close(self) -> None:
-        """End the thread, and close whatever nobody has taken over. May be called again."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
-        self._listener.close()
-        self._selector.close()
-        self._over.close()
-
-    # -- for subclasses
-
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
-        """Return the answer to a GET or HEAD, if it is short, or what takes the connection over."""
-        raise NotImplementedError
-
-    def on_interval(self) -> None:
-        """See to what is overdue."""
-
-    # -- the thread
-
-    def _run(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
-        self._selector.register(self._over, selectors.EVENT_READ)
-        looks_at = 0.0
-        while not self._over.is_set():
-            for key, _ in self._selector.select(self._interval_s):
-                try:
-                    self._on_event(key.data)
-                except Exception:
-                    log.exception("a fault of the worker itself")
-            now = time.monotonic()
-            for visitor in [visitor for visitor in self._visitors.values() if visitor.deadline <= now]:
-                self._on_deadline(visitor)
-            if now >= looks_at:
-                self.on_interval()
-                looks_at = now + self._interval_s
-        for visitor in list(self._visitors.values()):
-            self._drop(visitor)
-
-    def _on_event(self, source: object) -> None:
-        if source is self._listener:
-            self._accept()
-        elif isinstance(source, Visitor):
-            self._receive(source)
-
-    def _on_deadline(self, visitor: Visitor) -> None:
-        if visitor.is_answered or not visitor.received:
-            self._drop(visitor)
-        else:
-            self._answer(visitor, plain_answer("408 Request Timeout"))
-
-    def _accept(self) -> None:
-        try:
-            sock, address = self._listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning("%s: cannot accept a connection: %s", self._name, exc.strerror)
-                self._over.wait(ACCEPT_PAUSE_S)
-            return
-        if len(self._visitors) >= SIDE_VISITORS:
-            self._drop(next(iter(self._visitors.values())))
-        own(sock).setblocking(False)
-        visitor = Visitor(sock, plain_address(address[0]))
-        self._visitors[sock.fileno()] = visitor
-        self._selector.register(sock, selectors.EVENT_READ, visitor)
-
-    def _receive(self, visitor: Visitor) -> None:
-        if self._visitors.get(visitor.sock.fileno()) is not visitor:
-            return  # dropped a moment ago, in this very turn
-        try:
-            data = visitor.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(visitor)
-        elif not visitor.is_answered:
-            self._on_data(visitor, data)
-
-    def _on_data(self, visitor: Visitor, data: bytes) -> None:
-        searched = len(visitor.received)
-        visitor.received += data
-        end = visitor.received.find(b"\r\n\r\n", max(0, searched - 3))
-        if (end if end >= 0 else len(visitor.received)) > SIDE_HEAD_BYTES:
-            self._answer(visitor, plain_answer("431 Request Header Fields Too Large"))
-        elif end >= 0:
-            self._on_head(visitor, visitor.received[: end + 2])
-        elif NEVER_IN_A_HEAD.search(visitor.received, searched):
-            self._refuse(visitor, "malformed head")  # TLS, say: its sender waits, and no empty line will come
-
-    def _on_head(self, visitor: Visitor, data: bytes) -> None:
-        try:
-            head = parse_head(data, may_be_old=True)
-        except ProtocolError as exc:
-            self._refuse(visitor, str(exc))
-            return
-        if head.method not in ("GET", "HEAD"):
-            self._answer(visitor, plain_answer("405 Method Not Allowed", "Allow: GET, HEAD"))
-            return
-        answer = self.on_request(head, visitor.address)
-        if isinstance(answer, bytes):
-            self._answer(visitor, answer)
-        else:
-            self._forget(visitor)
-            visitor.sock.setblocking(True)
-            answer(visitor.sock)
-
-    def _refuse(self, visitor: Visitor, reason: str) -> None:
-        log.warning("%s: not a request from %s: %s", self._name, visitor.address, reason)
-        self._answer(visitor, plain_answer("400 Bad Request"))
-
-    def _answer(self, visitor: Visitor, answer: bytes) -> None:
-        """Send what fits into an empty send buffer, and close gently, as `close_gently` does."""
-        visitor.is_answered = True
-        visitor.deadline = time.monotonic() + LINGER_S
-        try:
-            visitor.sock.send(answer)
-            visitor.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._drop(visitor)
-
-    def _drop(self, visitor: Visitor) -> None:
-        self._forget(visitor)
-        visitor.sock.close()
-
-    def _forget(self, visitor: Visitor) -> None:
-        self._selector.unregister(visitor.sock)
-        del self._visitors[visitor.sock.fileno()]
-
-
 class Page(NamedTuple):
     body: bytes | Iterable[bytes]  # several pieces are sent as they come
     status: str = "200 OK"
@@ -1827,75 +1695,231 @@ class Page(NamedTuple):
 PageMaker = Callable[[socket.socket], Page]
 
 
-class PagePort(SideDoor):
-    """Shows pages about the worker, each to each visitor in a thread of its own."""
+class Visitor(BaseHTTPRequestHandler):
+    """Who comes to a side port with one request, which is understood strictly, and for the port to answer."""
+
+    server: SidePort
+    request_version = protocol_version = "HTTP/1.1"
+    command = ""  # until its head is known
+
+    def setup(self) -> None:
+        super().setup()
+        self.address = plain_address(self.client_address[0])
+        self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+
+    def recv(self, size: int, /) -> bytes:
+        """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
+        self.connection.settimeout(max(0.001, self._deadline - time.monotonic()))
+        data: bytes = self.connection.recv(size)
+        return data
+
+    def recv_into(self, target: memoryview, /) -> int:
+        raise NotImplementedError  # there are no bodies
+
+    def handle(self) -> None:
+        intake = Intake(self)
+        try:
+            data = intake.take_wary_head(SIDE_HEAD_BYTES)
+            head = None if data is None else parse_head(data, may_be_old=True)
+        except TimeoutError:
+            if not intake.is_empty:
+                self.answer("408 Request Timeout")
+        except HeadTooLong:
+            self.answer("431 Request Header Fields Too Large")
+        except ProtocolError as exc:
+            log.warning("%s: not a request from %s: %s", self.server.name, self.address, exc)
+            self.answer("400 Bad Request")
+        else:
+            if head:
+                self._on_head(head)
+
+    def _on_head(self, head: RequestHead) -> None:
+        self.command = head.method
+        self.connection.settimeout(SIDE_SEND_TIMEOUT_S)
+        if head.method in ("GET", "HEAD"):
+            self.server.show(self, head)
+        else:
+            self.answer("405 Method Not Allowed", "Allow: GET, HEAD")
+
+    def answer(self, status: str, *fields: str, text: str = "") -> None:
+        self.wfile.write(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
+
+    def show(self, page: Page, is_old: bool) -> None:
+        """Send a page, in chunks if it comes in pieces and the visitor knows these."""
+        code, _, phrase = page.status.partition(" ")
+        pieces = [page.body] if isinstance(page.body, bytes) else page.body
+        is_chunked = pieces is page.body and not is_old
+        self.send_response_only(int(code), phrase)
+        self.send_header("Content-Type", page.content_type)
+        self.send_header("Cache-Control", "no-store")
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif isinstance(page.body, bytes):
+            self.send_header("Content-Length", str(len(page.body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for piece in pieces:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
+
+    def take_over(self) -> socket.socket:
+        """Return the connection, which is not the port's any longer."""
+        return own(socket.socket(fileno=self.connection.detach()))
+
+    def finish(self) -> None:
+        super().finish()
+        close_gently(self.connection)
+
+
+class SidePort(ThreadingHTTPServer):
+    """A port at which others than the hub come, each with one request and for a thread of its own.
+
+    Those that have not said yet what they want, or are being closed, are bounded in number: for another one
+    the oldest is cut off. What is answered is for subclasses to say.
+    """
+
+    def __init__(
+        self, name: str, port: int, host: str | None = None, interval_s: float = SIDE_INTERVAL_S
+    ) -> None:
+        """Listen at `host`, or else at all addresses. `start` begins to answer. Raises OSError."""
+        super().__init__((host or "", port), Visitor, bind_and_activate=False)
+        self.socket.close()  # it is for one kind of address only, and binding it would look up its name
+        self.socket = own(socket.create_server((host, port)) if host else listen_everywhere(port))
+        self.socket.setblocking(False)
+        self.name = name
+        self.port = int(self.socket.getsockname()[1])
+        self._host = host or "*"
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._waiting: dict[socket.socket, None] = {}  # the oldest first
+        self._over = Halt()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        log.info("listening %s=%s:%d", self.name, self._host, self.port)
+        self._thread = start_thread(self._run, self.name)
+
+    def close(self) -> None:
+        """Accept nobody any longer, and cut off who waits. May be called again."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self.server_close()
+        self._over.close()
+        with self._lock:
+            for sock in self._waiting:
+                cut_off(sock)
+
+    # -- for subclasses
+
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
+        """Answer a GET or HEAD, in the visitor's thread."""
+        raise NotImplementedError
+
+    def on_interval(self) -> None:
+        """See to what is overdue."""
+
+    def let_stay(self, visitor: Visitor) -> None:
+        """Do not cut this one off for others."""
+        with self._lock:
+            self._waiting.pop(visitor.connection, None)
+
+    # -- the port's thread
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            if wait_ready(self.socket, select.POLLIN, self._over, self._interval_s):
+                self.handle_request()
+            self.on_interval()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            sock, address = self.socket.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._cannot_accept(exc)
+                self._over.wait(ACCEPT_PAUSE_S)
+            raise
+        return own(sock), address
+
+    def _cannot_accept(self, reason: OSError) -> None:
+        log.warning("%s: cannot accept a connection: %s", self.name, reason.strerror)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            if len(self._waiting) >= SIDE_VISITORS:
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                cut_off(oldest)
+            self._waiting[request] = None
+        try:
+            visit = functools.partial(self.process_request_thread, request, client_address)
+            start_thread(visit, f"{self.name}-visitor")
+        except OSError as exc:
+            self._cannot_accept(exc)
+            with contextlib.suppress(OSError):
+                request.send(plain_answer("503 Service Unavailable"))
+            close_gently(request)
+            self.shutdown_request(request)
+
+    # -- the visitors' threads
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            log.debug("%s: visitor lost: %s", self.name, sys.exc_info()[1])
+        else:
+            log.exception("a fault of the worker itself")
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._waiting.pop(request, None)
+        super().shutdown_request(request)
+
+
+class PagePort(SidePort):
+    """Shows pages about the worker, a bounded number of each at the same time."""
 
     def __init__(self, name: str, port: int, host: str | None = None) -> None:
         """Set `pages`, by path, before `start`. Raises OSError."""
         super().__init__(name, port, host)
         self.pages: Mapping[str, PageMaker] = {}
-        self._visits: dict[str, list[threading.Thread]] = {}  # by path
+        self._visits: dict[threading.Thread, str] = {}  # and the path of each
         self._crowded: set[str] = set()  # paths whose limit has been told
 
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
         path = head.target.partition("?")[0]
         if path not in self.pages:
-            text = f"There is only {', '.join(self.pages)} here.\n"
-            return plain_answer("404 Not Found", text=text, is_head=head.method == "HEAD")
-        self._visits[path] = visits = [*filter(threading.Thread.is_alive, self._visits.get(path, []))]
-        if len(visits) >= PAGE_VISITS:
-            if path not in self._crowded:
-                log.warning("%s: too many visitors at a time of %s", self._name, path)
-            self._crowded.add(path)
-            return plain_answer("503 Service Unavailable", is_head=head.method == "HEAD")
-        self._crowded.discard(path)
-        return functools.partial(self._begin_visit, path, head)
-
-    def _begin_visit(self, path: str, head: RequestHead, sock: socket.socket) -> None:
-        visit = functools.partial(self._visit, self.pages[path], head, sock)
-        try:
-            self._visits[path].append(start_thread(visit, f"{self._name}-page"))
-        except OSError as exc:
-            log.warning("%s: cannot show %s: %s", self._name, path, exc.strerror)
-            with sock, contextlib.suppress(OSError):
-                sock.send(plain_answer("503 Service Unavailable", is_head=head.method == "HEAD"))
-
-    def _visit(self, make_page: PageMaker, head: RequestHead, sock: socket.socket) -> None:
-        with sock:
+            visitor.answer("404 Not Found", text=f"There is only {', '.join(self.pages)} here.\n")
+        elif not self._may_visit(path):
+            visitor.answer("503 Service Unavailable")
+        else:
+            self.let_stay(visitor)
             try:
-                sock.settimeout(SIDE_SEND_TIMEOUT_S)
-                send_page(sock, make_page(sock), head)
-                close_gently(sock)
-            except OSError as exc:
-                log.debug("%s: visitor lost: %s", self._name, exc)
-            except Exception:
-                log.exception("a fault of the worker itself")
+                visitor.show(self.pages[path](visitor.connection), head.is_old)
+            finally:
+                with self._lock:
+                    del self._visits[threading.current_thread()]
+
+    def _may_visit(self, path: str) -> bool:
+        with self._lock:
+            is_crowded = list(self._visits.values()).count(path) >= PAGE_VISITS
+            if is_crowded and path not in self._crowded:
+                log.warning("%s: too many visitors at a time of %s", self.name, path)
+            if is_crowded:
+                self._crowded.add(path)
+            else:
+                self._crowded.discard(path)
+                self._visits[threading.current_thread()] = path
+            return not is_crowded
 
     def close(self) -> None:
         """End, after a moment for the pages that are under way."""
         super().close()
         ends_at = time.monotonic() + SIDE_GRACE_S
-        for visit in itertools.chain(*self._visits.values()):
+        for visit in list(self._visits):
             visit.join(max(0.0, ends_at - time.monotonic()))
-
-
-def send_page(sock: socket.socket, page: Page, request: RequestHead) -> None:
-    is_chunked = not (isinstance(page.body, bytes) or request.is_old)
-    fields = [f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
-    if isinstance(page.body, bytes):
-        fields.append(f"Content-Length: {len(page.body)}")
-    elif is_chunked:
-        fields.append("Transfer-Encoding: chunked")
-    start = "\r\n".join([f"HTTP/1.1 {page.status}", *fields, "Connection: close", "", ""]).encode("latin-1")
-    if request.method == "HEAD":
-        sock.sendall(start)
-    elif isinstance(page.body, bytes):
-        send_pieces(sock, [start, page.body])
-    else:
-        sock.sendall(start)
-        for piece in page.body:
-            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-        sock.sendall(b"0\r\n\r\n" if is_chunked else b"")
 
 
 def listen_everywhere(port: int) -> socket.socket:
@@ -1918,20 +1942,7 @@ class PickupExpired(ConsumerGone):
     """The consumer did not come for its response in time."""
 
 
-# Is given the consumer's connection, and whether it speaks HTTP/1.0.
-Claim = Callable[[socket.socket, bool], None]
-
-
-class Pickup(NamedTuple):
-    """A response that has begun and waits for its consumer."""
-
-    head: bytes
-    expires_at: float
-    on_claim: Claim  # must not wait
-    on_expiry: Callable[[], None]
-
-
-class PickupPort(SideDoor):
+class PickupPort(SidePort):
     """Where consumers come for redirected responses.
 
     A key is good for one GET. Whoever comes with it is handed, as a connection, to the slot that makes the
@@ -1949,55 +1960,49 @@ class PickupPort(SideDoor):
         super().__init__("redirects", port, interval_s=interval_s)
         self.expiry_s = expiry_s
         self._public_host = host
-        self._lock = threading.Lock()
-        self._waiting: dict[str, Pickup] = {}
+        self._pickups_lock = threading.Lock()
+        self._pickups: dict[str, Pickup] = {}  # by key
 
     # -- for the slots
 
-    def offer(self, head: bytes, on_claim: Claim, on_expiry: Callable[[], None]) -> str:
-        """Keep a response for its consumer; return the key. The port's thread calls one of the two."""
+    def offer(self, pickup: Pickup) -> str:
+        """Keep a response for its consumer; return the key. The port's thread tells it what comes of it."""
         key = secrets.token_urlsafe(32)
-        with self._lock:
-            self._waiting[key] = Pickup(head, time.monotonic() + self.expiry_s, on_claim, on_expiry)
+        with self._pickups_lock:
+            self._pickups[key] = pickup
         return key
 
     def withdraw(self, key: str) -> None:
-        """Forget a key; neither of its functions is called once this has returned."""
-        with self._lock:
-            self._waiting.pop(key, None)
+        """Forget a key; nothing is told of it once this has returned."""
+        with self._pickups_lock:
+            self._pickups.pop(key, None)
 
-    def location(self, key: str, hub_sock: socket.socket) -> str:
+    def location(self, key: str, hub: Link) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
-        host = self._public_host or plain_address(hub_sock.getsockname()[0])
-        return f"http://{Address(host, self.port)}/{key}"
+        return f"http://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
-    # -- the port's thread
+    # -- for consumers
 
-    def on_request(self, head: RequestHead, visitor_address: str) -> bytes | Takeover:
+    def show(self, visitor: Visitor, head: RequestHead) -> None:
         key = head.target[1:]
-        with self._lock:
-            pickup = self._waiting.get(key)
-        if pickup is None or pickup.expires_at <= time.monotonic():
-            log.warning("redirects: unknown, used or expired key from %s", visitor_address)
-            return plain_answer("410 Gone", "Cache-Control: no-store", is_head=head.method == "HEAD")
-        if head.method == "HEAD":
-            return without_chunks(pickup.head) if head.is_old else pickup.head
-        return functools.partial(self._hand_over, key, head.is_old)
-
-    def _hand_over(self, key: str, is_old: bool, sock: socket.socket) -> None:
-        with self._lock:
-            pickup = self._waiting.pop(key, None)
-            if pickup:
-                pickup.on_claim(sock, is_old)
-            else:  # withdrawn just now: there is no response any more
-                sock.close()
+        with self._pickups_lock:
+            pickup = self._pickups.get(key)
+            is_there = pickup is not None and pickup.expires_at > time.monotonic()
+            if pickup and is_there and head.method == "GET":
+                del self._pickups[key]
+                pickup.on_claim(visitor.take_over(), head.is_old)
+        if pickup is None or not is_there:
+            log.warning("redirects: unknown, used or expired key from %s", visitor.address)
+            visitor.answer("410 Gone", "Cache-Control: no-store")
+        elif head.method == "HEAD":
+            visitor.wfile.write(without_chunks(pickup.head) if head.is_old else pickup.head)
 
     def on_interval(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            overdue = [key for key, pickup in self._waiting.items() if pickup.expires_at <= now]
+        with self._pickups_lock:
+            overdue = [key for key, pickup in self._pickups.items() if pickup.expires_at <= now]
             for key in overdue:
-                self._waiting.pop(key).on_expiry()
+                self._pickups.pop(key).on_expiry()
 
 
 class SeparableBody(RequestBody):
@@ -2039,113 +2044,111 @@ class SeparableBody(RequestBody):
         super().close()
 
 
-class RedirectingHandler(RequestHandler):
-    """Sends the consumer of a `200` response to the pickup port, and the response to whoever comes there.
+class Pickup:
+    """A response that its consumer comes for: the hub is told where, and gets nothing of it.
 
     The connection to the hub ends with the 303, since an open one would offer a slot that is still taken.
     """
 
-    may_redirect = True
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self._arrivals: queue.SimpleQueue[ConsumerGone | None] = queue.SimpleQueue()
+    def __init__(
+        self,
+        port: PickupPort,
+        exchange: Exchange,
+        lobby: Lobby,
+        on_arrival: Callable[[Link], object],
+        on_loss: Callable[[ConsumerGone], object],
+    ) -> None:
+        """The port's thread calls one of the two, and neither may wait."""
+        self._port = port
+        self._lobby = lobby
+        self._exchange = exchange
+        self._on_arrival = on_arrival
+        self._on_loss = on_loss
         self._key = ""
-        self.is_whole = False
-        super().__init__(sock, slot)
-
-    def _open_body(self, head: RequestHead) -> RequestBody | None:
-        body = super()._open_body(head)
-        return SeparableBody(self.intake, body) if body and self.may_redirect else body
-
-    def fetch_body(self) -> None:
-        if isinstance(self.body, SeparableBody):
-            self.body.fetch()
-
-    def redirect(self, head: bytes) -> None:
-        self.offer(head)
-        gone = self._arrivals.get()
-        if gone is not None:
-            raise gone
+        self.head = b""
+        self.expires_at = math.inf
 
     def offer(self, head: bytes) -> None:
         """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
-        pickups, hub_sock = self.slot.pickups, self.connection
-        assert pickups is not None
-        self.slot.unwatch(self)
-        if self.is_hung_up:
+        hub = self._exchange.link
+        hub.disregard()
+        if hub.is_gone:
             raise ConsumerGone
-        self._key = pickups.offer(head, self.on_claim, self.on_expiry)
+        self.head, self.expires_at = head, time.monotonic() + self._port.expiry_s
+        self._key = self._port.offer(self)
         lines = [
             "HTTP/1.1 303 See Other",
-            f"Location: {pickups.location(self._key, hub_sock)}",
+            f"Location: {self._port.location(self._key, hub)}",
             "Cache-Control: no-store",
             "Content-Length: 0",
             f"Date: {http_date(int(time.time()))}",
             "Connection: close",
         ]
         try:
-            hub_sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
-            hub_sock.shutdown(socket.SHUT_WR)  # there is nothing unread, so nothing can destroy the 303
+            hub.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub.finish_sending()  # there is nothing unread, so nothing can destroy the 303
         except OSError as exc:
             raise ConsumerGone from exc
 
     def on_claim(self, sock: socket.socket, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
-        self.may_chunk = not is_old
         with contextlib.suppress(OSError):
             set_options(sock)
             if is_old:  # only a reset tells it that the body was cut off
                 set_reset_on_close(sock, True)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
-        self.connection = sock
-        self.slot.watch(self)
-        self.deliver(sock)
+        self._exchange.consumer = consumer = Link(sock, is_old=is_old)
+        consumer.when_gone(functools.partial(self._on_gone, consumer))
+        self._lobby.watch(consumer)
+        self._on_arrival(consumer)
 
-    def deliver(self, sock: socket.socket) -> None:
-        """Have the response sent to where the consumer is now."""
-        self._arrivals.put(None)
+    def _on_gone(self, consumer: Link) -> None:
+        self._exchange.cancel()
+        # It may only have closed its sending direction; a send that waits for it to read ends so.
+        consumer.cut()
 
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
-        assert self.slot.pickups is not None
-        self.cancelled.set()
-        self.give_up(PickupExpired(f"nobody came for the response within {self.slot.pickups.expiry_s:g} s"))
+        self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
+        self._exchange.cancel()
 
-    def give_up(self, reason: ConsumerGone) -> None:
-        self._arrivals.put(reason)
+    def close(self, ending: Ending) -> Ending:
+        """See to the consumer's connection after the response; return how that to the hub may go on."""
+        if not self._key:
+            return ending
+        self._port.withdraw(self._key)
+        consumer = self._exchange.consumer
+        if consumer:
+            consumer.end(ending)
+            self._lobby.dismiss(consumer)
+        return Ending.CUT if ending is Ending.CUT else Ending.CLOSE
 
-    def on_hang_up(self) -> None:
-        super().on_hang_up()
-        self._arrivals.put(ConsumerGone())
-        if self.connection is not self.request:
-            # A consumer may only have closed its sending direction; a send that waits for it to read ends so.
-            self.cut_off()
 
-    def cut_off(self) -> None:
-        if self.may_chunk:
-            super().cut_off()
-        # Else it would take that for the body's end. It is cut off when the connection is closed.
+class DetouringServer:
+    """Has another server answer, and the consumers of its `200` responses come to the pickup port."""
 
-    def _settle(self, response: Response) -> None:
-        body = self.body
-        super()._settle(response)
-        self.is_whole = response.is_complete
-        if body:
-            body.close()
+    def __init__(self, server: Server, port: PickupPort, lobby: Lobby) -> None:
+        self._server = server
+        self._port = port
+        self._lobby = lobby
 
-    def finish(self) -> None:
-        if self._key:
-            assert self.slot.pickups is not None
-            self.slot.pickups.withdraw(self._key)
-        super().finish()
-        if self.connection is not self.request:
-            with self.connection:
-                if self.is_whole:
-                    set_reset_on_close(self.connection, False)
-                    close_gently(self.connection)
-                else:
-                    self.cut_off()
+    def answer(self, exchange: Exchange) -> Ending:
+        arrivals: queue.SimpleQueue[Link | ConsumerGone] = queue.SimpleQueue()
+
+        def wait() -> Link:
+            arrival = arrivals.get()
+            if isinstance(arrival, ConsumerGone):
+                raise arrival
+            return arrival
+
+        pickup = Pickup(self._port, exchange, self._lobby, arrivals.put, arrivals.put)
+        exchange.when_cancelled(lambda: arrivals.put(ConsumerGone()))
+        exchange.redirect(Detour(pickup.offer, wait))
+        ending = self._server.answer(exchange)
+        if isinstance(exchange.body, SeparableBody):
+            exchange.body.close()
+        return pickup.close(ending)
 
 
 # ---- A process for each request: the worker's side ---------------------------------------------------
@@ -2220,8 +2223,8 @@ class ForkServer:
         self._launch()
         self._keeper = start_thread(self._keep, "fork-server")
 
-    def fork(self, process: RequestProcess, control: socket.socket, sock: socket.socket) -> None:
-        """Have a process made that owns `sock` and the other end of the control channel.
+    def fork(self, process: RequestProcess, control: socket.socket, link: Link) -> None:
+        """Have a process made that owns a copy of `link` and the other end of the control channel.
 
         Waits while another fork server is started. Raises ForkServerLost.
         """
@@ -2232,7 +2235,7 @@ class ForkServer:
                     raise ForkServerLost("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
-                socket.send_fds(self._orders, [b"F"], [sock.fileno(), control.fileno()])
+                socket.send_fds(self._orders, [b"F"], [link.fileno(), control.fileno()])
             except OSError as exc:
                 raise ForkServerLost("the fork server has just died") from exc
             self._processes.add(process)
@@ -2395,14 +2398,16 @@ class RequestProcess:
     direction: the app is told so by `pothead.cancelled`, and what is left a moment later is killed.
     """
 
-    def __init__(self, handler: ProcessHandler, timeout_s: float) -> None:
+    def __init__(self, exchange: Exchange, timeout_s: float) -> None:
         self.pid: int | None = None
         self.has_responded = False  # is set before the first byte of the response is sent
         self.report: dict[str, object] | None = None  # how the response ended, as the process tells it
         self.reason = ""  # why it was told to end, if it was
         self.is_overdue = False
         self.failure = ""  # how it ended, if not as it should
-        self._handler = handler
+        self._exchange = exchange
+        self._callbacks: dict[str, Callable[..., object]] = {}
+        self.pickup: Pickup | None = None  # if the response may be redirected
         self._control, self._other_end = own_pair()
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + timeout_s
@@ -2420,18 +2425,72 @@ class RequestProcess:
             self.is_overdue = True
             self.cancel(f"stopped after the request timeout of {self._timeout_s:g} s")
 
-    def run(self, fork_server: ForkServer, sock: socket.socket, order: Order, data: bytes) -> None:
-        """Have the request that begins with `data` served on `sock`; return when its process has ended."""
+    def run(self, fork_server: ForkServer, halt: Halt) -> Ending:
+        """Have the request served; return when its process has ended."""
+        exchange = self._exchange
+        received = exchange.data + b"\r\n" + exchange.link.intake.take_received()
+        environ = self._ask_gate()
+        order: Order = {
+            "environ": environ,
+            "callbacks": list(self._callbacks),
+            "is_last": exchange.keeper.is_last(),
+            "may_redirect": self.pickup is not None,
+        }
         with self._control:
-            with self._other_end:
-                fork_server.fork(self, self._other_end, sock)
+            try:
+                with self._other_end:
+                    fork_server.fork(self, self._other_end, exchange.link)
+            except ForkServerLost as exc:
+                self.failure = f"could not be started: {exc}"
+                return self._end()
             try:
                 with contextlib.suppress(OSError):
                     text = json.dumps(order).encode()
-                    self._control.sendall(b"%08x%08x" % (len(text), len(data)) + text + data)
-                self._follow()
+                    self._control.sendall(b"%08x%08x" % (len(text), len(received)) + text + received)
+                self._follow(halt)
             finally:
                 fork_server.on_end(self)
+        return self._end()
+
+    def _ask_gate(self) -> dict[str, object]:
+        """Return what the gate puts into the environ, as far as it can be told to another process.
+
+        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
+        """
+        environ = build_environ(self._exchange.head, self._exchange.link.host)
+        known = set(environ)
+        self._exchange.keeper.on_environ(environ)
+        added = {name: value for name, value in environ.items() if name not in known}
+        self._callbacks = {name: value for name, value in added.items() if callable(value)}
+        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
+
+    def _end(self) -> Ending:
+        """See to the connection once the process has ended."""
+        keeper, link = self._exchange.keeper, self._exchange.link
+        ending = Ending[str(self.report["ending"])] if self.report else Ending.CUT
+        if ending is Ending.CUT or self.failure:
+            self._log_ending()
+        if self.failure and not self.has_responded and not self.reason:
+            keeper.on_status(LOST_STATUS)
+        if self.is_overdue and not self.has_responded:
+            keeper.on_status("504")
+            text = error_text("504 Gateway Timeout", self._exchange.request_id, self.reason)
+            with contextlib.suppress(OSError):
+                link.send(plain_answer("504 Gateway Timeout", text=text))
+            link.linger()
+        if self.pickup:
+            ending = self.pickup.close(ending)
+        return Ending.CUT if self.failure else ending
+
+    def _log_ending(self) -> None:
+        request_id = self._exchange.request_id
+        if self.reason:
+            level = logging.WARNING if self.is_overdue else logging.INFO
+            log.log(level, "request %s: %s", request_id, self.reason)
+        elif self.failure:
+            log.error("request %s: its process %s", request_id, self.failure)
+        elif self.report and self.report.get("reason"):
+            log.info("request %s: %s", request_id, self.report["reason"])
 
     # -- called by any thread
 
@@ -2440,10 +2499,11 @@ class RequestProcess:
             self.reason = self.reason or reason
             self._control.shutdown(socket.SHUT_WR)
 
-    def deliver(self, sock: socket.socket, order: bytes) -> None:
+    def deliver(self, consumer: Link) -> None:
         """Give the process the consumer's own connection."""
+        order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
         with self._lock, contextlib.suppress(OSError):
-            socket.send_fds(self._control, [order], [sock.fileno()])
+            socket.send_fds(self._control, [order], [consumer.fileno()])
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -2451,8 +2511,7 @@ class RequestProcess:
 
     # -- following what it does
 
-    def _follow(self) -> None:
-        halt = self._handler.slot.halt
+    def _follow(self, halt: Halt) -> None:
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         poller.register(halt, select.POLLIN)
@@ -2495,13 +2554,13 @@ class RequestProcess:
                 self.pid = pid
             case {"status": status}:
                 self.has_responded = True
-                self._handler.on_response_start(status)
+                self._exchange.keeper.on_status(status)
             case {"log": record}:
                 forward_record(record)
             case {"call": name, "arguments": arguments, "keywords": keywords}:
-                self._handler.call_back(name, arguments, keywords)
+                self._call_back(name, arguments, keywords)
             case {"offer": head}:
-                self._handler.on_offer(head.encode("latin-1"))
+                self._offer(head.encode("latin-1"))
             case {"report": report}:
                 self.report = report
             case {"ending": ending}:
@@ -2523,84 +2582,7 @@ class RequestProcess:
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-
-def forward_record(record: dict[str, object]) -> None:
-    """Log what a process has logged."""
-    fields = {"name": log.name, "args": (), **record}
-    log.handle(logging.makeLogRecord(fields))
-
-
-class ProcessHandler(RedirectingHandler):
-    """Has each request served by a process of its own, to which it gives the connection itself."""
-
-    def __init__(self, sock: socket.socket, slot: Slot) -> None:
-        self._process: RequestProcess | None = None
-        self._callbacks: dict[str, Callable[..., object]] = {}
-        super().__init__(sock, slot)
-
-    def answer(self, data: bytes, head: RequestHead) -> None:
-        fork_server = self.slot.fork_server
-        assert fork_server is not None
-        request_id = head.fields.get("X_REQUEST_ID", "-")
-        try:
-            self._process = process = RequestProcess(self, self.slot.request_timeout_s)
-        except OSError as exc:  # too many open files
-            log.error("request %s: its process %s", request_id, f"could not be started: {exc.strerror}")
-            self.status, self.close_connection = LOST_STATUS, True
-            return
-        if self.is_hung_up:  # perhaps before there was a process to be told
-            process.cancel(self.hang_up_reason)
-        received = data + b"\r\n" + self.intake.take_received()
-        order: Order = {
-            "environ": self._ask_gate(head),
-            "callbacks": list(self._callbacks),
-            "is_last": self.slot.serves_one_request,
-            "may_redirect": self.slot.pickups is not None,
-        }
-        try:
-            process.run(fork_server, self.connection, order, received)
-        except ForkServerLost as exc:
-            process.failure = f"could not be started: {exc}"
-        self._close_response(process, request_id)
-
-    def _ask_gate(self, head: RequestHead) -> dict[str, object]:
-        """Return what the gate puts into the environ, as far as it can be told to another process.
-
-        For a function, the app finds a stand-in, which returns nothing and whose arguments are JSON.
-        """
-        environ = build_environ(head, self.hub_host)
-        known = set(environ)
-        self.slot.on_request(environ)
-        added = {name: value for name, value in environ.items() if name not in known}
-        self._callbacks = {name: value for name, value in added.items() if callable(value)}
-        return {name: value for name, value in added.items() if isinstance(value, (str, int, float))}
-
-    def _close_response(self, process: RequestProcess, request_id: str) -> None:
-        """See to the connection once the process has ended."""
-        report = process.report or {}
-        self.is_whole = bool(report.get("is_whole"))
-        self.close_connection = not (self.is_whole and report.get("is_reusable")) or bool(process.failure)
-        if not self.is_whole or process.failure:
-            self._log_ending(process, request_id)
-        if process.failure and not process.has_responded and not process.reason:
-            self.status = LOST_STATUS
-        if process.is_overdue and not process.has_responded:
-            self.status = "504"
-            with contextlib.suppress(OSError):
-                text = error_text("504 Gateway Timeout", request_id, process.reason)
-                self.connection.sendall(plain_answer("504 Gateway Timeout", text=text))
-            close_gently(self.connection)
-
-    def _log_ending(self, process: RequestProcess, request_id: str) -> None:
-        if process.reason:
-            level = logging.WARNING if process.is_overdue else logging.INFO
-            log.log(level, "request %s: %s", request_id, process.reason)
-        elif process.failure:
-            log.error("request %s: its process %s", request_id, process.failure)
-        elif process.report and process.report.get("reason"):
-            log.info("request %s: %s", request_id, process.report["reason"])
-
-    def call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
+    def _call_back(self, name: str, arguments: Sequence[object], keywords: Mapping[str, object]) -> None:
         """The app has called something that the worker had put into its environ."""
         try:
             with app_code():
@@ -2608,25 +2590,55 @@ class ProcessHandler(RedirectingHandler):
         except Exception:
             log.exception("%s failed", name)
 
-    def on_offer(self, head: bytes) -> None:
-        assert self._process is not None
+    def _offer(self, head: bytes) -> None:
+        assert self.pickup is not None
         try:
-            self.offer(head)
+            self.pickup.offer(head)
         except ConsumerGone:
-            self._process.cancel("the consumer has gone")
+            self.cancel(CONSUMER_HAS_GONE)
 
-    def deliver(self, sock: socket.socket) -> None:
-        if self._process:
-            self._process.deliver(sock, PICKED_UP if self.may_chunk else PICKED_UP_BY_OLD)
 
-    def give_up(self, reason: ConsumerGone) -> None:
-        if self._process:
-            self._process.cancel(str(reason))
+def forward_record(record: dict[str, object]) -> None:
+    """Log what a process has logged."""
+    fields = {"name": log.name, "args": (), **record}
+    log.handle(logging.makeLogRecord(fields))
 
-    def on_hang_up(self) -> None:
-        super().on_hang_up()
-        if self._process:
-            self._process.cancel(self.hang_up_reason)
+
+class ProcessServer:
+    """Has a process of its own answer each request, to which it gives the connection itself."""
+
+    def __init__(
+        self,
+        fork_server: ForkServer,
+        halt: Halt,
+        timeout_s: float,
+        port: PickupPort | None,
+        lobby: Lobby,
+    ) -> None:
+        self._fork_server = fork_server
+        self._halt = halt
+        self._timeout_s = timeout_s
+        self._port = port
+        self._lobby = lobby
+
+    def answer(self, exchange: Exchange) -> Ending:
+        try:
+            process = RequestProcess(exchange, self._timeout_s)
+        except OSError as exc:  # too many open files
+            reason = f"could not be started: {exc.strerror}"
+            log.error("request %s: its process %s", exchange.request_id, reason)
+            exchange.keeper.on_status(LOST_STATUS)
+            return Ending.CUT
+        if self._port:
+            process.pickup = Pickup(
+                self._port,
+                exchange,
+                self._lobby,
+                process.deliver,
+                on_loss=lambda reason: process.cancel(str(reason)),
+            )
+        exchange.when_cancelled(lambda: process.cancel(exchange.why_cancelled))
+        return process.run(self._fork_server, self._halt)
 
 
 # ---- A process for each request: the fork server -----------------------------------------------------
@@ -2850,6 +2862,12 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     return data, list(fds)
 
 
+def is_hung_up(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLRDHUP)
+    return bool(poller.poll(0))
+
+
 def is_of_our_session(pid: int) -> bool:
     try:
         return os.getsid(pid) == os.getsid(0)
@@ -2926,8 +2944,7 @@ class Orders:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._is_draining = False
-        self._consumer: socket.socket | None = None
-        self.may_chunk = True  # to that consumer
+        self.consumer: Link | None = None  # if it has come itself
 
     def take_request(self) -> tuple[Order, bytes]:
         """Return what is to be done, and all that has come of the request. Raises EOFError."""
@@ -2949,11 +2966,13 @@ class Orders:
             pass
         return self._is_draining
 
-    def wait_for_consumer(self) -> socket.socket | None:
-        """Return the connection of the consumer that has come, or None when the worker gives up."""
-        while self._consumer is None and self._take(is_patient=True):
+    def wait_for_consumer(self) -> Link:
+        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
+        while self.consumer is None and self._take(is_patient=True):
             pass
-        return self._consumer
+        if self.consumer is None:
+            raise ConsumerGone
+        return self.consumer
 
     def _take(self, is_patient: bool) -> bool:
         """Take one byte of orders; False if there is none, for now or for ever."""
@@ -2962,93 +2981,55 @@ class Orders:
         except OSError:
             return False
         if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            self._consumer = own(socket.socket(fileno=fds[0]))
-            self.may_chunk = order == PICKED_UP
+            sock = own(socket.socket(fileno=fds[0]))
+            self.consumer = Link(sock, is_old=order == PICKED_UP_BY_OLD)
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
 
 
-class OnlySlot(NamedTuple):
-    """What a handler needs of a slot, in a process that has only one request."""
+class ProcessKeeper:
+    """Has the one request of this process answered, and reports to the worker."""
 
-    application: WSGIApplication
-
-    def on_open(self, handler: RequestHandler) -> None:
-        """The worker watches the connection,"""
-
-    def on_close(self, handler: RequestHandler) -> None:
-        """closes it,"""
-
-    def on_exchange_begin(self) -> None:
-        """and counts"""
-
-    def on_exchange_end(self, status: str, seconds: float) -> None:
-        """what is served."""
-
-
-class LoneHandler(RedirectingHandler):
-    """Serves one request, in its own process, and reports to the worker."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        slot: OnlySlot,
-        channel: Channel,
-        orders: Orders,
-    ) -> None:
-        order, self._received = orders.take_request()
-        self.may_redirect = bool(order["may_redirect"])
-        self._order = order
+    def __init__(self, server: Server, channel: Channel, orders: Orders, order: Order) -> None:
+        self.report: dict[str, object] = {}
+        self._server = server
         self._channel = channel
         self._orders = orders
-        self._report: dict[str, object] = {}
-        super().__init__(sock, slot)  # type: ignore[arg-type]  # it has all that is needed here
+        self._order = order
+        self._has_answered = False
 
-    def setup(self) -> None:
-        super().setup()
-        self.intake = Intake(self.connection, self._received)
+    def has_next(self, link: Link) -> bool:
+        return not self._has_answered
 
-    def handle(self) -> None:
-        self.close_connection = False
-        self.handle_one_request()
-        self._report["is_reusable"] = not self.close_connection and self.intake.is_empty
-        self._channel.tell(report=self._report)
+    def answer(self, exchange: Exchange) -> Ending:
+        self._has_answered = True
+        exchange.cancelled = CancelledEvent(self._channel.sock)
+        if self._order["may_redirect"]:
+            exchange.redirect(Detour(self._offer, self._orders.wait_for_consumer))
+        return self._server.answer(exchange)
 
-    def finish(self) -> None:
-        self.slot.on_close(self)
-        if self.connection is not self.request:
-            self.connection.close()  # only here: the worker's own descriptor ends it
+    def is_last(self) -> bool:
+        return self._order["is_last"] or self._orders.is_draining()
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
 
+    def on_status(self, status: str) -> None:
+        self._channel.tell(status=status)
+
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        self.report["reason"] = reason  # the worker may have noticed, too, and logs it once
+
+    def on_response(self, status_line: str) -> None:
+        """The worker has seen that it is a request."""
+
+    def _offer(self, head: bytes) -> None:
+        self._channel.tell(offer=head.decode("latin-1"))
+
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
         self._channel.tell(call=name, arguments=arguments, keywords=keywords)
-
-    def make_cancelled(self) -> threading.Event:
-        return CancelledEvent(self._channel.sock)
-
-    def is_last(self) -> bool:
-        return self._order["is_last"] or self._orders.is_draining()
-
-    def on_response_start(self, status: str) -> None:
-        self._channel.tell(status=status)
-
-    def on_consumer_gone(self, request_id: str, reason: str) -> None:
-        self._report["reason"] = reason  # the worker may have noticed, too, and logs it once
-
-    def redirect(self, head: bytes) -> None:
-        self._channel.tell(offer=head.decode("latin-1"))
-        consumer = self._orders.wait_for_consumer()
-        if consumer is None:
-            raise ConsumerGone
-        self.connection, self.may_chunk = consumer, self._orders.may_chunk
-
-    def _settle(self, response: Response) -> None:
-        super()._settle(response)
-        self._report["is_whole"] = response.is_complete
 
 
 def serve_one_request(
@@ -3063,7 +3044,14 @@ def serve_one_request(
     Response.wsgi_multithread = False
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
-        LoneHandler(connection, OnlySlot(app), channel, orders)
+        order, received = orders.take_request()
+        link, keeper = Link(connection, received), ProcessKeeper(AppServer(app), channel, orders, order)
+        ending = RequestHandler(link, keeper).ending
+        if ending is Ending.KEEP and not link.intake.is_empty:
+            ending = Ending.CLOSE  # somebody else cannot go on from here
+        channel.tell(report={"ending": ending.name, **keeper.report})
+        if orders.consumer:
+            orders.consumer.close()  # only here: the worker ends it
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------
@@ -3271,87 +3259,6 @@ def parse_address(text: str) -> Address:
 # What socket.getaddrinfo returns for each address: family, type, protocol, canonical name, address.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
-Answers = list[Sequence[AddressInfo] | OSError]  # of the name service: none yet, or one
-
-
-class Connector:
-    """Opens connections to the hub, whose name is looked up each time."""
-
-    def __init__(self, address: Address, halt: Halt) -> None:
-        self._address = address
-        self._halt = halt
-        self._last_found: Sequence[AddressInfo] = ()
-        self._lock = threading.Lock()
-        self._answers: Answers | None = None  # to the latest question
-
-    def connect(self) -> socket.socket | None:
-        """Return a new connection, or None when halted. Raises OSError."""
-        failure: OSError | None = None
-        for info in self._look_up():
-            try:
-                return self._dial(*info)
-            except OSError as exc:
-                failure = exc
-        if failure and not self._halt.is_set():
-            raise failure
-        return None
-
-    def _look_up(self) -> Sequence[AddressInfo]:
-        """Return the hub's addresses; the last ones when the name service fails; none when halted."""
-        answers = self._ask_resolver()
-        if self._halt.wait(CONNECT_TIMEOUT_S, unless=lambda: answers):
-            return ()
-        found = answers[0] if answers else OSError(errno.ETIMEDOUT, "the name service does not answer")
-        if not isinstance(found, OSError):
-            self._last_found = found
-        elif not self._last_found:
-            raise found
-        return self._last_found
-
-    def _ask_resolver(self) -> Answers:
-        """Return where the answer will be, to this question or to one that is under way.
-
-        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
-        All slots share that one, or a resolver that hangs would cost a thread for each slot and try.
-        """
-
-        def ask() -> None:
-            answers.append(look_up(self._address))
-            self._halt.notify()
-
-        with self._lock:
-            if self._answers is not None and not self._answers:
-                return self._answers
-            answers: Answers = []
-            start_thread(ask, "resolver")
-            self._answers = answers
-            return answers
-
-    def _dial(
-        self,
-        family: socket.AddressFamily,
-        kind: socket.SocketKind,
-        protocol: int,
-        _name: str,
-        address: SocketAddress,
-    ) -> socket.socket:
-        sock = own(socket.socket(family, kind, protocol))
-        try:
-            sock.setblocking(False)
-            error = sock.connect_ex(address)
-            if error == errno.EINPROGRESS:
-                is_ready = wait_ready(sock, select.POLLOUT, self._halt, CONNECT_TIMEOUT_S)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if is_ready else errno.ETIMEDOUT
-            if error == 0 and sock.getsockname() == sock.getpeername():
-                error = errno.ECONNREFUSED  # nobody listens there, and TCP met itself on that very port
-            if error:
-                raise OSError(error, os.strerror(error))
-            sock.setblocking(True)
-            set_options(sock)
-        except OSError:
-            sock.close()
-            raise
-        return sock
 
 
 def look_up(address: Address) -> Sequence[AddressInfo] | OSError:
@@ -3462,124 +3369,490 @@ class Reachability:
                 log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
 
 
+# ---- The lobby ---------------------------------------------------------------------------------------
+
+
+class Stage(enum.Enum):
+    """What a seat waits for."""
+
+    LOOKING_UP = enum.auto()  # the hub's addresses
+    DIALLING = enum.auto()  # the connection to one of them
+    RESTING = enum.auto()  # the next try
+    WAITING = enum.auto()  # a request
+    SERVING = enum.auto()  # the slot, which has the link
+    OVER = enum.auto()
+
+
+class Seat:
+    """What the lobby does for one slot: one link at a time waits for a request."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.stage = Stage.RESTING
+        self.deadline = math.inf
+        self.backoff = Backoff()
+        self.addresses: list[AddressInfo] = []  # that have not been tried
+        self.failure = OSError("it has no address")
+        self.dialled: socket.socket | None = None
+        self.link: Link | None = None
+
+
+class Lobby:
+    """One thread that dials the hub, waits with the links for requests, and watches all links for their end.
+
+    A slot is given a link when there is a request on it, and gives it back. What other threads want they
+    order; nothing else of it is theirs. It is only here that links are opened, and closed: what somebody else
+    closed might be another connection by the time that it is looked at.
+
+    A FIN hides behind unread bytes from `recv`, but not from POLLRDHUP. Where there is none, what is not
+    waited with is looked at often, and an end behind an unread body is not seen.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        halt: Halt,
+        reachability: Reachability,
+        metrics: Metrics,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._halt = halt
+        self._reachability = reachability
+        self._metrics = metrics
+        self._on_end = on_end
+        self._hang_up = getattr(select, "POLLRDHUP", 0)
+        self._poller = select.poll()
+        self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; they are given its events
+        self._seats: dict[Slot, Seat] = {}
+        self._watched: set[Link] = set()  # which somebody else has
+        self._closing: list[Link | socket.socket] = []  # at the end of the turn
+        self._is_resolving = False
+        self._last_found: Sequence[AddressInfo] = ()
+        self._is_halted = False
+        self._is_over = False
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._reader, self._writer = own_pair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    # -- for other threads
+
+    def start(self) -> None:
+        self._listen(self._reader.fileno(), select.POLLIN, self._obey)
+        self._listen(self._halt.fileno(), select.POLLIN, self._on_halt)
+        start_thread(self._run, "lobby")
+
+    def seat(self, slot: Slot) -> None:
+        """Have a link wait for the slot from now on, which is put into its inbox with a request; or None."""
+        self._order(self._seat, slot)
+
+    def give_back(self, slot: Slot, ending: Ending) -> None:
+        """Take the slot's link."""
+        self._order(self._on_given_back, slot, ending)
+
+    def watch(self, link: Link) -> None:
+        """Tell the link when its other end closes."""
+        self._order(self._watch, link)
+
+    def dismiss(self, link: Link) -> None:
+        """Watch it no longer, and close it."""
+        self._order(self._dismiss, link)
+
+    def close(self) -> None:
+        """End the thread, when there are no slots any more."""
+        self._order(self._end)
+
+    def _order(self, action: Callable[..., None], *arguments: object) -> None:
+        self._orders.put(functools.partial(action, *arguments))
+        with contextlib.suppress(OSError):  # it is awake, or has ended
+            self._writer.send(b"O")
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while not self._is_over:
+            for fd, events in self._poller.poll(self._wait_ms()):
+                if action := self._actions.get(fd):  # it may be gone since this turn began
+                    self._do(action, events)
+            self._do(self._on_time)
+            for each in self._closing:
+                each.close()
+            self._closing.clear()
+        self._reader.close()
+        self._writer.close()
+        self._on_end()
+
+    def _do(self, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception:
+            log.exception("a fault of the worker itself")
+
+    def _obey(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(RECEIVE_BYTES)
+        for _ in range(self._orders.qsize()):  # those that come meanwhile have a turn of their own
+            self._do(self._orders.get())
+
+    def _end(self) -> None:
+        self._is_over = True
+
+    def _wait_ms(self) -> float | None:
+        deadline = min([seat.deadline for seat in self._seats.values()], default=math.inf)
+        wait_s = min(LONGEST_POLL_S, max(0.0, deadline - time.monotonic()))
+        if self._watched and not self._hang_up:
+            wait_s = min(wait_s, PEEK_INTERVAL_S)
+        return wait_s * 1000 + 1
+
+    def _on_time(self) -> None:
+        now = time.monotonic()
+        for seat in [seat for seat in self._seats.values() if seat.deadline <= now]:
+            self._on_deadline(seat)
+        if not self._hang_up:
+            for link in [link for link in self._watched if link.peek() == b""]:
+                self._on_hang_up(link)
+
+    def _on_deadline(self, seat: Seat) -> None:
+        if seat.stage is Stage.RESTING:
+            self._look_up(seat)
+        elif seat.stage is Stage.LOOKING_UP:
+            self._fail(seat, OSError(errno.ETIMEDOUT, "the name service does not answer"))
+        elif seat.stage is Stage.DIALLING:
+            self._on_dialled(seat, errno.ETIMEDOUT)
+        else:
+            self._end_link(seat)
+
+    def _listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
+        self._poller.register(fd, events)
+        self._actions[fd] = action
+
+    def _ignore(self, fd: int) -> None:
+        if self._actions.pop(fd, None):
+            self._poller.unregister(fd)
+
+    def _close(self, each: Link | socket.socket) -> None:
+        self._ignore(each.fileno())
+        self._closing.append(each)
+
+    # -- links that others have
+
+    def _watch(self, link: Link) -> None:
+        self._watched.add(link)
+        self._listen(link.fileno(), self._hang_up, functools.partial(self._on_watched, link))
+
+    def _on_watched(self, link: Link, events: int) -> None:
+        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
+            self._on_hang_up(link)
+
+    def _on_hang_up(self, link: Link) -> None:
+        self._watched.discard(link)
+        self._ignore(link.fileno())
+        link.on_gone()
+
+    def _dismiss(self, link: Link) -> None:
+        self._watched.discard(link)
+        self._close(link)
+
+    # -- seats
+
+    def _seat(self, slot: Slot) -> None:
+        self._seats[slot] = seat = Seat(slot)
+        if self._is_halted:
+            self._leave(seat)
+        else:
+            self._look_up(seat)
+
+    def _on_halt(self, _events: int) -> None:
+        self._ignore(self._halt.fileno())
+        self._is_halted = True
+        for seat in list(self._seats.values()):
+            if seat.stage is Stage.WAITING:
+                self._wait_no_longer(seat)
+            elif seat.dialled and wait_ready(seat.dialled, select.POLLOUT, None, 0):
+                self._on_dial_event(seat, seat.dialled, 0)  # the hub has it, and perhaps a request for it
+            elif seat.stage is not Stage.SERVING:
+                self._leave(seat)
+
+    def _wait_no_longer(self, seat: Seat) -> None:
+        """A request that has come is served; and so is one that is on its way.
+
+        The hub, which did not know of the halt, may have sent it on the heels of the last response.
+        """
+        assert seat.link is not None
+        seat.deadline = seat.link.free_since + CROSSING_S
+        self._on_arrival(seat, 0)
+
+    def _rest(self, seat: Seat) -> None:
+        seat.stage, seat.deadline = Stage.RESTING, time.monotonic() + seat.backoff.next_wait_s()
+
+    def _leave(self, seat: Seat, is_good: bool = False) -> None:
+        """There is nothing more to be done for this slot."""
+        if seat.dialled:
+            self._close(seat.dialled)
+        seat.stage, seat.deadline = Stage.OVER, math.inf
+        del self._seats[seat.slot]
+        seat.slot.is_good = is_good
+        seat.slot.inbox.put(None)
+
+    def _fail(self, seat: Seat, reason: OSError) -> None:
+        """The hub cannot be reached."""
+        self._reachability.on_failed(reason)
+        if seat.slot.serves_one_request:
+            self._leave(seat)
+        else:
+            self._rest(seat)
+
+    # -- reaching the hub, whose name is looked up each time
+
+    def _look_up(self, seat: Seat) -> None:
+        """Have the hub's addresses told to the seat.
+
+        The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
+        All seats share that one, or a resolver that hangs would cost a thread for each slot and try.
+        """
+        seat.stage, seat.deadline = Stage.LOOKING_UP, time.monotonic() + CONNECT_TIMEOUT_S
+        if self._is_resolving:
+            return
+        try:
+            start_thread(lambda: self._order(self._on_answer, look_up(self._address)), "resolver")
+            self._is_resolving = True
+        except OSError as exc:
+            self._fail(seat, exc)
+
+    def _on_answer(self, found: Sequence[AddressInfo] | OSError) -> None:
+        """The name service has answered; when it fails, the last addresses are used."""
+        self._is_resolving = False
+        if not isinstance(found, OSError):
+            self._last_found = found
+        for seat in list(self._seats.values()):
+            if seat.stage is Stage.LOOKING_UP:
+                if isinstance(found, OSError):
+                    seat.failure = found
+                seat.addresses = list(self._last_found)
+                self._dial(seat)
+
+    def _dial(self, seat: Seat) -> None:
+        """Begin to connect to the next of the addresses."""
+        if self._is_halted:
+            self._leave(seat)
+            return
+        if not seat.addresses:
+            self._fail(seat, seat.failure)
+            return
+        family, kind, protocol, _, address = seat.addresses.pop(0)
+        seat.stage, seat.deadline = Stage.DIALLING, time.monotonic() + CONNECT_TIMEOUT_S
+        try:
+            seat.dialled = own(socket.socket(family, kind, protocol))
+            seat.dialled.setblocking(False)
+            error = seat.dialled.connect_ex(address)
+        except OSError as exc:
+            error = exc.errno or errno.EINVAL
+        if error == errno.EINPROGRESS:
+            assert seat.dialled is not None
+            action = functools.partial(self._on_dial_event, seat, seat.dialled)
+            self._listen(seat.dialled.fileno(), select.POLLOUT, action)
+        else:
+            self._on_dialled(seat, error)
+
+    def _on_dial_event(self, seat: Seat, sock: socket.socket, _events: int) -> None:
+        self._on_dialled(seat, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _on_dialled(self, seat: Seat, error: int) -> None:
+        """The connection is there, or has failed."""
+        sock, seat.dialled = seat.dialled, None
+        try:
+            if error or sock is None:
+                raise OSError(error, os.strerror(error))
+            if sock.getsockname() == sock.getpeername():  # nobody listens there, and TCP met itself
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+            sock.setblocking(True)
+            set_options(sock)
+        except OSError as exc:
+            if sock:
+                self._close(sock)
+            seat.failure = exc
+            self._dial(seat)
+        else:
+            self._ignore(sock.fileno())
+            self._on_connected(seat, Link(sock))
+
+    def _on_connected(self, seat: Seat, link: Link) -> None:
+        seat.link = seat.slot.link = link
+        self._reachability.on_connected(seat.slot)
+        self._metrics.on_slot(1)
+        self._wait(seat)
+
+    # -- waiting with a link
+
+    def _wait(self, seat: Seat) -> None:
+        assert seat.link is not None
+        seat.stage, seat.deadline = Stage.WAITING, math.inf
+        action = functools.partial(self._on_arrival, seat)
+        self._listen(seat.link.fileno(), select.POLLIN | self._hang_up, action)
+        if self._is_halted:
+            self._wait_no_longer(seat)
+
+    def _on_arrival(self, seat: Seat, events: int) -> None:
+        """A request has come, or the end."""
+        link = seat.link
+        assert link is not None
+        first = link.peek()
+        if first is None:  # the event was of a moment ago
+            return
+        if not first:
+            self._end_link(seat)
+            return
+        seat.stage, seat.deadline = Stage.SERVING, math.inf
+        link.is_gone = bool(self._hang_up & events)
+        self._watch(link)
+        seat.slot.inbox.put(link)
+
+    def _on_given_back(self, slot: Slot, ending: Ending) -> None:
+        seat = self._seats[slot]
+        assert seat.link is not None
+        self._watched.discard(seat.link)
+        if ending is Ending.KEEP:
+            self._wait(seat)
+        else:
+            self._end_link(seat)
+
+    def _end_link(self, seat: Seat) -> None:
+        link, now = seat.link, time.monotonic()
+        assert link is not None
+        link.cut()  # closing is not enough while another process holds it, too
+        self._close(link)
+        seat.link = seat.slot.link = None
+        self._metrics.on_slot(-1)
+        if not link.has_served and not self._is_halted:
+            self._reachability.on_unused(link.opened_at, now)
+        is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
+        if is_good:
+            seat.backoff.reset()
+        if self._is_halted or seat.slot.serves_one_request:
+            self._leave(seat, is_good)
+        elif is_good:
+            self._look_up(seat)
+        else:
+            self._rest(seat)
+
+
 # ---- Slots -------------------------------------------------------------------------------------------
 
 
 class Slot:
-    """A thread with one connection to the hub at a time. Whatever the app does, it lives until the halt."""
+    """A thread that serves one request at a time. Whatever the app does, it lives until the halt.
 
-    serves_one_request = False
+    With an offer of a gate, it serves a single request.
+    """
 
-    def __init__(
-        self, pool: WorkerPool, halt: Halt, connector: Connector, reachability: Reachability
-    ) -> None:
-        self.halt = halt
-        self.application = pool.application
-        self.fork_server = pool.fork_server
-        self.pickups = pool.pickups
-        self.request_timeout_s = pool.request_timeout_s
-        self._metrics = pool.metrics
+    def __init__(self, pool: WorkerPool, halt: Halt, offer: Offer | None = None) -> None:
+        self.inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self.link: Link | None = None  # to the hub, be it the lobby's at present
+        self.is_good = False  # what the lobby could do for it
         self._pool = pool
-        self._connector = connector
-        self._reachability = reachability
-        self._backoff = Backoff()
-        self._handler: RequestHandler | None = None
+        self._halt = halt
+        self._offer = offer
+        self._status = GONE_STATUS
+        self._exchange: Exchange | None = None
+        self._poller = select.poll()
+
+    @property
+    def serves_one_request(self) -> bool:
+        return self._offer is not None
 
     def run(self) -> None:
         try:
-            while not self.halt.is_set():
-                if self._serve_connection():
-                    self._backoff.reset()
-                else:
-                    self.halt.wait(self._backoff.next_wait_s())
+            while (link := self.inbox.get()) is not None:
+                self._pool.lobby.give_back(self, self._serve(link))
         finally:
+            if self._offer:
+                self._offer.close(self.is_good)
             self._pool.on_slot_end(self)
 
-    def _serve_connection(self) -> bool:
-        """Serve one connection to its end; False if it was good for nothing."""
+    def _serve(self, link: Link) -> Ending:
+        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer."""
+        self._poller = select.poll()
+        self._poller.register(self._halt, select.POLLIN)
+        self._poller.register(link, select.POLLIN)
         try:
-            sock = self._connector.connect()
-        except OSError as exc:
-            self._reachability.on_failed(exc)
-            return False
-        if sock is None:
-            return False
-        opened_at = time.monotonic()
-        with sock:
-            self._reachability.on_connected(self)
-            handler = self._handle(sock)
-            with contextlib.suppress(OSError):  # closing is not enough if another process holds it, too
-                sock.shutdown(socket.SHUT_RDWR)
-        closed_at = time.monotonic()
-        has_served = bool(handler and handler.has_served)
-        if handler and not has_served and not self.halt.is_set():
-            self._reachability.on_unused(opened_at, closed_at)
-        return has_served or closed_at - opened_at > BACKOFF_LAST_S
-
-    def _handle(self, sock: socket.socket) -> RequestHandler | None:
-        handler_class: type[RequestHandler] = RequestHandler
-        if self.fork_server:
-            handler_class = ProcessHandler
-        elif self.pickups:
-            handler_class = RedirectingHandler
-        try:
-            return handler_class(sock, self)
-        except OSError as exc:
-            log.debug("connection to the hub lost: %s", exc)
+            ending = RequestHandler(link, self).ending
         except Exception:
             log.exception("a fault of the worker itself")
-        return None
+            ending = Ending.CUT
+        if ending is not Ending.KEEP:
+            link.cut()
+        return ending
 
-    @property
-    def handler(self) -> RequestHandler | None:
-        """What serves the open connection."""
-        return self._handler
+    # -- as the keeper of its requests
 
-    def on_open(self, handler: RequestHandler) -> None:
-        self._handler = handler
-        self.watch(handler)
-        self._metrics.on_slot(1)
+    def has_next(self, link: Link) -> bool:
+        fd = link.fileno()
+        is_there = not link.intake.is_empty
+        return is_there or any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
 
-    def on_request(self, environ: WSGIEnvironment) -> None:
-        """A request has come, and the app is about to be called with `environ`."""
+    def answer(self, exchange: Exchange) -> Ending:
+        link = exchange.link
+        link.has_served = True
+        self._exchange = exchange
+        link.when_gone(exchange.cancel)
+        try:
+            if not exchange.cancelled.is_set():
+                return self._answer_and_count(exchange)
+            log.info("request %s: the consumer had gone before it began", exchange.request_id)
+            return Ending.CUT
+        finally:
+            link.disregard()
+            self._exchange = None
+            link.free_since = time.monotonic()
+
+    def _answer_and_count(self, exchange: Exchange) -> Ending:
+        self._status = GONE_STATUS
+        began_at = time.monotonic()
+        self._pool.reachability.on_request()
+        self._pool.metrics.on_request()
+        try:
+            return self._pool.server.answer(exchange)
+        finally:
+            self._pool.metrics.on_response(self._status, time.monotonic() - began_at)
+
+    def is_last(self) -> bool:
+        return self.serves_one_request or self._halt.is_set()
+
+    def on_environ(self, environ: WSGIEnvironment) -> None:
+        if self._offer:
+            self._offer.on_request(environ)
+
+    def on_status(self, status: str) -> None:
+        self._status = status[:3]
+
+    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+        log.info("request %s: %s", exchange.request_id, reason)
 
     def on_response(self, status_line: str) -> None:
-        """A response has come where there should be a request."""
-        self._reachability.on_response(status_line)
+        self._pool.reachability.on_response(status_line)
 
-    def on_exchange_begin(self) -> None:
-        self._reachability.on_request()
-        self._metrics.on_request()
+    # -- for other threads
 
-    def on_exchange_end(self, status: str, seconds: float) -> None:
-        self._metrics.on_response(status, seconds)
-
-    def on_close(self, handler: RequestHandler) -> None:
-        self._metrics.on_slot(-1)
-        self.unwatch(handler)
-        self._handler = None
-
-    def watch(self, handler: RequestHandler) -> None:
-        """From now on, tell the handler when its connection's other end closes."""
-        self._pool.watcher.add(handler)
-
-    def unwatch(self, handler: RequestHandler) -> None:
-        """From now on, what happens to the connection does not matter to the handler."""
-        self._pool.watcher.discard(handler)
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being served."""
+        return self._exchange is not None
 
     def abort(self) -> bool:
-        """Cut the connection off, from another thread; return whether a request was being served."""
-        handler = self._handler
-        if handler is None:
-            return False
-        was_busy = handler.is_busy  # asked first: an app that listens to `cancelled` ends at once
-        handler.hang_up_reason = "cut off: the worker stops at once"
-        handler.on_hang_up()
-        handler.cut_off()
-        return was_busy
+        """Cut the connection off; return whether a request was being served."""
+        link, exchange = self.link, self._exchange
+        if exchange:
+            exchange.cancel("cut off: the worker stops at once")
+        for each in (link, exchange and exchange.consumer):
+            if each:
+                each.cut()
+        return exchange is not None
 
     def on_exit(self) -> None:
-        """The process ends now, although the app still runs. Called by another thread."""
+        """The process ends now, although the app still runs."""
+        if self._offer:
+            self._offer.end()
 
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
@@ -3590,7 +3863,9 @@ Gate = Callable[[Callable[[], bool]], object]
 class Offer:
     """What a gate let through: one connection for one request. Tells the gate's object how it goes."""
 
-    def __init__(self, reservation: object) -> None:
+    def __init__(self, gate_loop: GateLoop, reservation: object) -> None:
+        self._gate_loop = gate_loop
+        self._has_request = False
         self._request_received = getattr(reservation, "request_received", None)
         self._done = getattr(reservation, "done", None)
         # Whether the gate gets to know when the job is over; one that is made of several may say otherwise.
@@ -3598,7 +3873,14 @@ class Offer:
         self._lock = threading.Lock()
 
     def on_request(self, environ: WSGIEnvironment) -> None:
+        self._has_request = True
         self._tell(self._request_received, environ)
+        self._gate_loop.on_request()
+
+    def close(self, is_good: bool) -> None:
+        """The connection has ended, which was good for something or not."""
+        self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+        self.end()
 
     def end(self) -> None:
         """The job is over, or never came; only the first call counts."""
@@ -3615,43 +3897,6 @@ class Offer:
                 method(*arguments)
         except BaseException:
             log.exception("the gate's %s raised an exception", getattr(method, "__name__", method))
-
-
-class GatedSlot(Slot):
-    """A slot for one request on one connection."""
-
-    serves_one_request = True
-
-    def __init__(
-        self,
-        pool: WorkerPool,
-        halt: Halt,
-        connector: Connector,
-        reachability: Reachability,
-        gate_loop: GateLoop,
-        offer: Offer,
-    ) -> None:
-        super().__init__(pool, halt, connector, reachability)
-        self._gate_loop = gate_loop
-        self._offer = offer
-        self._has_request = False
-
-    def run(self) -> None:
-        is_good = False
-        try:
-            is_good = self._serve_connection()
-        finally:
-            self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
-            self._offer.end()
-            self._pool.on_slot_end(self)
-
-    def on_exit(self) -> None:
-        self._offer.end()
-
-    def on_request(self, environ: WSGIEnvironment) -> None:
-        self._has_request = True
-        self._offer.on_request(environ)
-        self._gate_loop.on_request()
 
 
 class GateLoop:
@@ -3688,7 +3933,7 @@ class GateLoop:
     def _let_one_through(self) -> None:
         asked_at = time.monotonic()
         with app_code():
-            offer = Offer(self._gate(self._halt.is_set))
+            offer = Offer(self, self._gate(self._halt.is_set))
         self._metrics.on_gate(time.monotonic() - asked_at)
         self._max_waiting = MAX_WAITING_OFFERS if offer.is_counted else 1
         if self._has_failed:  # here and not before: the gate may have been waiting all the time
@@ -3754,9 +3999,9 @@ class WorkerPool:
             raise ValueError("there is no application")
         self.gate = find_gate(application) if poll_jobs else None
         self.metrics = metrics or Metrics()
-        self.application = application
         self.fork_server = fork_server
-        self.request_timeout_s = request_timeout_s
+        self._application = application
+        self._request_timeout_s = request_timeout_s
         self.pickups = pickups
         self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
         self.workers = workers
@@ -3764,6 +4009,7 @@ class WorkerPool:
         self._lock = threading.RLock()
         self._halt: Halt | None = None
         self._slots: list[Slot] = []
+        self._numbers = itertools.count(1)
         self._running = 0
         self._is_stopping = False
         self._was_cut_off = False
@@ -3783,44 +4029,54 @@ class WorkerPool:
             if self._halt is not None:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
-            self.watcher = make_watcher()
+            slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
+            self.reachability = Reachability(self.address, slots, description)
+            self.lobby = Lobby(self.address, halt, self.reachability, self.metrics, self._on_end)
+            self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
-            connector = Connector(self.address, halt)
             if self._is_stopping:
                 halt.set()
+            self.lobby.start()
             if self.gate:
-                self._start_gate(self.gate, halt, connector)
+                self._running = 1
+                self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
+                start_thread(self._run_gate, "gate")
                 return
-            self.reachability = Reachability(self.address, self.workers, f"slots={self.workers}")
-            self._slots = [Slot(self, halt, connector, self.reachability) for _ in range(self.workers)]
-            self._running = self.workers
-            for number, slot in enumerate(self._slots, 1):
-                start_thread(slot.run, f"slot-{number}")
+            for _ in range(self.workers):
+                self._open_slot()
 
-    def _start_gate(self, gate: Gate, halt: Halt, connector: Connector) -> None:
-        self.reachability = reachability = Reachability(self.address, 1, "gated")
-        numbers = itertools.count(1)
+    def _make_server(self, halt: Halt) -> Server:
+        if self.fork_server:
+            return ProcessServer(self.fork_server, halt, self._request_timeout_s, self.pickups, self.lobby)
+        assert self._application is not None
+        server: Server
+        if isinstance(self._application, Forwarder):
+            server = self._application
+        else:
+            server = AppServer(self._application)
+        return DetouringServer(server, self.pickups, self.lobby) if self.pickups else server
 
-        def open_slot(offer: Offer) -> None:
-            slot = GatedSlot(self, halt, connector, reachability, gate_loop, offer)
-            try:
-                with self._lock:
-                    start_thread(slot.run, f"slot-{next(numbers)}")
-                    self._slots.append(slot)
-                    self._running += 1
-            except OSError as exc:
-                reachability.on_failed(exc)
-                gate_loop.on_slot_end(had_request=False, is_good=False)
-                offer.end()
+    def _open_slot(self, offer: Offer | None = None) -> None:
+        """Raises OSError."""
+        assert self._halt is not None
+        slot = Slot(self, self._halt, offer)
+        with self._lock:
+            start_thread(slot.run, f"slot-{next(self._numbers)}")
+            self._slots.append(slot)
+            self._running += 1
+        self.lobby.seat(slot)
 
-        def run() -> None:
-            gate_loop.run()
-            self._on_gate_end()
+    def _open_gated_slot(self, offer: Offer) -> None:
+        try:
+            self._open_slot(offer)
+        except OSError as exc:
+            self.reachability.on_failed(exc)
+            offer.close(is_good=False)
 
-        gate_loop = GateLoop(gate, halt, open_slot, self.metrics)
-        self._running = 1
-        start_thread(run, "gate")
+    def _run_gate(self) -> None:
+        self._gate_loop.run()
+        self._on_gate_end()
 
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
@@ -3903,9 +4159,8 @@ class WorkerPool:
     def count(self) -> tuple[int, int]:
         """Return how many slots wait for a request and how many serve one."""
         with self._lock:
-            handlers = [slot.handler for slot in self._slots]
-        busy = sum(handler is not None and handler.is_busy for handler in handlers)
-        return sum(handler is not None for handler in handlers) - busy, busy
+            busy = sum(slot.is_busy for slot in self._slots)
+            return sum(slot.link is not None for slot in self._slots) - busy, busy
 
     def wait_for_drain(self, sock: socket.socket) -> bool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
@@ -3933,14 +4188,17 @@ class WorkerPool:
     def _on_thread_end(self) -> None:
         """The last one puts out the light."""
         self._running -= 1
-        if self._running:
-            return
+        if not self._running:
+            self.lobby.close()
+
+    def _on_end(self) -> None:
+        """Called by the lobby's thread as its last act."""
         assert self._halt is not None
-        if self._timer:
-            self._timer.cancel()
-        self.watcher.close()
-        self._halt.close()
-        self._ended.set()
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._halt.close()
+            self._ended.set()
 
 
 # ---- Inspection --------------------------------------------------------------------------------------
@@ -4864,7 +5122,7 @@ class Signals:
             self._writer.close()
 
 
-Door = TypeVar("Door", bound=SideDoor)
+Door = TypeVar("Door", bound=SidePort)
 
 
 def bind(

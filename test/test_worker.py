@@ -69,7 +69,9 @@ def lines() -> Iterator[Lines]:
 
 
 @contextlib.contextmanager
-def running_pool(app: App, listener: wire.Listener, **options: Any) -> Iterator[WorkerPool]:
+def running_pool(
+    app: App | pothead_worker.Forwarder, listener: wire.Listener, **options: Any
+) -> Iterator[WorkerPool]:
     """Run a pool in this process, and see to it that nothing of it is left afterwards."""
     pool = WorkerPool(app, connect=listener.worker, **options)
     pool.start()
@@ -79,7 +81,7 @@ def running_pool(app: App, listener: wire.Listener, **options: Any) -> Iterator[
         pool.stop_now()
         pool.join()
         for thread in threading.enumerate():
-            if thread.name.startswith(("pothead-slot", "pothead-watcher", "Thread-")):
+            if thread.name.startswith(("pothead-slot", "pothead-lobby", "Thread-")):
                 thread.join(wire.DEADLINE_S)
                 assert not thread.is_alive(), thread
 
@@ -251,7 +253,7 @@ def test_send_that_was_interrupted_is_completed(sent_at_first: int) -> None:
     pieces = [b"a" * 20_000, b"", b"b" * 20_000, b"\r\n"]
     one, two = socket.socketpair()
     with Interrupted(fileno=one.detach()) as sender, two:
-        pothead_worker.send_pieces(sender, pieces)
+        pothead_worker.Link(sender).send(*pieces)
         assert two.recv(40_002, socket.MSG_WAITALL) == b"".join(pieces)
 
 
@@ -1198,8 +1200,10 @@ def test_app_is_told_within_100_ms_that_the_consumer_has_gone(
     served.accept_again()
 
 
-def test_where_there_is_no_epoll_peeking_notices_too(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("select.epoll")
+def test_where_there_is_no_event_for_it_peeking_notices_too(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("select.POLLRDHUP")
     for leave in (leave_by_fin, leave_by_reset):
         app = Computing()
         served = serving(app)
@@ -1292,21 +1296,33 @@ def test_request_that_was_answered_is_not_cancelled_by_the_end_of_its_connection
     assert not events[0].is_set() and not events[-1].is_set()
 
 
+class Held:
+    """Holds lobbies up, once a seat of theirs has come to a stage, until `go_on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: pothead_worker.Stage) -> None:
+        self.is_there, self.go_on = threading.Event(), threading.Event()
+        wait_ms = pothead_worker.Lobby._wait_ms
+
+        def hold(lobby: pothead_worker.Lobby) -> float | None:
+            if any(seat.stage is stage for seat in lobby._seats.values()):
+                self.is_there.set()
+                assert self.go_on.wait(wire.DEADLINE_S)
+            return wait_ms(lobby)
+
+        monkeypatch.setattr(pothead_worker.Lobby, "_wait_ms", hold)
+
+
 def test_request_whose_consumer_left_before_it_began_is_not_run(
-    listener: wire.Listener, lines: Lines
+    serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halt = pothead_worker.Halt()
-    slot = types.SimpleNamespace(
-        halt=halt,
-        application=raising(AssertionError("was run")),
-        on_open=lambda handler: handler.on_hang_up(),
-        on_close=lambda handler: None,
-    )
-    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
-        peer.send(request())
-        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
-    halt.close()
+    lobby = Held(monkeypatch, pothead_worker.Stage.WAITING)
+    served = serving(raising(AssertionError("was run")))
+    assert lobby.is_there.wait(wire.DEADLINE_S)
+    served.peer.send(request())
+    served.peer.finish_sending()
+    lobby.go_on.set()
     lines.wait_for("the consumer had gone before it began")
+    served.peer.expect_eof()
     assert not lines.having("was run")
 
 
@@ -1324,6 +1340,28 @@ def test_each_slot_serves_one_request_at_a_time(listener: wire.Listener) -> None
         one.send(request())
         two.send(request())
         assert one.read_response().body == two.read_response().body == b"hello"
+
+
+def test_connection_that_a_slot_has_given_back_is_waited_with_and_used_again(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Tries()
+    wait = pothead_worker.Lobby._wait
+
+    def counting(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
+        wait(lobby, seat)
+        waits.release()
+
+    monkeypatch.setattr(pothead_worker.Lobby, "_wait", counting)
+    monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
+    served = serving(hello)
+    for _ in range(5):
+        assert waits.acquire_many(1)
+        assert ask(served.peer).body == b"hello"
+    assert waits.acquire_many(1)
+    served.peer.finish_sending()
+    served.peer.expect_eof()
+    assert ask(served.accept_again()).body == b"hello"
 
 
 def test_connections_are_logged_once_they_all_are_there(listener: wire.Listener, lines: Lines) -> None:
@@ -1414,7 +1452,8 @@ def test_connection_that_brought_no_request_is_followed_by_a_wait(serving: Any) 
     assert times[-1] - times[0] > 0.1 + 0.2 / 2
     assert ask(served.peer, "GET /", "Connection: close").status == 200
     served.accept_again()  # at once, and the next failure counts as the first
-    assert served.pool._slots[0]._backoff.failures == 0
+    [seat] = served.pool.lobby._seats.values()
+    assert seat.backoff.failures == 0
 
 
 def test_fault_of_the_worker_itself_is_logged_and_the_slot_lives_on(
@@ -1556,24 +1595,19 @@ def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> 
     assert served.pool.join() is True
 
 
-def test_request_that_came_before_the_halt_is_answered(listener: wire.Listener) -> None:
-    halt = pothead_worker.Halt()
-    slot = types.SimpleNamespace(
-        halt=halt,
-        application=hello,
-        serves_one_request=False,
-        on_open=lambda handler: halt.set(),
-        on_request=lambda environ: None,
-        on_exchange_begin=lambda: None,
-        on_exchange_end=lambda status, seconds: None,
-        on_close=lambda handler: None,
-    )
-    with socket.create_connection(listener.worker) as sock, listener.accept() as peer:
-        peer.send(request())
-        assert pothead_worker.wait_ready(sock, 1, halt)
-        pothead_worker.RequestHandler(sock, slot)  # type: ignore[arg-type]
-        assert peer.read_response().value(b"connection") == b"close"
-    halt.close()
+@pytest.mark.parametrize("stage", [pothead_worker.Stage.DIALLING, pothead_worker.Stage.WAITING])
+def test_request_that_came_before_the_halt_is_answered(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, stage: pothead_worker.Stage
+) -> None:
+    """Also if the halt is noticed first, or even the connection is not known yet to be there."""
+    lobby = Held(monkeypatch, stage)
+    served = serving(hello)
+    assert lobby.is_there.wait(wire.DEADLINE_S)
+    served.peer.send(request())
+    served.pool.stop()
+    lobby.go_on.set()
+    assert served.peer.read_response().value(b"connection") == b"close"
+    assert served.pool.join() is True
 
 
 def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -> None:
@@ -1620,13 +1654,14 @@ def test_stop_interrupts_a_wait_for_the_next_try(lines: Lines, monkeypatch: pyte
 
 def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = threading.Event()
-    wait_ready = pothead_worker.wait_ready
+    dial = pothead_worker.Lobby._dial
 
-    def telling(*arguments: Any) -> bool:
+    def telling(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
+        dial(lobby, seat)
+        assert seat.stage is pothead_worker.Stage.DIALLING
         waiting.set()
-        return wait_ready(*arguments)
 
-    monkeypatch.setattr(pothead_worker, "wait_ready", telling)
+    monkeypatch.setattr(pothead_worker.Lobby, "_dial", telling)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         stack.enter_context(socket.create_connection(listening.getsockname()))  # the one place in its queue

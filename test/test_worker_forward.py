@@ -43,7 +43,7 @@ class Forwarding:
 def forwarding(listener: wire.Listener) -> Iterator[Forwarding]:
     with wire.Listener() as local:
         forwarder = pothead_worker.Forwarder(f"http://{local.worker[0]}:{local.worker[1]}")
-        with running_pool(forwarder, listener), listener.accept() as peer:  # type: ignore[arg-type]
+        with running_pool(forwarder, listener), listener.accept() as peer:
             yield Forwarding(local, peer)
 
 
@@ -333,7 +333,7 @@ def test_program_that_is_down_gives_502_and_one_line_an_episode(
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))  # and does not listen yet
         forwarder = pothead_worker.Forwarder(f"http://127.0.0.1:{sock.getsockname()[1]}/")
-        with running_pool(forwarder, listener), listener.accept() as peer:  # type: ignore[arg-type]
+        with running_pool(forwarder, listener), listener.accept() as peer:
             for _ in range(3):
                 peer.send(request())
                 response = peer.read_response()

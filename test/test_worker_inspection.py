@@ -209,8 +209,8 @@ def test_page_that_there_is_no_thread_for_is_refused() -> None:
     port.start()
     with contextlib.closing(port):
         for status in (503, 200):
-            with wire.Peer.connect(("127.0.0.1", port.port)) as visitor:
-                with no_more_threads() if status == 503 else contextlib.nullcontext():
+            with no_more_threads() if status == 503 else contextlib.nullcontext():
+                with wire.Peer.connect(("127.0.0.1", port.port)) as visitor:
                     visitor.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
                     assert visitor.read_response().status == status
                     visitor.expect_eof()

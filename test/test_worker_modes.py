@@ -150,7 +150,7 @@ def test_all_modes_of_an_app_work_together(
 def forwarding(listener: wire.Listener, local: wire.Listener) -> Iterator[wire.Peer]:
     """Run a pool that forwards to `local` and redirects; yields its slot's connection to the hub."""
     forwarder = Forwarder(f"http://127.0.0.1:{local.worker[1]}")
-    with running_pool(forwarder, listener, pickups=PickupPort(0)), listener.accept() as peer:  # type: ignore[arg-type]
+    with running_pool(forwarder, listener, pickups=PickupPort(0)), listener.accept() as peer:
         yield peer
 
 
@@ -187,7 +187,7 @@ def test_program_loses_its_connection_when_nobody_comes(listener: wire.Listener)
     with wire.Listener() as local:
         forwarder = Forwarder(f"http://127.0.0.1:{local.worker[1]}")
         pickups = PickupPort(0, expiry_s=0.05, interval_s=0.02)
-        with running_pool(forwarder, listener, pickups=pickups), listener.accept() as peer:  # type: ignore[arg-type]
+        with running_pool(forwarder, listener, pickups=pickups), listener.accept() as peer:
             peer.send(request())
             with local.accept() as program:
                 program.read_head()

@@ -273,7 +273,8 @@ def test_thousand_requests_leave_nothing_behind(start: Any, listener: wire.Liste
     worker = start()
 
     def left_by(fork_server: int) -> tuple[int, int, set[str], list[str]]:
-        wire.until_asleep(fork_server)  # it tells of an end before it closes what was the process's
+        for pid in (worker.pid, fork_server):
+            wire.until_asleep(pid)  # it may have told of something that it is not quite done with
         fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (worker.pid, fork_server)]
         children = Path(f"/proc/{fork_server}/task/{fork_server}/children").read_text().split()
         names = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(("tmp", "pothead"))}
