@@ -2100,7 +2100,7 @@ class Pickup:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self._exchange.consumer = consumer = Link(sock, is_old=is_old)
         consumer.when_gone(functools.partial(self._on_gone, consumer))
-        self._lobby.watch(consumer)
+        self._lobby.order(self._lobby.watch, consumer)
         self._on_arrival(consumer)
 
     def _on_gone(self, consumer: Link) -> None:
@@ -2121,7 +2121,7 @@ class Pickup:
         consumer = self._exchange.consumer
         if consumer:
             consumer.end(ending)
-            self._lobby.dismiss(consumer)
+            self._lobby.order(self._lobby.dismiss, consumer)
         return Ending.CUT if ending is Ending.CUT else Ending.CLOSE
 
 
@@ -3314,7 +3314,7 @@ class Reachability:
         self._slots = slots
         self._description = description
         self._lock = threading.Lock()
-        self._connected: set[Slot] = set()
+        self._connected: set[Seat] = set()
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
@@ -3326,12 +3326,12 @@ class Reachability:
     def is_reached(self) -> bool:
         return self._has_connected and not self._is_unreachable
 
-    def on_connected(self, slot: Slot) -> None:
+    def on_connected(self, seat: Seat) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
             self._has_connected = True
             if not self._is_reported_complete:
-                self._connected.add(slot)
+                self._connected.add(seat)
             if not self._is_reported_complete and len(self._connected) == self._slots:
                 self._is_reported_complete = True
                 log.info("connected %s hub=%s", self._description, self._address)
@@ -3372,103 +3372,64 @@ class Reachability:
 # ---- The lobby ---------------------------------------------------------------------------------------
 
 
-class Stage(enum.Enum):
-    """What a seat waits for."""
-
-    LOOKING_UP = enum.auto()  # the hub's addresses
-    DIALLING = enum.auto()  # the connection to one of them
-    RESTING = enum.auto()  # the next try
-    WAITING = enum.auto()  # a request
-    SERVING = enum.auto()  # the slot, which has the link
-    OVER = enum.auto()
-
-
-class Seat:
-    """What the lobby does for one slot: one link at a time waits for a request."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-        self.stage = Stage.RESTING
-        self.deadline = math.inf
-        self.backoff = Backoff()
-        self.addresses: list[AddressInfo] = []  # that have not been tried
-        self.failure = OSError("it has no address")
-        self.dialled: socket.socket | None = None
-        self.link: Link | None = None
-
-
 class Lobby:
     """One thread that dials the hub, waits with the links for requests, and watches all links for their end.
 
-    A slot is given a link when there is a request on it, and gives it back. What other threads want they
-    order; nothing else of it is theirs. It is only here that links are opened, and closed: what somebody else
-    closed might be another connection by the time that it is looked at.
+    What it does for each slot is a Seat. What other threads want they order; nothing else of it is theirs. It
+    is only here that links are opened, and closed, at the end of a turn: what somebody else closed might be
+    another connection by the time that it is looked at.
 
     A FIN hides behind unread bytes from `recv`, but not from POLLRDHUP. Where there is none, what is not
     waited with is looked at often, and an end behind an unread body is not seen.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        halt: Halt,
-        reachability: Reachability,
-        metrics: Metrics,
-        on_end: Callable[[], None],
-    ) -> None:
+    def __init__(self, address: Address, halt: Halt, on_end: Callable[[], None]) -> None:
+        self.hang_up = getattr(select, "POLLRDHUP", 0)
+        self.is_halted = False
+        self.seats: set[Seat] = set()
         self._address = address
         self._halt = halt
-        self._reachability = reachability
-        self._metrics = metrics
         self._on_end = on_end
-        self._hang_up = getattr(select, "POLLRDHUP", 0)
         self._poller = select.poll()
         self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; they are given its events
-        self._seats: dict[Slot, Seat] = {}
-        self._watched: set[Link] = set()  # which somebody else has
-        self._closing: list[Link | socket.socket] = []  # at the end of the turn
+        self._watched: set[Link] = set()
+        self._closing: list[Link | socket.socket] = []
         self._is_resolving = False
         self._last_found: Sequence[AddressInfo] = ()
-        self._is_halted = False
         self._is_over = False
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reader, self._writer = own_pair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
-    # -- for other threads
-
     def start(self) -> None:
-        self._listen(self._reader.fileno(), select.POLLIN, self._obey)
-        self._listen(self._halt.fileno(), select.POLLIN, self._on_halt)
+        self.listen(self._reader.fileno(), select.POLLIN, self._obey)
+        self.listen(self._halt.fileno(), select.POLLIN, self._on_halt)
         start_thread(self._run, "lobby")
 
-    def seat(self, slot: Slot) -> None:
-        """Have a link wait for the slot from now on, which is put into its inbox with a request; or None."""
-        self._order(self._seat, slot)
-
-    def give_back(self, slot: Slot, ending: Ending) -> None:
-        """Take the slot's link."""
-        self._order(self._on_given_back, slot, ending)
-
-    def watch(self, link: Link) -> None:
-        """Tell the link when its other end closes."""
-        self._order(self._watch, link)
-
-    def dismiss(self, link: Link) -> None:
-        """Watch it no longer, and close it."""
-        self._order(self._dismiss, link)
-
-    def close(self) -> None:
-        """End the thread, when there are no slots any more."""
-        self._order(self._end)
-
-    def _order(self, action: Callable[..., None], *arguments: object) -> None:
+    def order(self, action: Callable[..., None], *arguments: object) -> None:
+        """Have this done by the lobby's thread."""
         self._orders.put(functools.partial(action, *arguments))
         with contextlib.suppress(OSError):  # it is awake, or has ended
             self._writer.send(b"O")
 
-    # -- the thread
+    # -- what may be ordered
+
+    def watch(self, link: Link) -> None:
+        """Tell the link when its other end closes."""
+        self._watched.add(link)
+        self.listen(link.fileno(), self.hang_up, functools.partial(self._on_watched, link))
+
+    def dismiss(self, link: Link) -> None:
+        """Watch it no longer, and close it."""
+        self.forget(link)
+        self.close(link)
+
+    def end(self) -> None:
+        """End the thread, when there are no slots any more."""
+        self._is_over = True
+
+    # -- its thread
 
     def _run(self) -> None:
         while not self._is_over:
@@ -3495,172 +3456,186 @@ class Lobby:
         for _ in range(self._orders.qsize()):  # those that come meanwhile have a turn of their own
             self._do(self._orders.get())
 
-    def _end(self) -> None:
-        self._is_over = True
-
-    def _wait_ms(self) -> float | None:
-        deadline = min([seat.deadline for seat in self._seats.values()], default=math.inf)
+    def _wait_ms(self) -> float:
+        deadline = min([seat.deadline for seat in self.seats], default=math.inf)
         wait_s = min(LONGEST_POLL_S, max(0.0, deadline - time.monotonic()))
-        if self._watched and not self._hang_up:
+        if self._watched and not self.hang_up:
             wait_s = min(wait_s, PEEK_INTERVAL_S)
         return wait_s * 1000 + 1
 
     def _on_time(self) -> None:
         now = time.monotonic()
-        for seat in [seat for seat in self._seats.values() if seat.deadline <= now]:
-            self._on_deadline(seat)
-        if not self._hang_up:
+        for seat in [seat for seat in self.seats if seat.deadline <= now]:
+            seat.on_deadline()
+        if not self.hang_up:
             for link in [link for link in self._watched if link.peek() == b""]:
                 self._on_hang_up(link)
 
-    def _on_deadline(self, seat: Seat) -> None:
-        if seat.stage is Stage.RESTING:
-            self._look_up(seat)
-        elif seat.stage is Stage.LOOKING_UP:
-            self._fail(seat, OSError(errno.ETIMEDOUT, "the name service does not answer"))
-        elif seat.stage is Stage.DIALLING:
-            self._on_dialled(seat, errno.ETIMEDOUT)
-        else:
-            self._end_link(seat)
-
-    def _listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
-        self._poller.register(fd, events)
-        self._actions[fd] = action
-
-    def _ignore(self, fd: int) -> None:
-        if self._actions.pop(fd, None):
-            self._poller.unregister(fd)
-
-    def _close(self, each: Link | socket.socket) -> None:
-        self._ignore(each.fileno())
-        self._closing.append(each)
-
-    # -- links that others have
-
-    def _watch(self, link: Link) -> None:
-        self._watched.add(link)
-        self._listen(link.fileno(), self._hang_up, functools.partial(self._on_watched, link))
+    def _on_halt(self, _events: int) -> None:
+        self.ignore(self._halt.fileno())
+        self.is_halted = True
+        for seat in list(self.seats):
+            seat.on_halt()
 
     def _on_watched(self, link: Link, events: int) -> None:
         if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
             self._on_hang_up(link)
 
     def _on_hang_up(self, link: Link) -> None:
-        self._watched.discard(link)
-        self._ignore(link.fileno())
+        self.forget(link)
         link.on_gone()
 
-    def _dismiss(self, link: Link) -> None:
+    def forget(self, link: Link) -> None:
+        """Watch it no longer."""
         self._watched.discard(link)
-        self._close(link)
+        self.ignore(link.fileno())
 
-    # -- seats
+    # -- for its seats
 
-    def _seat(self, slot: Slot) -> None:
-        self._seats[slot] = seat = Seat(slot)
-        if self._is_halted:
-            self._leave(seat)
-        else:
-            self._look_up(seat)
+    def listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
+        """Have this done about the descriptor's events, in place of what was."""
+        self._poller.register(fd, events)
+        self._actions[fd] = action
 
-    def _on_halt(self, _events: int) -> None:
-        self._ignore(self._halt.fileno())
-        self._is_halted = True
-        for seat in list(self._seats.values()):
-            if seat.stage is Stage.WAITING:
-                self._wait_no_longer(seat)
-            elif seat.dialled and wait_ready(seat.dialled, select.POLLOUT, None, 0):
-                self._on_dial_event(seat, seat.dialled, 0)  # the hub has it, and perhaps a request for it
-            elif seat.stage is not Stage.SERVING:
-                self._leave(seat)
+    def ignore(self, fd: int) -> None:
+        if self._actions.pop(fd, None):
+            self._poller.unregister(fd)
 
-    def _wait_no_longer(self, seat: Seat) -> None:
-        """A request that has come is served; and so is one that is on its way.
+    def close(self, each: Link | socket.socket) -> None:
+        self.ignore(each.fileno())
+        self._closing.append(each)
 
-        The hub, which did not know of the halt, may have sent it on the heels of the last response.
-        """
-        assert seat.link is not None
-        seat.deadline = seat.link.free_since + CROSSING_S
-        self._on_arrival(seat, 0)
-
-    def _rest(self, seat: Seat) -> None:
-        seat.stage, seat.deadline = Stage.RESTING, time.monotonic() + seat.backoff.next_wait_s()
-
-    def _leave(self, seat: Seat, is_good: bool = False) -> None:
-        """There is nothing more to be done for this slot."""
-        if seat.dialled:
-            self._close(seat.dialled)
-        seat.stage, seat.deadline = Stage.OVER, math.inf
-        del self._seats[seat.slot]
-        seat.slot.is_good = is_good
-        seat.slot.inbox.put(None)
-
-    def _fail(self, seat: Seat, reason: OSError) -> None:
-        """The hub cannot be reached."""
-        self._reachability.on_failed(reason)
-        if seat.slot.serves_one_request:
-            self._leave(seat)
-        else:
-            self._rest(seat)
-
-    # -- reaching the hub, whose name is looked up each time
-
-    def _look_up(self, seat: Seat) -> None:
-        """Have the hub's addresses told to the seat.
+    def look_up(self) -> None:
+        """Have all seats that look it up told the hub's addresses. Raises OSError.
 
         The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
         All seats share that one, or a resolver that hangs would cost a thread for each slot and try.
         """
-        seat.stage, seat.deadline = Stage.LOOKING_UP, time.monotonic() + CONNECT_TIMEOUT_S
-        if self._is_resolving:
-            return
-        try:
-            start_thread(lambda: self._order(self._on_answer, look_up(self._address)), "resolver")
+        if not self._is_resolving:
+            start_thread(lambda: self.order(self._on_answer, look_up(self._address)), "resolver")
             self._is_resolving = True
-        except OSError as exc:
-            self._fail(seat, exc)
 
     def _on_answer(self, found: Sequence[AddressInfo] | OSError) -> None:
         """The name service has answered; when it fails, the last addresses are used."""
         self._is_resolving = False
+        failure = found if isinstance(found, OSError) else OSError("it has no address")
         if not isinstance(found, OSError):
             self._last_found = found
-        for seat in list(self._seats.values()):
+        for seat in list(self.seats):
             if seat.stage is Stage.LOOKING_UP:
-                if isinstance(found, OSError):
-                    seat.failure = found
-                seat.addresses = list(self._last_found)
-                self._dial(seat)
+                seat.on_addresses(self._last_found, failure)
 
-    def _dial(self, seat: Seat) -> None:
-        """Begin to connect to the next of the addresses."""
-        if self._is_halted:
-            self._leave(seat)
-            return
-        if not seat.addresses:
-            self._fail(seat, seat.failure)
-            return
-        family, kind, protocol, _, address = seat.addresses.pop(0)
-        seat.stage, seat.deadline = Stage.DIALLING, time.monotonic() + CONNECT_TIMEOUT_S
+
+class Stage(enum.Enum):
+    """What a seat waits for."""
+
+    LOOKING_UP = enum.auto()  # the hub's addresses
+    DIALLING = enum.auto()  # the connection to one of them
+    RESTING = enum.auto()  # the next try
+    WAITING = enum.auto()  # a request
+    SERVING = enum.auto()  # the slot, which has the link
+
+
+class Seat:
+    """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
+
+    def __init__(
+        self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
+    ) -> None:
+        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self.link: Link | None = None
+        self.is_good = False  # or the last link was good for nothing
+        self.stage = Stage.RESTING
+        self.deadline = math.inf
+        self.backoff = Backoff()
+        self._lobby = lobby
+        self._reachability = reachability
+        self._metrics = metrics
+        self._is_for_one_request = is_for_one_request
+        self._addresses: list[AddressInfo] = []  # that have not been tried
+        self._failure = OSError()
+        self._dialled: socket.socket | None = None
+
+    # -- for its slot
+
+    def take(self) -> Link | None:
+        """Return a link with a request on it, or None when there will be no more of them."""
+        return self._inbox.get()
+
+    def give_back(self, ending: Ending) -> None:
+        self._lobby.order(self._on_given_back, ending)
+
+    # -- for the lobby
+
+    def begin(self) -> None:
+        self._lobby.seats.add(self)
+        if self._lobby.is_halted:
+            self._leave()
+        else:
+            self._look_up()
+
+    def on_halt(self) -> None:
+        if self.stage is Stage.WAITING:
+            self._wait_no_longer()
+        elif self._dialled and wait_ready(self._dialled, select.POLLOUT, None, 0):
+            self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
+        elif self.stage is not Stage.SERVING:
+            self._leave()
+
+    def on_deadline(self) -> None:
+        if self.stage is Stage.RESTING:
+            self._look_up()
+        elif self.stage is Stage.LOOKING_UP:
+            self._fail(OSError(errno.ETIMEDOUT, "the name service does not answer"))
+        elif self.stage is Stage.DIALLING:
+            self._on_dialled(errno.ETIMEDOUT)
+        else:
+            self._end_link()
+
+    def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        self._addresses, self._failure = list(found), failure
+        self._dial()
+
+    # -- reaching the hub, whose name is looked up each time
+
+    def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
+        self.stage, self.deadline = stage, time.monotonic() + seconds
+
+    def _look_up(self) -> None:
+        self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
         try:
-            seat.dialled = own(socket.socket(family, kind, protocol))
-            seat.dialled.setblocking(False)
-            error = seat.dialled.connect_ex(address)
+            self._lobby.look_up()
+        except OSError as exc:
+            self._fail(exc)
+
+    def _dial(self) -> None:
+        """Begin to connect to the next of the addresses."""
+        if self._lobby.is_halted:
+            self._leave()
+            return
+        if not self._addresses:
+            self._fail(self._failure)
+            return
+        family, kind, protocol, _, address = self._addresses.pop(0)
+        self._wait_for(Stage.DIALLING, CONNECT_TIMEOUT_S)
+        try:
+            self._dialled = own(socket.socket(family, kind, protocol))
+            self._dialled.setblocking(False)
+            error = self._dialled.connect_ex(address)
         except OSError as exc:
             error = exc.errno or errno.EINVAL
-        if error == errno.EINPROGRESS:
-            assert seat.dialled is not None
-            action = functools.partial(self._on_dial_event, seat, seat.dialled)
-            self._listen(seat.dialled.fileno(), select.POLLOUT, action)
+        if self._dialled and error == errno.EINPROGRESS:
+            self._lobby.listen(self._dialled.fileno(), select.POLLOUT, self._on_dial_event)
         else:
-            self._on_dialled(seat, error)
+            self._on_dialled(error)
 
-    def _on_dial_event(self, seat: Seat, sock: socket.socket, _events: int) -> None:
-        self._on_dialled(seat, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+    def _on_dial_event(self, _events: int) -> None:
+        assert self._dialled is not None
+        self._on_dialled(self._dialled.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
-    def _on_dialled(self, seat: Seat, error: int) -> None:
+    def _on_dialled(self, error: int) -> None:
         """The connection is there, or has failed."""
-        sock, seat.dialled = seat.dialled, None
+        sock, self._dialled = self._dialled, None
         try:
             if error or sock is None:
                 raise OSError(error, os.strerror(error))
@@ -3670,71 +3645,88 @@ class Lobby:
             set_options(sock)
         except OSError as exc:
             if sock:
-                self._close(sock)
-            seat.failure = exc
-            self._dial(seat)
+                self._lobby.close(sock)
+            self._failure = exc
+            self._dial()
         else:
-            self._ignore(sock.fileno())
-            self._on_connected(seat, Link(sock))
+            self._lobby.ignore(sock.fileno())
+            self.link = Link(sock)
+            self._reachability.on_connected(self)
+            self._metrics.on_slot(1)
+            self._wait()
 
-    def _on_connected(self, seat: Seat, link: Link) -> None:
-        seat.link = seat.slot.link = link
-        self._reachability.on_connected(seat.slot)
-        self._metrics.on_slot(1)
-        self._wait(seat)
+    def _fail(self, reason: OSError) -> None:
+        """The hub cannot be reached."""
+        self._reachability.on_failed(reason)
+        if self._is_for_one_request:
+            self._leave()
+        else:
+            self._wait_for(Stage.RESTING, self.backoff.next_wait_s())
+
+    def _leave(self) -> None:
+        """There is nothing more to be done for this slot."""
+        if self._dialled:
+            self._lobby.close(self._dialled)
+        self._lobby.seats.discard(self)
+        self._inbox.put(None)
 
     # -- waiting with a link
 
-    def _wait(self, seat: Seat) -> None:
-        assert seat.link is not None
-        seat.stage, seat.deadline = Stage.WAITING, math.inf
-        action = functools.partial(self._on_arrival, seat)
-        self._listen(seat.link.fileno(), select.POLLIN | self._hang_up, action)
-        if self._is_halted:
-            self._wait_no_longer(seat)
+    def _wait(self) -> None:
+        assert self.link is not None
+        self._wait_for(Stage.WAITING)
+        self._lobby.listen(self.link.fileno(), select.POLLIN | self._lobby.hang_up, self._on_arrival)
+        if self._lobby.is_halted:
+            self._wait_no_longer()
 
-    def _on_arrival(self, seat: Seat, events: int) -> None:
+    def _wait_no_longer(self) -> None:
+        """A request that has come is served; and so is one that is on its way.
+
+        The hub, which did not know of the halt, may have sent it on the heels of the last response.
+        """
+        assert self.link is not None
+        self.deadline = self.link.free_since + CROSSING_S
+        self._on_arrival(0)
+
+    def _on_arrival(self, events: int) -> None:
         """A request has come, or the end."""
-        link = seat.link
+        link = self.link
         assert link is not None
         first = link.peek()
-        if first is None:  # the event was of a moment ago
-            return
-        if not first:
-            self._end_link(seat)
-            return
-        seat.stage, seat.deadline = Stage.SERVING, math.inf
-        link.is_gone = bool(self._hang_up & events)
-        self._watch(link)
-        seat.slot.inbox.put(link)
+        if first == b"":
+            self._end_link()
+        elif first:  # else the event was of a moment ago
+            self._wait_for(Stage.SERVING)
+            link.is_gone = bool(self._lobby.hang_up & events)
+            self._lobby.watch(link)
+            self._inbox.put(link)
 
-    def _on_given_back(self, slot: Slot, ending: Ending) -> None:
-        seat = self._seats[slot]
-        assert seat.link is not None
-        self._watched.discard(seat.link)
+    def _on_given_back(self, ending: Ending) -> None:
         if ending is Ending.KEEP:
-            self._wait(seat)
+            assert self.link is not None
+            self._lobby.forget(self.link)
+            self._wait()
         else:
-            self._end_link(seat)
+            self._end_link()
 
-    def _end_link(self, seat: Seat) -> None:
-        link, now = seat.link, time.monotonic()
+    def _end_link(self) -> None:
+        link, now = self.link, time.monotonic()
         assert link is not None
         link.cut()  # closing is not enough while another process holds it, too
-        self._close(link)
-        seat.link = seat.slot.link = None
+        self._lobby.dismiss(link)
+        self.link = None
         self._metrics.on_slot(-1)
-        if not link.has_served and not self._is_halted:
+        if not link.has_served and not self._lobby.is_halted:
             self._reachability.on_unused(link.opened_at, now)
-        is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
-        if is_good:
-            seat.backoff.reset()
-        if self._is_halted or seat.slot.serves_one_request:
-            self._leave(seat, is_good)
-        elif is_good:
-            self._look_up(seat)
+        self.is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
+        if self.is_good:
+            self.backoff.reset()
+        if self._lobby.is_halted or self._is_for_one_request:
+            self._leave()
+        elif self.is_good:
+            self._look_up()
         else:
-            self._rest(seat)
+            self._wait_for(Stage.RESTING, self.backoff.next_wait_s())
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
@@ -3746,10 +3738,8 @@ class Slot:
     With an offer of a gate, it serves a single request.
     """
 
-    def __init__(self, pool: WorkerPool, halt: Halt, offer: Offer | None = None) -> None:
-        self.inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
-        self.link: Link | None = None  # to the hub, be it the lobby's at present
-        self.is_good = False  # what the lobby could do for it
+    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat, offer: Offer | None = None) -> None:
+        self.seat = seat
         self._pool = pool
         self._halt = halt
         self._offer = offer
@@ -3757,17 +3747,13 @@ class Slot:
         self._exchange: Exchange | None = None
         self._poller = select.poll()
 
-    @property
-    def serves_one_request(self) -> bool:
-        return self._offer is not None
-
     def run(self) -> None:
         try:
-            while (link := self.inbox.get()) is not None:
-                self._pool.lobby.give_back(self, self._serve(link))
+            while (link := self.seat.take()) is not None:
+                self.seat.give_back(self._serve(link))
         finally:
             if self._offer:
-                self._offer.close(self.is_good)
+                self._offer.close(self.seat.is_good)
             self._pool.on_slot_end(self)
 
     def _serve(self, link: Link) -> Ending:
@@ -3817,7 +3803,7 @@ class Slot:
             self._pool.metrics.on_response(self._status, time.monotonic() - began_at)
 
     def is_last(self) -> bool:
-        return self.serves_one_request or self._halt.is_set()
+        return self._offer is not None or self._halt.is_set()
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         if self._offer:
@@ -3841,7 +3827,7 @@ class Slot:
 
     def abort(self) -> bool:
         """Cut the connection off; return whether a request was being served."""
-        link, exchange = self.link, self._exchange
+        link, exchange = self.seat.link, self._exchange
         if exchange:
             exchange.cancel("cut off: the worker stops at once")
         for each in (link, exchange and exchange.consumer):
@@ -4031,7 +4017,7 @@ class WorkerPool:
             self._halt = halt = Halt()
             slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
             self.reachability = Reachability(self.address, slots, description)
-            self.lobby = Lobby(self.address, halt, self.reachability, self.metrics, self._on_end)
+            self.lobby = Lobby(self.address, halt, self._on_end)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
@@ -4060,12 +4046,13 @@ class WorkerPool:
     def _open_slot(self, offer: Offer | None = None) -> None:
         """Raises OSError."""
         assert self._halt is not None
-        slot = Slot(self, self._halt, offer)
+        seat = Seat(self.lobby, self.reachability, self.metrics, is_for_one_request=offer is not None)
+        slot = Slot(self, self._halt, seat, offer)
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
             self._slots.append(slot)
             self._running += 1
-        self.lobby.seat(slot)
+        self.lobby.order(seat.begin)
 
     def _open_gated_slot(self, offer: Offer) -> None:
         try:
@@ -4160,7 +4147,7 @@ class WorkerPool:
         """Return how many slots wait for a request and how many serve one."""
         with self._lock:
             busy = sum(slot.is_busy for slot in self._slots)
-            return sum(slot.link is not None for slot in self._slots) - busy, busy
+            return sum(slot.seat.link is not None for slot in self._slots) - busy, busy
 
     def wait_for_drain(self, sock: socket.socket) -> bool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
@@ -4189,7 +4176,7 @@ class WorkerPool:
         """The last one puts out the light."""
         self._running -= 1
         if not self._running:
-            self.lobby.close()
+            self.lobby.order(self.lobby.end)
 
     def _on_end(self) -> None:
         """Called by the lobby's thread as its last act."""

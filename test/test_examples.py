@@ -117,11 +117,14 @@ def test_cancellable_finds_a_prime(tmp_path: Path) -> None:
         assert ask(hub, "GET", "/?digits=0").status == 400
 
 
+@needs_proc
 def test_cancellable_stops_when_its_consumer_leaves(tmp_path: Path) -> None:
     with example("cancellable", tmp_path) as (hub, worker):
         with wire.Peer.connect(hub.main) as consumer:
             consumer.send(request("GET", "/?digits=999"))
             wait_until_busy(hub)
+            ticks = wire.cpu_ticks(worker.pid)
+            wait_for(lambda: wire.cpu_ticks(worker.pid) > ticks + 5 or None)  # or it had not even begun
         worker.wait_for_error(re.compile(r"cancelled after [0-9.]+ s, [0-9]+ candidates").fullmatch)
         assert ask(hub, "GET", "/?digits=2").status == 200
 

@@ -1304,7 +1304,7 @@ class Held:
         wait_ms = pothead_worker.Lobby._wait_ms
 
         def hold(lobby: pothead_worker.Lobby) -> float | None:
-            if any(seat.stage is stage for seat in lobby._seats.values()):
+            if any(seat.stage is stage for seat in lobby.seats):
                 self.is_there.set()
                 assert self.go_on.wait(wire.DEADLINE_S)
             return wait_ms(lobby)
@@ -1346,13 +1346,13 @@ def test_connection_that_a_slot_has_given_back_is_waited_with_and_used_again(
     serving: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = Tries()
-    wait = pothead_worker.Lobby._wait
+    wait = pothead_worker.Seat._wait
 
-    def counting(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
-        wait(lobby, seat)
+    def counting(seat: pothead_worker.Seat) -> None:
+        wait(seat)
         waits.release()
 
-    monkeypatch.setattr(pothead_worker.Lobby, "_wait", counting)
+    monkeypatch.setattr(pothead_worker.Seat, "_wait", counting)
     monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
     served = serving(hello)
     for _ in range(5):
@@ -1452,7 +1452,7 @@ def test_connection_that_brought_no_request_is_followed_by_a_wait(serving: Any) 
     assert times[-1] - times[0] > 0.1 + 0.2 / 2
     assert ask(served.peer, "GET /", "Connection: close").status == 200
     served.accept_again()  # at once, and the next failure counts as the first
-    [seat] = served.pool.lobby._seats.values()
+    [seat] = served.pool.lobby.seats
     assert seat.backoff.failures == 0
 
 
@@ -1654,14 +1654,14 @@ def test_stop_interrupts_a_wait_for_the_next_try(lines: Lines, monkeypatch: pyte
 
 def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = threading.Event()
-    dial = pothead_worker.Lobby._dial
+    dial = pothead_worker.Seat._dial
 
-    def telling(lobby: pothead_worker.Lobby, seat: pothead_worker.Seat) -> None:
-        dial(lobby, seat)
+    def telling(seat: pothead_worker.Seat) -> None:
+        dial(seat)
         assert seat.stage is pothead_worker.Stage.DIALLING
         waiting.set()
 
-    monkeypatch.setattr(pothead_worker.Lobby, "_dial", telling)
+    monkeypatch.setattr(pothead_worker.Seat, "_dial", telling)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         stack.enter_context(socket.create_connection(listening.getsockname()))  # the one place in its queue
