@@ -201,6 +201,14 @@ def test_names_in_the_design_are_in_the_code() -> None:
         assert any(hasattr(owner, attribute) for owner in owners), word
 
 
+def test_classes_of_the_worker_have_a_place_in_its_picture() -> None:
+    picture = DESIGN.partition("## The worker")[2].split("```")[1]
+    classes = [value for value in vars(pothead_worker).values() if isinstance(value, type)]
+    for each in classes:
+        if each.__module__ == "pothead_worker" and not issubclass(each, Exception):
+            assert re.search(rf"\b{each.__name__}\b", picture), each
+
+
 # ---- Links -------------------------------------------------------------------------------------------
 
 
