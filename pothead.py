@@ -2502,9 +2502,7 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        self._prefix = forwarded_response(
-            head, self._framing, connection, time.time(), self.request_id
-        )
+        self._prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
         """A piece of the response's body."""
