@@ -676,7 +676,7 @@ class Link:
         self.host = ""  # of the other end
         with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
             self.host = str(sock.getpeername()[0])
-        self.intake = Intake(sock, received)
+        self.intake = Intake(self, received)
         self.may_chunk = not is_old
         self.opened_at = self.free_since = time.monotonic()
         self.has_served = False
@@ -718,6 +718,12 @@ class Link:
             return b""
 
     # -- its thread
+
+    def recv(self, size: int, /) -> bytes:
+        return self._sock.recv(size)
+
+    def recv_into(self, target: memoryview, /) -> int:
+        return self._sock.recv_into(target)
 
     def send(self, *pieces: bytes) -> None:
         """Send all pieces in order, in one call where that is possible, without copying large ones."""
