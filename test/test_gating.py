@@ -105,6 +105,13 @@ def test_an_ended_job_frees_no_more_than_it_used() -> None:
     assert not gating.may_start_on_cpus(ONE, cpu_sample(ended, OLD, free=0.5, own=0.0))
 
 
+def test_an_ended_job_frees_no_more_than_it_said() -> None:
+    """Where our own use is not known, all that the machine does counts as ours."""
+    ended = replace(OLD, ended_at_s=10.0)
+    average = CpuAverage(0.0, 10.0, capacity=4.0, free=0.0, own=4.0)
+    assert gating.expected_idle_cpus(average, [ended, OLD], 0.7) == pytest.approx(1.0)
+
+
 def test_idle_cpus_never_exceed_what_there_is() -> None:
     ended = tuple(replace(OLD, ended_at_s=10.0) for _ in range(3))
     average = CpuAverage(0.0, 10.0, capacity=2.0, free=1.9, own=2.0)

@@ -1610,6 +1610,26 @@ def test_request_that_came_before_the_halt_is_answered(
     assert served.pool.join() is True
 
 
+def test_request_that_crosses_the_halt_is_answered(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub may send it on the heels of a response, before it can know."""
+    monkeypatch.setattr(pothead_worker, "CROSSING_S", wire.DEADLINE_S)
+    is_halted = threading.Event()
+    wait_no_longer = pothead_worker.Seat._wait_no_longer
+
+    def note(seat: pothead_worker.Seat) -> None:
+        wait_no_longer(seat)
+        is_halted.set()
+
+    monkeypatch.setattr(pothead_worker.Seat, "_wait_no_longer", note)
+    served = serving(hello)
+    assert ask(served.peer).body == b"hello"
+    served.pool.stop()
+    assert is_halted.wait(wire.DEADLINE_S)
+    response = ask(served.peer)
+    assert (response.body, response.value(b"connection")) == (b"hello", b"close")
+    assert served.pool.join() is True
+
+
 def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -> None:
     app = Computing()
     served = serving(app, graceful_timeout_s=0.05)

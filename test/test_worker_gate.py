@@ -407,6 +407,35 @@ def test_gate_that_raises_is_logged_and_asked_again(listener: wire.Listener, lin
     assert "Traceback" in logged and "RuntimeError: no sensor" in logged
 
 
+def test_back_off_of_a_gate_begins_anew_after_a_request(
+    listener: wire.Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    next_wait_s = pothead_worker.Backoff.next_wait_s
+
+    def without_waiting(backoff: pothead_worker.Backoff) -> float:
+        waits.append(next_wait_s(backoff))
+        return 0.0
+
+    def failing_gate(halt: Callable[[], bool]) -> object:
+        gate.wait_for_done(len(gate.reservations))
+        if next(turns) != "ok":
+            raise ValueError("no measurement")
+        return gate(halt)
+
+    monkeypatch.setattr(pothead_worker.Backoff, "next_wait_s", without_waiting)
+    gate = CountingGate()
+    turns = iter(["fail"] * 4 + ["ok", "fail"] + ["ok"] * 9)
+    with gated(failing_gate, listener):
+        for number in (1, 2):
+            with listener.accept() as peer:
+                assert ask(peer).body == b"hello"
+            gate.wait_for_done(number)
+    growing, [first] = waits[:4], waits[4:]
+    assert growing == sorted(growing) and growing[-1] >= 0.2
+    assert first <= pothead_worker.BACKOFF_FIRST_S
+
+
 def test_gate_is_asked_again_when_there_was_no_thread_to_be_had(
     listener: wire.Listener, lines: Lines
 ) -> None:

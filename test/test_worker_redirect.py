@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_worker import running_pool
 
 import pothead_worker
 import wire
@@ -322,6 +323,14 @@ def test_response_that_nobody_fetches_is_closed_and_frees_its_slot(
         for method in ("HEAD", "GET"):
             assert key.fetch(method).startswith(b"HTTP/1.1 410 ")
         assert ask(peer, "GET /missing").status == 404
+
+
+def test_key_that_has_expired_is_no_good_although_nobody_has_looked_yet(listener: wire.Listener) -> None:
+    pickups = PickupPort(0, expiry_s=0, interval_s=wire.DEADLINE_S)
+    with running_pool(hello, listener, pickups=pickups), listener.accept() as peer:
+        key = Key(ask(peer))
+        for method in ("HEAD", "GET"):
+            assert key.fetch(method).startswith(b"HTTP/1.1 410 ")
 
 
 @in_both_modes
