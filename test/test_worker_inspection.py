@@ -200,7 +200,9 @@ def test_visitors_of_a_page_are_bounded_and_those_of_others_are_served(
         for _ in range(2):
             assert worker.ask("GET /apocalypse").status == 503
         assert worker.ask("GET /livez").status == 200
-        assert worker.worker.stderr.count("inspection: too many visitors at a time of /apocalypse") == 1
+        crowded = "inspection: too many visitors at a time of /apocalypse"
+        worker.worker.wait_for_error(lambda line: crowded in line)
+        assert worker.worker.stderr.count(crowded) == 1
 
 
 def test_page_that_there_is_no_thread_for_is_refused() -> None:
