@@ -483,6 +483,44 @@ def test_what_was_closed_in_this_turn_gets_no_event_any_more(rig: Rig) -> None:
     assert one.events + other.events == [b"x"]
 
 
+class Rival(Watched):
+    """Closes the other one when something comes."""
+
+    def __init__(self, sock: socket.socket, events: Events) -> None:
+        super().__init__()
+        self.other = self
+        self._sock = sock
+        self._events = events
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def settle(self) -> int:
+        return pothead.READ
+
+    def on_events(self, events: int) -> None:
+        self._events.append(events)
+        self.other.closed = True
+
+
+def test_event_that_came_with_the_one_that_closed_it_is_of_no_account(rig: Rig) -> None:
+    events = Events()
+    with contextlib.ExitStack() as stack:
+        pairs = [[stack.enter_context(sock) for sock in socket.socketpair()] for _ in range(2)]
+        first, second = (Rival(mine, events) for mine, _ in pairs)
+        first.other, second.other = second, first
+        for rival in (first, second):
+            rig.loop.add(rival)
+        for _, peer in pairs:
+            peer.send(b"x")
+        rig.turn()
+        assert events == [pothead.READ]
+        first.closed = second.closed = True
+        for rival in (first, second):
+            rig.loop.touch(rival)
+        rig.turn()
+
+
 def test_what_is_still_to_be_sent_is_not_sent_by_a_stream_that_was_closed_in_this_turn(rig: Rig) -> None:
     first, one, first_peer = rig.pair()
     second, other, second_peer = rig.pair()
