@@ -1653,6 +1653,7 @@ class EventLoop:
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, READ, None)
+        self._hears_signals = False
         self._running = True
         self._slow_at = -math.inf  # when that was last told
 
@@ -1675,6 +1676,15 @@ class EventLoop:
         with contextlib.suppress(OSError):  # full: it will wake up anyway; closed: it has ended
             self._wake_sender.send(b"\0")
 
+    def wake_on_signals(self) -> None:
+        """Has signals end its sleep; for the main thread.
+
+        A signal that comes just before the wait begins, or to another thread, does not interrupt it: its
+        Python handler would run whenever something else happens.
+        """
+        signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
+        self._hears_signals = True
+
     def run(self) -> None:
         """Turns until ``stop``."""
         while self._running:
@@ -1692,6 +1702,8 @@ class EventLoop:
             self._release(watched)
         if self.pipe is not None:
             self.pipe.close()
+        if self._hears_signals:
+            signal.set_wakeup_fd(-1)
         self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -5157,6 +5169,7 @@ class SignalHandler:
         self.on_impatience: list[Callable[[], None]] = [hub.stop]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
+        hub.loop.wake_on_signals()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM

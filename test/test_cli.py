@@ -615,6 +615,24 @@ def test_signal_ends_an_idle_hub_with_0(hub: wire.HubProcess, number: signal.Sig
     assert all("draining" in line for line in hub.errors), hub.stderr
 
 
+def test_signal_that_does_not_interrupt_the_wait_is_obeyed() -> None:
+    """As one that comes just before the wait; here another thread gets it."""
+    program = """
+import signal, sys, threading
+import pothead
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+sys.exit(pothead.main(sys.argv[1:]))
+"""
+    ports = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
+    with wire.running(wire.HubProcess(wire.python("-c", program, *ports), wire.ROOT)) as hub:
+        hub.wait_until_ready()
+        with wire.Peer.connect(hub.main) as consumer:
+            consumer.send(GET[:10])
+            hub.terminate()
+            assert hub.wait() == 0
+
+
 def test_interrupt_with_work_running_cuts_it_off_and_gives_1(hub: wire.HubProcess) -> None:
     with running_request(hub) as (consumer, slot):
         hub.send_signal(signal.SIGINT)
