@@ -866,16 +866,23 @@ def test_what_has_come_in_time_is_read_before_a_deadline_fires(new_rig: Callable
     assert rig.response(consumer).status == 200
 
 
-def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: Rig) -> None:
+def with_unsent_body(rig: Rig, body: bytes) -> tuple[Peer, Peer]:
+    """Return a slot that is sent all of a request and takes little of it, and the consumer."""
     slot, consumer = rig.slot(), rig.consumer()
     (worker,) = rig.hub.slots
     worker.stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
-    body = bytes(300_000)
     consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     rig.until(lambda: rig.hub.exchanges)
     exchange = rig.exchange(b"/")
     rig.until(lambda: has_sent_body(exchange) or (has_bytes(slot) and take(slot) < 0))
+    return slot, consumer
+
+
+def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: Rig) -> None:
+    body = bytes(300_000)
+    slot, consumer = with_unsent_body(rig, body)
+    (worker,) = rig.hub.slots
     assert worker.stream.outbuf is not None, "the end of the body must still be unsent"
     slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
     assert rig.response(consumer).status == 413
@@ -894,15 +901,7 @@ def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: R
 
 @pytest.mark.parametrize("ending", ["leaves", "takes nothing"])
 def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -> None:
-    slot, consumer = rig.slot(), rig.consumer()
-    (worker,) = rig.hub.slots
-    worker.stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
-    body = bytes(300_000)
-    consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    rig.until(lambda: rig.hub.exchanges)
-    exchange = rig.exchange(b"/")
-    rig.until(lambda: has_sent_body(exchange) or (has_bytes(slot) and take(slot) < 0))
+    slot, consumer = with_unsent_body(rig, bytes(300_000))
     slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
     assert rig.response(consumer).status == 413
     if ending == "leaves":
