@@ -62,6 +62,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -106,6 +107,14 @@ class Limits:
     receive_bytes: int = 256 * KIB  # one read or write; large, since a call costs more than its bytes
     shortcut_bytes: int = 64 * KIB  # of a body still to come, from where on moving it uncopied pays
     patience_s: float = 0.25  # in sum, that a slot waits for its consumer before the response is absorbed
+    handshake_bytes: int = 16 * KIB  # of the head with which a worker joins
+    envoy_pause_s: float = 0.05  # after the 101, before an Envoy is asked for an echo ...
+    envoy_echo_s: float = 1.0  # ... and how long that may take
+    newcomers: int = 2000  # connections at once that have not shown yet who they are; the oldest goes
+    complaint_s: float = 60.0  # between two log lines about the same kind of refused connection
+    sealed_bytes: int = 64 * KIB  # encrypted at once; more would only be kept
+    expiry_warning_s: float = 14 * 86400  # before the certificate expires
+    expiry_check_s: float = 86400  # how often that is looked at
     pipelined_bytes: int = 64 * KIB  # kept of what has come before it can be understood or served
     upload_bytes: int = 4 * KIB  # of memory that a request takes while its body comes, beside its head ...
     uploads_bytes: int = 64 * MIB  # ... and what all such requests take together, before others get 503
@@ -163,6 +172,14 @@ class Options:
     worker_port: int = 4040
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 4041  # None: no admin port
+    ptth_host: str = "127.0.0.1"
+    ptth_port: int | None = None  # None: no port for workers that shake hands
+    ptth_compat: tuple[str, ...] = ()  # older protocols that are spoken there, too: "ptth/1.0"
+    certfile: str | None = None
+    keyfile: str | None = None
+    tls: tuple[str, ...] = ()  # the ports that speak TLS, of TLS_PORTS; none, with a certificate: ptth
+    workers_file: str | None = None
+    workers_ca: str | None = None
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
@@ -188,10 +205,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Checks each value by itself; what needs the network (addresses) is checked by ``Hub``."""
-        for name in ("main_port", "worker_port", "admin_port"):
+        for name in ("main_port", "worker_port", "admin_port", "ptth_port"):
             port = getattr(self, name)
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
-        for name in ("main_host", "worker_host", "admin_host"):
+        for name in ("main_host", "worker_host", "admin_host", "ptth_host"):
             _check(getattr(self, name) != "", name, "is empty")
         for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
@@ -210,10 +227,38 @@ class Options:
         _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
         for name in self.admin_allowed_hosts:
             _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
+        self._check_network()
         _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
+    def _check_network(self) -> None:
+        """What is said of TLS and of the PTTH port must have a use: a typing error would leave it open."""
+        for name in self.tls:
+            _check(name in TLS_PORTS, "tls", f"names no port: {name} (it is one of {', '.join(TLS_PORTS)})")
+        for name in self.ptth_compat:
+            _check(name in COMPATIBLE, "ptth_compat", f"is one of {', '.join(COMPATIBLE)}")
+        _check(not (self.certfile is None and self.tls), "tls", "needs --certfile")
+        _check(not (self.certfile is None and self.keyfile), "keyfile", "needs --certfile")
+        _check("admin" not in self.tls or self.admin_port is not None, "tls", "names a port that is off")
+        if self.ptth_port is None:
+            _check("ptth" not in self.tls, "tls", "names a port that is off: --ptth-port")
+            idle = self.certfile is not None and not self.tls
+            _check(not idle, "certfile", "is for no port: --ptth-port is off; for others there is --tls")
+            for name in ("workers_file", "workers_ca", "ptth_compat"):
+                _check(not getattr(self, name), name, "needs --ptth-port")
+        lacks_tls = self.workers_ca is not None and "ptth" not in self.tls_ports
+        _check(not lacks_tls, "workers_ca", "needs TLS on the PTTH port: --certfile")
+        lacks_file = self.workers_ca is not None and self.workers_file is None
+        _check(not lacks_file, "workers_ca", "needs --workers-file, which says whose certificates are meant")
 
+    @property
+    def tls_ports(self) -> tuple[str, ...]:
+        """The ports that speak TLS."""
+        return self.tls or (("ptth",) if self.certfile is not None else ())
+
+
+TLS_PORTS: Final = ("main", "ptth", "admin")
+COMPATIBLE: Final = ("ptth/1.0",)
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -265,7 +310,7 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key", b"max-forwards",
+        b"idempotency-key", b"max-forwards", b"authorization", b"upgrade", b"alpn",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"pothead-action", b"sec-fetch-site",
     )
@@ -291,10 +336,11 @@ class ProtocolError(http.client.HTTPException):
     ``head`` is what was understood of a request before that, if anything was.
     """
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, fields: Sequence[Field] = ()) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
+        self.fields = fields  # of the answer
         self.head: RequestHead | None = None
 
 
@@ -486,6 +532,8 @@ def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
     is_request = too_large == 431
     status = 400 if is_request else 502
     if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
+        if buffer.startswith(b"\x16\x03"):  # the beginning of a handshake
+            raise ProtocolError(status, "this is TLS, which is not spoken on this port")
         raise ProtocolError(status, "a control character, bare CR or bare LF in the head")
     line_end = buffer.find(b"\r\n")
     if line_end < 0:
@@ -1070,6 +1118,195 @@ def own_response(
 
 def _reason(status: int) -> bytes:
     return http.HTTPStatus(status).phrase.encode()
+
+
+# ---- Who may be a worker (pure) ---------------------------------------------------------------------------
+#
+# A worker on the PTTH port opens with the handshake of draft-kazuho-ptth-ptth-01 over HTTP/1.1.  Where the
+# draft is silent, ``docs/protocol.md`` says what is done.
+
+_ORIGIN: Final = re.compile(
+    r"https?://(?:[a-z0-9](?:[a-z0-9.\-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+_SCOPE: Final = re.compile(rb"/\.well-known/ptth/([^/?]+)/")
+_PERCENT_ENCODED: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2})+")
+_ENVOY_FIELD: Final = re.compile(
+    rb"\r\n(?i:x-envoy-reverse-tunnel-(?:node|cluster|tenant)-id):"
+)  # it sends all
+_BEARER: Final = re.compile(rb"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)")
+_WORKER_NAME: Final = re.compile(r"[A-Za-z0-9._\-]{1,64}")
+_CREDENTIAL: Final = re.compile(
+    r"token:(?P<token>[A-Za-z0-9\-._~+/]+=*)|sha256:(?P<digest>[0-9A-Fa-f]{64})"
+    r"|certificate:(?P<certificate>[A-Za-z0-9_*](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_])?)"
+)
+
+
+class Permit(NamedTuple):
+    """A line of the workers file: who may be a worker, by what he proves it, and what he may serve."""
+
+    name: str
+    credential: str  # "sha256:" and a hexadecimal digest, or "certificate:" and a name
+    origins: frozenset[str] = frozenset()  # none: all
+
+
+class Registration(NamedTuple):
+    """What a slot has joined with; nothing, if it came by the silent worker port."""
+
+    permit: Permit | None = None
+    origins: frozenset[str] = frozenset()  # that it serves; none: all that it may
+
+    @property
+    def name(self) -> str:
+        """The worker's, empty if it has none."""
+        return "" if self.permit is None else self.permit.name
+
+    def serves(self) -> str:
+        """Returns the origins, for people."""
+        return ", ".join(sorted(self.origins)) or "all origins"
+
+
+class Offer(NamedTuple):
+    """The head of a handshake, understood."""
+
+    protocol: bytes  # to switch to
+    origins: frozenset[str]
+    is_envoy: bool  # which must be treated with care
+
+
+def is_origin(text: str) -> bool:
+    """Whether it is the serialization of an origin, as RFC 6454 §6.2 makes it."""
+    if not _ORIGIN.fullmatch(text):
+        return False
+    scheme, _, rest = text.partition("://")
+    port = rest.rpartition(":")[2] if re.search(r":[0-9]+\Z", rest) else ""
+    return port != ("443" if scheme == "https" else "80") and int(port or 1) <= 65535
+
+
+def read_offer(head: RequestHead, compatible: Sequence[str] = ()) -> Offer:
+    """Returns what a worker offers.  Raises ``ProtocolError`` with the answer that it deserves."""
+    known = head.known
+    protocols = _list_of(known.get(b"upgrade", ()))
+    is_old = "ptth/1.0" in compatible and b"ptth/1.0" in protocols
+    switches = head.minor_version == 1 and b"upgrade" in _list_of(known.get(b"connection", ()))
+    if not switches or not (is_old or b"ptth" in protocols):
+        fields = [(b"Upgrade", b"ptth"), (b"Connection", b"upgrade")]
+        detail = "this port is for workers, which ask for Upgrade: ptth; consumers go to the main port"
+        raise ProtocolError(426, detail, fields)
+    method = b"POST" if is_old else b"GET"
+    if head.method != method:
+        raise ProtocolError(405, f"the handshake is a {method.decode()}", [(b"Allow", method)])
+    if head.content_length or head.is_chunked:
+        raise ProtocolError(400, "a handshake has no content")
+    scope = _SCOPE.fullmatch(head.target)
+    if scope is None and head.target != b"/ptth" and not is_old:
+        raise ProtocolError(404, "workers ask for /.well-known/ptth/ORIGINS/, or for /ptth")
+    if not is_old and b"http%2F1.1" not in _members(known.get(b"alpn", ())):
+        raise ProtocolError(400, "the field ALPN must offer http%2F1.1")
+    origins = frozenset(_origins(scope[1])) if scope else frozenset[str]()
+    is_envoy = len(_ENVOY_FIELD.findall(head.forwarded)) > 1
+    return Offer(b"PTTH/1.0" if is_old else b"ptth", origins, is_envoy)
+
+
+def _members(values: Iterable[bytes]) -> list[bytes]:
+    """The same as ``_list_of``, as they are written."""
+    return [member.strip(b" \t") for value in values for member in value.split(b",")]
+
+
+def _origins(scope: bytes) -> list[str]:
+    if not _PERCENT_ENCODED.fullmatch(scope):
+        raise ProtocolError(400, "a malformed percent-encoding")
+    origins = [urllib.parse.unquote(member, "latin-1") for member in scope.decode().split(",")]
+    for origin in origins:
+        if not is_origin(origin):
+            detail = "an origin is https://host or https://host:port, in lower case, without a default port"
+            raise ProtocolError(400, detail)
+    return origins
+
+
+def find_permit(head: RequestHead, names: Sequence[str] | None, permits: Mapping[str, Permit]) -> Permit:
+    """Returns whose handshake that is; ``names`` are those of the certificate, ``None`` without one.
+
+    Raises ``ProtocolError``: 401 if nobody's, 403 if the certificate is good, but nobody's.
+    """
+    given = head.known.get(b"authorization", ())
+    if len(given) > 1:
+        raise ProtocolError(400, "several Authorization fields")
+    if given:
+        bearer = _BEARER.fullmatch(given[0])
+        permit = permits.get(f"sha256:{hashlib.sha256(bearer[1]).hexdigest()}") if bearer else None
+        if permit is None:
+            raise ProtocolError(401, "no worker has this token", [_challenge(b', error="invalid_token"')])
+        return permit
+    if names is None:
+        raise ProtocolError(401, "workers need a token or a certificate here", [_challenge(b"")])
+    for name in names:
+        if (permit := permits.get(f"certificate:{name.lower()}")) is not None:
+            return permit
+    raise ProtocolError(403, "no worker has this certificate")
+
+
+def _challenge(error: bytes) -> Field:
+    return b"WWW-Authenticate", b'Bearer realm="pothead"' + error
+
+
+def register(
+    head: RequestHead, offer: Offer, names: Sequence[str] | None, permits: Mapping[str, Permit] | None
+) -> Registration:
+    """Returns with what a worker joins; without ``permits`` anybody may.  Raises ``ProtocolError``."""
+    if permits is None:
+        return Registration(None, offer.origins)
+    permit = find_permit(head, names, permits)
+    if permit.origins and not offer.origins <= permit.origins:
+        refused = ", ".join(sorted(offer.origins - permit.origins))
+        raise ProtocolError(403, f"worker {permit.name} may not serve {refused}")
+    return Registration(permit, offer.origins or permit.origins)
+
+
+def read_permits(text: str, path: str) -> dict[str, Permit]:
+    """Returns the lines of a workers file by their credentials; ``path`` is for complaints.
+
+    Raises ``ValueError`` with file, line and what is wrong; a secret is never repeated.
+    """
+    permits: dict[str, Permit] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if words := line.partition("#")[0].split():
+            try:
+                permit = _permit(words)
+                if permit.credential in permits:
+                    raise ValueError("the same credential a second time")
+            except ValueError as exc:
+                raise ValueError(f"{path}, line {number}: {exc}") from None
+            permits[permit.credential] = permit
+    return permits
+
+
+def load_permits(path: str) -> dict[str, Permit]:
+    """Returns what a workers file says.  Raises ``ValueError`` with a sentence for the user."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return read_permits(file.read(), path)
+    except UnicodeDecodeError:
+        raise ValueError(f"--workers-file: {path} is no text in UTF-8") from None
+    except OSError as exc:
+        raise ValueError(f"--workers-file: cannot read {path}: {exc.strerror}") from exc
+
+
+def _permit(words: list[str]) -> Permit:
+    name, *rest = words
+    if not _WORKER_NAME.fullmatch(name):
+        raise ValueError("a name has letters, digits, dots, hyphens and underscores, 64 at most")
+    credential = _CREDENTIAL.fullmatch(rest[0]) if rest else None
+    if credential is None:
+        raise ValueError("behind the name stands token:SECRET, sha256:HEX or certificate:DNS-NAME")
+    for origin in rest[1:]:
+        if not is_origin(origin):
+            raise ValueError(f"no origin, such as https://api.example or http://api.example:8080: {origin}")
+    if credential["certificate"]:
+        key = f"certificate:{credential['certificate'].lower()}"
+    else:
+        digest = credential["digest"] or hashlib.sha256(credential["token"].encode()).hexdigest()
+        key = f"sha256:{digest.lower()}"
+    return Permit(name, key, frozenset(rest[1:]))
 
 
 # ---- The policy: who is next, and who serves it (pure) ----------------------------------------------------
@@ -1873,6 +2110,10 @@ class Transport:
 
     __slots__ = ("_poll", "_sock", "_unacknowledged_s")
 
+    scheme = b"http"
+    can_splice = CAN_SPLICE
+    has_rest = False  # bytes that have come and of which the socket does not tell
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._unacknowledged_s = math.nan  # not set yet
@@ -1891,7 +2132,7 @@ class Transport:
             return None
 
     def send(self, data: Bytes) -> int:
-        """Returns how many bytes the network has taken."""
+        """Returns how many bytes the network has taken; the others are to be offered again, and first."""
         try:
             return self._sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -1949,6 +2190,277 @@ class Transport:
 
     def close(self) -> None:
         self._sock.close()
+
+
+class TlsTransport(Transport):
+    """The same over TLS, which works on two buffers (``ssl.MemoryBIO``) and never on the socket.
+
+    The handshake goes on while bytes are received; ``on_open`` is called at its end, before they come.
+    """
+
+    __slots__ = (
+        "_ahead", "_has_heard", "_incoming", "_is_over", "_on_open", "_outgoing", "_overhead", "_sealed",
+        "_tls", "_unsent", "fault", "has_rest", "is_open", "spoke_in_clear",
+    )  # fmt: skip
+
+    scheme = b"https"
+    can_splice = False  # it would put cleartext on the wire
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, on_open: Callable[[], None]) -> None:
+        super().__init__(sock)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._on_open = on_open
+        self._ahead = b""  # a byte that was received to see whether there is one
+        self.fault: OSError | None = None  # what has ended the connection
+        self._sealed = memoryview(b"")  # encrypted, and not sent yet ...
+        self._unsent = 0  # ... how many bytes that is, with all of a record that has been sent in part ...
+        self._overhead = 0  # ... and what each record takes beside its own
+        self._has_heard = False
+        self._is_over = False  # nothing more is sent, and what comes is not understood any more
+        self.has_rest = False
+        self.is_open = False
+        self.spoke_in_clear = False  # the peer, with its first byte
+
+    def receive_into(self, buffer: memoryview) -> int | None:
+        if self._is_over:
+            return super().receive_into(buffer)
+        size = len(self._ahead)
+        buffer[:size] = self._ahead
+        self._ahead, self.has_rest = b"", False
+        may_fetch = True  # once: who sends without end gets no more of a turn than others
+        while size < len(buffer):
+            try:
+                received = self._read(buffer[size:])
+            except OSError:
+                if not size:
+                    raise
+                received = 0  # the next call raises it again
+            if received:
+                size += received
+            elif received is not None:  # the end
+                self.has_rest = size > 0
+                return size
+            elif may_fetch and self._fetch():
+                may_fetch = False
+            else:
+                return size or None
+        self.has_rest = True  # or perhaps not: the next call tells
+        return size
+
+    def _read(self, buffer: memoryview) -> int | None:
+        """Decrypts one record; 0 at the end (close_notify), ``None`` if more must be fetched."""
+        if self.fault is not None:
+            raise self.fault
+        try:
+            if not self.is_open:
+                self._shake_hands()
+            size: int = self._tls.read(len(buffer), buffer)  # type: ignore[assignment]  # as typeshed has it
+            return size
+        except ssl.SSLWantReadError:
+            return None
+        except OSError as exc:
+            self.fault = exc
+            raise
+        finally:
+            if self._outgoing.pending and not self._sealed:  # of the handshake, or an alert
+                self._seal(0)
+                with contextlib.suppress(OSError):  # reading will tell
+                    self._send_sealed()
+
+    def _shake_hands(self) -> None:
+        self._tls.do_handshake()
+        self.is_open = True
+        self._on_open()
+
+    def _fetch(self) -> bool:
+        """Receives something to decrypt, if only the end; false if nothing has come."""
+        try:
+            data = self._sock.recv(LIMITS.receive_bytes)
+        except (BlockingIOError, InterruptedError):
+            return False
+        if not data:
+            self._incoming.write_eof()
+        elif not self._has_heard and data[0] != TLS_FIRST_BYTE:
+            self.spoke_in_clear = True
+            raise ConnectionAbortedError("no TLS")
+        self._has_heard = True
+        self._incoming.write(data)
+        return True
+
+    def send(self, data: Bytes) -> int:
+        taken, view = 0, memoryview(data)
+        while not self._is_over:
+            if self._sealed:
+                taken += self._send_sealed()
+            if self._sealed or taken == len(view):
+                break
+            if self._outgoing.pending:  # what TLS has to say for itself goes apart
+                self._seal(0)
+            else:
+                self._seal(self._tls.write(view[taken : taken + LIMITS.sealed_bytes]))
+        return taken
+
+    def _seal(self, size: int) -> None:
+        """Takes what ``size`` bytes have become."""
+        sealed = self._outgoing.read()
+        self._sealed, self._unsent = memoryview(sealed), size
+        self._overhead = (len(sealed) - size) // max(1, -(-size // TLS_RECORD_BYTES))
+
+    def _send_sealed(self) -> int:
+        """Returns how many bytes have gone, in whole records: of half a record nobody can read anything."""
+        self._sealed = self._sealed[super().send(self._sealed) :]
+        left = 0
+        if self._sealed and self._unsent:
+            left = self._unsent % TLS_RECORD_BYTES or TLS_RECORD_BYTES  # in the last record
+            others = max(0, len(self._sealed) - left - self._overhead)
+            left += -(-others // (TLS_RECORD_BYTES + self._overhead)) * TLS_RECORD_BYTES
+        gone, self._unsent = self._unsent - left, left
+        return gone
+
+    def has_news(self) -> bool:
+        if not self.has_rest and super().has_news() and not self._is_over:
+            byte = bytearray(1)
+            try:
+                size = self._read(memoryview(byte))
+                if size is None and self._fetch():
+                    size = self._read(memoryview(byte))
+            except OSError:
+                size = 0
+            self._ahead = bytes(byte[: size or 0])
+            self.has_rest = size is not None
+        return self.has_rest
+
+    def end_output(self) -> None:
+        self._say_goodbye()
+        super().end_output()
+
+    def abort_on_close(self) -> None:
+        self._is_over = True  # without a goodbye, so that nothing can be taken for whole
+        super().abort_on_close()
+
+    def close(self) -> None:
+        self._say_goodbye()
+        super().close()
+
+    def _say_goodbye(self) -> None:
+        """Sends close_notify, unless a record has been sent in part: it would be lost in that."""
+        if self._is_over or not self.is_open or self._sealed:
+            return
+        with contextlib.suppress(OSError):  # it wants to read the answer, and needs none
+            self._tls.unwrap()
+        self._is_over = True
+        with contextlib.suppress(OSError):
+            super().send(self._outgoing.read())
+
+    def names(self) -> list[str] | None:
+        """Returns the names in the peer's certificate, which has been verified; ``None`` without one."""
+        certificate = self._tls.getpeercert()
+        if not certificate:
+            return None
+        pairs: Iterable[tuple[str, str]] = certificate.get("subjectAltName", ())  # type: ignore[assignment]
+        return [name for kind, name in pairs if kind == "DNS"]
+
+    def in_clear(self) -> Transport:
+        """Returns a transport without TLS in the place of this one, for a peer that speaks none."""
+        return Transport(self._sock)
+
+
+TLS_FIRST_BYTE: Final = 0x16  # of a handshake (RFC 8446 §5.1)
+TLS_RECORD_BYTES: Final = 16 * KIB  # of cleartext, at most (RFC 8446 §5.1)
+
+
+class Certificate:
+    """The hub's certificate, as its files are now, and what it makes of a socket.
+
+    The constructor raises ``ValueError`` with a sentence for the user where a file cannot be used.
+    """
+
+    def __init__(self, options: Options) -> None:
+        assert options.certfile is not None
+        self._context = _tls_context(options.certfile, options.keyfile)
+        self._workers_context = self._context
+        self.expires_at = _expiry(self._context, options.certfile)  # seconds since the epoch
+        if options.workers_ca is not None:
+            self._workers_context = _tls_context(options.certfile, options.keyfile)
+            self._workers_context.verify_mode = ssl.CERT_OPTIONAL
+            _check_readable("workers_ca", options.workers_ca)
+            try:
+                self._workers_context.load_verify_locations(options.workers_ca)
+            except OSError as exc:
+                raise ValueError(f"--workers-ca: {options.workers_ca} holds no certificates: {exc}") from exc
+
+    def context(self, port: str) -> ssl.SSLContext:
+        """Returns what a connection to that port speaks TLS with."""
+        return self._workers_context if port == "ptth" else self._context
+
+
+def _tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
+    """TLS 1.2 and up, with forward secrecy, and no sessions to take up again."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of 1.3 are like these
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.num_tickets = 0
+    context.set_alpn_protocols(["http/1.1"])
+    _check_readable("certfile", certfile)
+    if keyfile is not None:
+        _check_readable("keyfile", keyfile)
+    try:
+        context.load_cert_chain(certfile, keyfile, _refuse_password)
+    except OSError as exc:
+        raise ValueError(_describe_tls_files(exc, certfile, keyfile or certfile)) from exc
+    return context
+
+
+def _check_readable(name: str, path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as exc:
+        raise ValueError(f"--{name.replace('_', '-')}: cannot read {path}: {exc.strerror}") from exc
+
+
+def _refuse_password() -> str:
+    raise ValueError("--keyfile: the key is encrypted, and there is nobody to ask for its password")
+
+
+def _describe_tls_files(exc: OSError, certfile: str, keyfile: str) -> str:
+    reason = getattr(exc, "reason", None)
+    if reason == "KEY_VALUES_MISMATCH":
+        return f"--keyfile: the key in {keyfile} does not belong to the certificate in {certfile}"
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(certfile, encoding="latin-1") as file:
+        if "-----BEGIN CERTIFICATE-----" not in file.read():
+            return f"--certfile: there is no certificate (PEM) in {certfile}"
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(keyfile, encoding="latin-1") as file:
+        if "PRIVATE KEY-----" not in file.read():
+            return f"--keyfile: there is no private key (PEM) in {keyfile}"
+    return f"--certfile: {certfile} and {keyfile} cannot be used: {reason or exc}"
+
+
+def _expiry(context: ssl.SSLContext, certfile: str) -> float:
+    """Returns when the certificate expires, in seconds since the epoch.
+
+    Nothing in ``ssl`` reads a certificate but a handshake: so the hub shakes hands with itself.  Raises
+    ``ValueError`` if the certificate cannot be used.
+    """
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted
+    to_hub, from_hub = ssl.MemoryBIO(), ssl.MemoryBIO()
+    hub = context.wrap_bio(to_hub, from_hub, server_side=True)
+    try:
+        trusting.load_verify_locations(certfile)
+        peer = trusting.wrap_bio(from_hub, to_hub)
+        for side in (peer, hub, peer):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+        certificate = peer.getpeercert()
+    except ssl.SSLError as exc:
+        reason = getattr(exc, "verify_message", "") or exc.reason
+        raise ValueError(f"--certfile: {certfile} cannot be used: {reason}") from exc
+    assert certificate
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
 class Role(Protocol):
@@ -2012,6 +2524,8 @@ class Stream(Watched):
     def settle(self) -> int:
         self._room = self.role.settle()
         events = READ if self._room > 0 and not self._has_rest else 0
+        if events and self.transport.has_rest:
+            self._loop.call_soon(lambda: self._loop.deliver(self, self._fill))
         return events if self.outbuf is None else events | WRITE
 
     def take_rest_later(self) -> None:
@@ -2067,7 +2581,7 @@ class Stream(Watched):
         self.transport.close()
 
     def _fill(self) -> None:
-        if self._has_rest or self._room <= 0:
+        if self._has_rest or self._room <= 0 or self.closed:
             return
         if self.shortcut is not None and self._move(self.shortcut):
             return
@@ -2288,7 +2802,7 @@ class Exchange:
         "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
         "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
         "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address", "spool",
-        "state", "status", "ticket", "worker_s",
+        "state", "status", "ticket", "worker_name", "worker_s",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
@@ -2303,6 +2817,7 @@ class Exchange:
         self.attempt: Attempt | None = None  # the one under way
         self.attempts = 0  # that were made
         self.slot_address = "-"  # of the last one
+        self.worker_name = ""  # of the last one, if it has one
         self.status = 0  # of the response to the consumer; 0 as long as there is none
         self.bytes_in = self.bytes_out = 0  # of the bodies
         self.received_at = hub.loop.now
@@ -2411,6 +2926,7 @@ class Exchange:
         attempt = self.attempt = Attempt(slot, now)
         slot.begin(self)
         self.slot_address = slot.stream.address
+        self.worker_name = slot.name
         self.attempts += 1
         self.queued_s += now - self.since
         self._to(SENT)
@@ -2937,19 +3453,221 @@ class Farewell:
     def on_fault(self) -> None: ...
 
 
+class Handshaking:
+    """The role of a stream until TLS stands: ``begin`` gives it the next one.
+
+    Until then nothing is known of who is there, and there may be many.
+    """
+
+    __slots__ = ("_begin", "_hub", "_port", "_stream", "_transport")
+
+    def __init__(
+        self, hub: Hub, port: str, stream_of: Callable[[Transport], Stream], sock: socket.socket,
+        begin: Callable[[Stream], None],
+    ) -> None:  # fmt: skip
+        self._hub = hub
+        self._port = port
+        self._begin = begin
+        assert hub.certificate is not None
+        self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
+        self._stream = stream_of(self._transport)
+        self._stream.role = self
+        self._stream.deadline = hub.loop.now + hub.options.head_timeout
+        hub.greet(self._stream)
+
+    def _on_open(self) -> None:
+        self._hub.newcomers.pop(self._stream, None)
+        self._begin(self._stream)
+
+    def settle(self) -> int:
+        return LIMITS.handshake_bytes
+
+    def on_bytes(self, data: memoryview) -> None: ...
+
+    def on_taken(self) -> None: ...
+
+    def on_drained(self) -> None: ...
+
+    def on_hangup(self, *, reset: bool) -> None:
+        if self._transport.spoke_in_clear:
+            self._hub.complain(self._port, self._stream.address, "spoke without TLS on a port that wants it")
+            self._stream.transport = self._transport.in_clear()
+            text = b"This port speaks TLS: the address begins with https://\n"
+            self._stream.write(own_response(400, text, keep_alive=False))
+            Farewell(self._hub.loop, self._stream)
+        elif reset:
+            self._hub.complain(self._port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
+            self._stream.close()
+        else:
+            self._stream.close()
+        self._hub.newcomers.pop(self._stream, None)
+
+    def on_deadline(self) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """It has taken too long, or others need the room."""
+        self._hub.newcomers.pop(self._stream, None)
+        self._stream.close()
+
+    def on_fault(self) -> None:
+        self._hub.newcomers.pop(self._stream, None)
+
+
+class Applicant:
+    """The role of a stream on the PTTH port until it has shown that it may have requests.
+
+    Of those not a byte is sent before that.
+    """
+
+    __slots__ = ("_hub", "_inbuf", "_stream")
+
+    def __init__(self, hub: Hub, stream: Stream) -> None:
+        self._hub = hub
+        self._stream = stream
+        self._inbuf = Inbuf()
+        stream.role = self
+        if stream.deadline == math.inf:  # TLS has not begun it
+            stream.deadline = hub.loop.now + hub.options.head_timeout
+        hub.loop.touch(stream)
+        hub.greet(stream)
+
+    def settle(self) -> int:
+        return LIMITS.handshake_bytes + 1 - len(self._inbuf)
+
+    def on_bytes(self, data: memoryview) -> None:
+        self._inbuf += data
+        try:
+            head = take_request_head(self._inbuf)
+            if head is not None:
+                self._answer(head)
+            elif len(self._inbuf) > LIMITS.handshake_bytes:
+                raise ProtocolError(431, f"the head is over {LIMITS.handshake_bytes} bytes")
+        except ProtocolError as error:
+            self._refuse(error)
+
+    def _answer(self, head: RequestHead) -> None:
+        offer = read_offer(head, self._hub.options.ptth_compat)
+        if self._inbuf:
+            raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
+        transport = self._stream.transport
+        names = transport.names() if isinstance(transport, TlsTransport) else None
+        registration = register(head, offer, names, self._hub.permits)
+        if self._hub.needs_no_workers:
+            raise ProtocolError(503, "this hub is about to end")
+        self._hub.newcomers.pop(self._stream, None)
+        self._stream.deadline = math.inf
+        self._stream.write(SWITCHING % offer.protocol)
+        if offer.is_envoy:
+            Rehearsal(self._hub, self._stream, registration)
+        else:
+            self._hub.enlist(self._stream, registration)
+
+    def _refuse(self, error: ProtocolError) -> None:
+        self._hub.newcomers.pop(self._stream, None)
+        self._hub.complain("ptth", self._stream.address, f"refused as a worker with {error}")
+        self._hub.counters.refused_workers[error.status] += 1
+        fields = [*error.fields]
+        if error.status == 503:
+            fields.append((b"Retry-After", b"%d" % math.ceil(self._hub.options.retry_after)))
+        text = f"{error.status} {http.HTTPStatus(error.status).phrase}: {error.detail}.\n"
+        self._stream.write(own_response(error.status, text.encode(), fields=fields, keep_alive=False))
+        Farewell(self._hub.loop, self._stream)
+
+    def on_taken(self) -> None: ...
+
+    def on_drained(self) -> None: ...
+
+    def on_hangup(self, *, reset: bool) -> None:
+        self._hub.newcomers.pop(self._stream, None)
+        self._stream.close()
+
+    def on_deadline(self) -> None:
+        limit_s = self._hub.options.head_timeout
+        self._refuse(ProtocolError(408, f"no whole handshake within {limit_s:g} s"))
+
+    def leave(self) -> None:
+        """Others need the room."""
+        self._refuse(ProtocolError(503, "too many connections have not shown yet who they are"))
+
+    def on_fault(self) -> None:
+        self._hub.newcomers.pop(self._stream, None)
+
+
+class Rehearsal:
+    """The role of a stream from an Envoy between its 101 and its first request.
+
+    Envoy (1.40) loses what comes together with the 101, and the connection is of no use after that.  So it
+    is given a moment, and then has to echo a word of its own protocol.
+    """
+
+    __slots__ = ("_hub", "_inbuf", "_registration", "_stream")
+
+    PING: Final = b"RPING"
+
+    def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
+        self._hub = hub
+        self._stream = stream
+        self._registration = registration
+        self._inbuf: bytes | None = None  # once it has been asked
+        stream.role = self
+        stream.deadline = hub.loop.now + LIMITS.envoy_pause_s
+        hub.loop.touch(stream)
+
+    def settle(self) -> int:
+        return LIMITS.handshake_bytes
+
+    def on_bytes(self, data: memoryview) -> None:
+        self._inbuf = None if self._inbuf is None else self._inbuf + bytes(data)
+        if self._inbuf == self.PING:
+            self._stream.deadline = math.inf
+            self._hub.enlist(self._stream, self._registration)
+        elif self._inbuf is None or not self.PING.startswith(self._inbuf):
+            self._stream.close()
+
+    def on_taken(self) -> None: ...
+
+    def on_drained(self) -> None: ...
+
+    def on_hangup(self, *, reset: bool) -> None:
+        self._stream.close()
+
+    def on_deadline(self) -> None:
+        if self._inbuf is None:
+            self._inbuf = b""
+            self._stream.write(self.PING)
+            self._stream.deadline = self._hub.loop.now + LIMITS.envoy_echo_s
+        else:
+            self._hub.complain(
+                "ptth", self._stream.address, "an Envoy that does not echo; it will come again"
+            )
+            self._stream.close()
+
+    def on_fault(self) -> None: ...
+
+
+SWITCHING: Final = (
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: %b\r\nALPN: http%%2F1.1\r\n\r\n"
+)
+
+
 class Slot:
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
-        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "parked_at", "served",
-         "since", "stream",
+        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine", "name",
+        "parked_at", "registration", "served", "since", "stream",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub, stream: Stream) -> None:
+    def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
         self._hub = hub
         self.stream = stream
         stream.role = self
-        self.machine: Machine[Slot] = hub.policy.join(stream.address.rpartition(":")[0])
+        self.registration = registration
+        self.name = registration.name  # of the worker, empty if it has none
+        self.is_welcome = True  # for another request: the workers file still allows it
+        machine = stream.address.rpartition(":")[0]
+        self.machine: Machine[Slot] = hub.policy.join(f"{self.name}@{machine}" if self.name else machine)
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
@@ -2989,12 +3707,17 @@ class Slot:
 
     def describe(self, now: float) -> dict[str, object]:
         """Returns what /stats tells of it; durations in seconds."""
-        return {
+        description: dict[str, object] = {
             "address": self.stream.address,
             "state": "idle" if self.exchange is None else "busy",
             "served": self.served,
             "connected_seconds": round(now - self.since, 3),
         }
+        if self.name:
+            description["name"] = self.name
+        if self.registration.origins:
+            description["origins"] = sorted(self.registration.origins)
+        return description
 
     def resume(self) -> None:
         """What keeps the response from being read may have changed."""
@@ -3044,7 +3767,9 @@ class Slot:
 
     def _take_shortcut(self, exchange: Exchange, body: BodyReader) -> None:
         target = exchange.shortcut()
-        if CAN_SPLICE and target is not None and self.stream.shortcut is None:
+        if target is None or self.stream.shortcut is not None:
+            return
+        if self.stream.transport.can_splice and target.transport.can_splice:
             self.stream.shortcut = Shortcut(target, lambda: body.verbatim, self._on_moved)
 
     def _on_moved(self, size: int) -> None:
@@ -3318,6 +4043,8 @@ class Ports:
         self._bind("workers", options.worker_host, options.worker_port, accept, _always)
         if options.admin_port is not None or "admin" in passed:
             self._bind("admin", options.admin_host, options.admin_port or 0, accept, _always)
+        if options.ptth_port is not None or "ptth" in passed:
+            self._bind("ptth", options.ptth_host, options.ptth_port or 0, accept, may_accept)
         # From the first connection on nothing may fail any more: it would be lost with this hub.
         for name, listener in self.listeners.items():
             listener.listen(name)
@@ -3332,8 +4059,7 @@ class Ports:
         listener = Listener(self._loop, sock, accept[what], may_accept, is_shared=what in self._passed)
         self.listeners[what] = listener
         self._loop.add(listener)
-        if what == "workers" and not self._options.allow_anonymous_workers:
-            _refuse_open_worker_port(sock)
+        refuse_open_port(what, sock, self._options)
 
     def address(self, what: str) -> str | None:
         """Returns ``host:port``, ``None`` if there is no such port."""
@@ -3371,9 +4097,10 @@ class Ports:
 
     def leave_workers(self, leaves: bool) -> bool:
         """Lets new slots go to the hub that takes over, or takes them again; false if none can."""
-        can = self._options.reuse_port or "workers" in self._passed
-        if can:
-            self.listeners["workers"].leave_to_successor(leaves)
+        names = [name for name in ("workers", "ptth") if name in self.listeners]
+        can = self._options.reuse_port or all(name in self._passed for name in names)
+        for name in names if can else ():
+            self.listeners[name].leave_to_successor(leaves)
         return can
 
     @property
@@ -3419,7 +4146,7 @@ class Forwarding:
     def fields(self, exchange: Exchange, age_s: float) -> bytes:
         """Returns the field lines for a worker; ``age_s`` is how long ago the request came."""
         head, consumer = exchange.head, exchange.consumer
-        hops, proto, host = consumer.host, b"http", head.host or b""
+        hops, proto, host = consumer.host, consumer.stream.transport.scheme, head.host or b""
         if consumer.is_trusted:
             known = head.known
             hops = b", ".join([*known.get(b"x-forwarded-for", ()), hops])
@@ -3466,6 +4193,11 @@ class Hub:
         self.keep_alive_s = options.keep_alive  # of an idle consumer's connection
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
+        # Who may be a worker, by credentials; without a file, anybody.
+        self.permits = None if options.workers_file is None else load_permits(options.workers_file)
+        self.certificate = None if options.certfile is None else Certificate(options)
+        self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
+        self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
         self.history = History(self.loop.now)
         self.rate = Rate(self.loop.now)
@@ -3481,11 +4213,14 @@ class Hub:
         self._is_lonely = False  # as has been told
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
-        accept = {
-            "consumers": self._accept_consumer, "workers": self._accept_worker, "admin": self._accept_admin
+        self._expiry_timer = Timer(self._watch_expiry)
+        begin: dict[str, Callable[[Stream], None]] = {
+            "consumers": self._begin_consumer, "workers": self._begin_worker, "admin": self._begin_admin,
+            "ptth": self._begin_applicant,
         }  # fmt: skip
+        accept = {name: functools.partial(self._accept, name, begin[name]) for name in begin}
         try:
-            self.ports = Ports(self.loop, options, sockets or {}, accept, self._may_accept_consumer)
+            self.ports = Ports(self.loop, options, sockets or {}, accept, self._may_accept)
         except (OSError, ValueError):
             self.loop.close()
             for sock in (sockets or {}).values():
@@ -3493,10 +4228,13 @@ class Hub:
             raise
         self.addresses = {name: self.ports.address(name) for name in accept}  # each host:port
         self.loop.before_sleep += [self.dispatch, self._note]
+        if self.certificate is not None:
+            self._watch_expiry()
 
     # .. connections ..
 
-    def _may_accept_consumer(self) -> bool:
+    def _may_accept(self) -> bool:
+        """Whether there is room for another connection of somebody who may be anybody."""
         return self._free_descriptors() > self._descriptor_reserve
 
     def _may_open_file(self) -> bool:
@@ -3505,22 +4243,61 @@ class Hub:
     def _free_descriptors(self) -> int:
         return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
-    def _new_stream(self, sock: socket.socket, address: str) -> Stream:
-        stream = Stream(self.loop, Transport(sock), address, self._new_outbuf)
+    def _accept(self, port: str, begin: Callable[[Stream], None], sock: socket.socket, address: str) -> None:
+        if PORT_OPTIONS[port].removesuffix("-port") in self.options.tls_ports:
+            Handshaking(self, port, functools.partial(self._new_stream, address), sock, begin)
+        else:
+            begin(self._new_stream(address, Transport(sock)))
+
+    def _new_stream(self, address: str, transport: Transport) -> Stream:
+        stream = Stream(self.loop, transport, address, self._new_outbuf)
         self.loop.add(stream)
         return stream
 
-    def _accept_consumer(self, sock: socket.socket, address: str) -> None:
-        self.needy.add(Consumer(self, self._new_stream(sock, address)))
+    def _begin_consumer(self, stream: Stream) -> None:
+        self.needy.add(Consumer(self, stream))
 
-    def _accept_worker(self, sock: socket.socket, address: str) -> None:
-        slot = Slot(self, self._new_stream(sock, address))
+    def _begin_worker(self, stream: Stream) -> None:
+        self.enlist(stream, Registration())
+
+    def _begin_applicant(self, stream: Stream) -> None:
+        Applicant(self, stream)
+
+    def _begin_admin(self, stream: Stream) -> None:
+        Admin(self, stream)
+
+    def greet(self, stream: Stream) -> None:
+        """Counts a connection of which nothing is known yet; of too many the oldest goes."""
+        self.newcomers[stream] = None
+        if len(self.newcomers) > min(LIMITS.newcomers, self._descriptor_limit // 4):
+            oldest = next(iter(self.newcomers)).role
+            assert isinstance(oldest, Handshaking | Applicant)
+            oldest.leave()
+
+    def enlist(self, stream: Stream, registration: Registration) -> None:
+        """Has a stream wait as a slot."""
+        slot = Slot(self, stream, registration)
         self.slots.add(slot)
         self.policy.park(slot)
         self._is_lonely = False
+        if slot.name:
+            log.debug("worker %s joined from %s for %s", slot.name, stream.address, registration.serves())
 
-    def _accept_admin(self, sock: socket.socket, address: str) -> None:
-        Admin(self, self._new_stream(sock, address))
+    @property
+    def needs_no_workers(self) -> bool:
+        """Whether this hub is about to end, and nothing waits that a new slot could serve."""
+        return self.draining and not self.policy.waiting and not self.ports.has_successor
+
+    def complain(self, port: str, address: str, what: str) -> None:
+        """Warns of a connection that was turned away: of each kind once in a while, whoever may call."""
+        kind, now = (port, what.partition(":")[0]), self.loop.now
+        told_at, more = self._complained.get(kind, (-math.inf, 0))
+        if now - told_at < LIMITS.complaint_s:
+            self._complained[kind] = told_at, more + 1
+            return
+        self._complained[kind] = now, 0
+        others = f" (and {more} others since the last such line)" if more else ""
+        log.warning("%s: %s%s", address, what, others)
 
     def new_spool(self, *, keep: bool) -> Spool:
         """Returns an empty spool for the body of a request."""
@@ -3557,6 +4334,7 @@ class Hub:
     def _pair(self, ticket: Ticket[Exchange], slot: Slot) -> None:
         exchange, consumer = ticket.item, ticket.item.consumer
         if slot.stream.transport.has_news():  # it has left, or spoken: it will be told which
+            self.loop.touch(slot.stream)
             self.policy.release(slot)
             self.policy.put_back(ticket, 0)
         elif consumer.stream.transport.has_hung_up():
@@ -3592,7 +4370,7 @@ class Hub:
 
     def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
-        reusable = reusable and not slot.stream.closed
+        reusable = reusable and slot.is_welcome and not slot.stream.closed
         self.policy.release(slot, park=reusable)
         if not reusable:
             self._forget(slot)
@@ -3682,6 +4460,10 @@ class Hub:
         """Ends a pause."""
         self.loop.call_from_thread(lambda: self._set_paused(False))
 
+    def reload(self) -> None:
+        """Reads the certificate and the workers file again; what cannot be used does not replace the old."""
+        self.loop.call_from_thread(self._reload)
+
     def cancel(self, request_id: str) -> None:
         """Ends all requests with that id, waiting or running."""
         self.loop.call_from_thread(lambda: self._cancel(request_id))
@@ -3692,6 +4474,49 @@ class Hub:
         if paused != self.paused:
             self.paused = paused
             log.warning("paused: requests wait until it is resumed" if paused else "resumed")
+
+    def _reload(self) -> None:
+        for step in (self._reload_certificate, self._reload_permits):
+            try:
+                step()
+            except ValueError as exc:
+                log.error("not reloaded, the old one stays: %s", exc)
+
+    def _reload_certificate(self) -> None:
+        if self.certificate is not None:
+            self.certificate = Certificate(self.options)
+            log.info("certificate reloaded; it expires %s", timestamp(self.certificate.expires_at))
+            self._watch_expiry()
+
+    def _reload_permits(self) -> None:
+        if self.options.workers_file is None:
+            return
+        self.permits = load_permits(self.options.workers_file)
+        log.info("workers file reloaded: %d credentials", len(self.permits))
+        for slot in list(self.slots):
+            slot.is_welcome = self._is_permitted(slot.registration)
+            if not slot.is_welcome and slot.exchange is None:
+                self.on_worker_left(slot)
+
+    def _is_permitted(self, registration: Registration) -> bool:
+        """Whether a slot may go on with what it has joined with; the silent worker port asks for nothing."""
+        if registration.permit is None or self.permits is None:
+            return True
+        permit = self.permits.get(registration.permit.credential)
+        if permit is None or permit.name != registration.permit.name:
+            return False
+        return not permit.origins or bool(registration.origins and registration.origins <= permit.origins)
+
+    def _watch_expiry(self) -> None:
+        """Warns, once a day, of a certificate that is about to expire."""
+        assert self.certificate is not None
+        left_s = self.certificate.expires_at - time.time()
+        if left_s <= 0:
+            log.error("the certificate has expired: nobody who checks it connects any more")
+        elif left_s < LIMITS.expiry_warning_s:
+            log.warning("the certificate expires in %d days", left_s // 86400)
+        self._expiry_timer.deadline = self.loop.now + LIMITS.expiry_check_s
+        self.loop.touch(self._expiry_timer)
 
     def find(self, request_id: str) -> list[Exchange]:
         """Returns the requests with that id, which consumers may choose."""
@@ -3755,6 +4580,8 @@ class Counters:
         self.worker_errors: Counter[int] = Counter()  # of what workers answered, by status from 500 on
         self.requeues = 0
         self.breaches = 0
+        self.refused_workers: Counter[int] = Counter()  # by status
+        self.by_worker: Counter[str] = Counter()  # requests that workers with a name were given, by that
         self.bytes_in = 0
         self.bytes_out = 0
         self.mean_service_s = 0.0  # moving, over about the last 50
@@ -3783,6 +4610,8 @@ class Counters:
             self.queued.add(exchange.queued_s)
         if exchange.attempts:
             self.worked.add(exchange.worker_s)
+        if exchange.worker_name:
+            self.by_worker[exchange.worker_name] += 1
         if outcome is not Outcome.COMPLETED:
             self._note_failure(exchange, outcome)
         elif exchange.status >= 500:
@@ -3900,7 +4729,9 @@ def _always() -> bool:
 def _ignore(text: str) -> None: ...
 
 
-PORT_OPTIONS: Final = {"consumers": "main-port", "workers": "worker-port", "admin": "admin-port"}
+PORT_OPTIONS: Final = {
+    "consumers": "main-port", "workers": "worker-port", "admin": "admin-port", "ptth": "ptth-port"
+}  # fmt: skip
 
 
 def _bind(what: str, host: str, port: int, *, reuse_port: bool) -> socket.socket:
@@ -3949,13 +4780,23 @@ def _prefer_newer(sock: socket.socket, prefer: bool) -> None:
         log.debug("new connections are still dealt out among all hubs on the port: %s", exc)
 
 
-def _refuse_open_worker_port(sock: socket.socket) -> None:
+def refuse_open_port(what: str, sock: socket.socket, options: Options) -> None:
+    """Raises ``ValueError`` if the socket would let anybody on the network have consumers' requests."""
     host = sock.getsockname()[0]
-    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    if what not in ("workers", "ptth") or ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        return
+    if what == "ptth" and options.workers_file is not None:
+        if "ptth" not in options.tls_ports:
+            raise ValueError(
+                f"the PTTH port on {host} can be reached from other machines, and without TLS the tokens "
+                "of workers would cross the network for all to see; add --certfile, or use a loopback address"
+            )
+    elif not options.allow_anonymous_workers:
+        remedy = "say with --workers-file who may" if what == "ptth" else "let workers use --ptth-port"
         raise ValueError(
-            f"the worker port on {host} can be reached from other machines, and whoever connects there "
-            "is sent consumers' requests; use a loopback address, or protect the port by a firewall and say "
-            "--allow-anonymous-workers"
+            f"the {what.removesuffix('s').replace('ptth', 'PTTH')} port on {host} can be reached from other "
+            f"machines, and whoever connects there is sent consumers' requests; {remedy}, use a loopback "
+            "address, or protect the port by a firewall and say --allow-anonymous-workers"
         )
 
 
@@ -4008,12 +4849,13 @@ def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
     head, outcome = exchange.head, exchange.outcome
     assert outcome is not None
     detail = f" detail={json.dumps(exchange.detail)}" if exchange.detail else ""
+    name = f" worker_name={exchange.worker_name}" if exchange.worker_name else ""
     return (
         f"{timestamp(wall_s)} id={exchange.request_id.decode()} consumer={exchange.consumer.stream.address}"
         f" method={head.method.decode()} path={head.path.decode()} status={exchange.status}"
         f" bytes_in={exchange.bytes_in} bytes_out={exchange.bytes_out}"
         f" queued_ms={exchange.queued_s * 1000:.1f} worker_ms={exchange.worker_s * 1000:.1f}"
-        f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.slot_address}"
+        f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.slot_address}{name}"
         f" attempts={exchange.attempts} code={outcome.code}{detail}\n"
     )
 
@@ -4038,6 +4880,8 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
         "attempts": exchange.attempts,
         "code": outcome.code,
     }
+    if exchange.worker_name:
+        fields["worker_name"] = exchange.worker_name
     if exchange.detail:
         fields["detail"] = exchange.detail
     return json.dumps(fields) + "\n"
@@ -4213,7 +5057,7 @@ def describe_machines(policy: Policy[Exchange, Slot], now: float) -> list[dict[s
     known = itertools.chain(policy.machines.values(), reversed(policy.gone.values()))
     return [
         {
-            "address": machine.name,
+            **_name_and_address(machine.name),
             "slots": machine.slots,
             "busy": machine.running,
             "served": machine.served,
@@ -4223,6 +5067,11 @@ def describe_machines(policy: Policy[Exchange, Slot], now: float) -> list[dict[s
         }
         for machine in itertools.islice(known, LIMITS.listed_rows)
     ]
+
+
+def _name_and_address(machine: str) -> dict[str, str]:
+    name, _, address = machine.rpartition("@")
+    return {"address": address, "name": name} if name else {"address": address}
 
 
 def describe_failure(exchange: Exchange, outcome: Outcome) -> dict[str, object]:
@@ -4355,6 +5204,7 @@ class MetricsCollector:
         connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
         for kind, role in (("consumers", Consumer), ("workers", Slot), ("admin", Admin)):
             connections.add_metric([kind], roles[role])
+        connections.add_metric(["newcomers"], len(hub.newcomers))
         yield connections
         spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
         spools.add_metric(["memory"], hub.budget.memory_used)
@@ -4362,6 +5212,11 @@ class MetricsCollector:
         yield spools
         disk_limit = hub.budget.disk_limit
         yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk_limit)
+        if hub.certificate is not None:
+            yield Gauge(
+                "pothead_hub_certificate_expiry_timestamp_seconds", "When the certificate expires.",
+                hub.certificate.expires_at,
+            )  # fmt: skip
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.core import HistogramMetricFamily as Histogram
@@ -4395,6 +5250,16 @@ class MetricsCollector:
         for status, count in counters.worker_errors.items():
             errors.add_metric([str(status)], count)
         yield errors
+        workers = Counts(
+            "pothead_hub_worker_requests", "Requests that workers with a name were given.", labels=["worker"]
+        )
+        for name, count in counters.by_worker.items():
+            workers.add_metric([name], count)
+        yield workers
+        refused = Counts("pothead_hub_refused_workers", "Handshakes that were refused.", labels=["status"])
+        for status, count in counters.refused_workers.items():
+            refused.add_metric([str(status)], count)
+        yield refused
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )
@@ -4685,12 +5550,30 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "main_port": ("ports", parse_port, "PORT", "port for consumers; 0: any free one"),
     "worker_host": ("ports", str, "HOST", "address for workers"),
     "worker_port": ("ports", parse_port, "PORT", "port for workers; 0: any free one"),
+    "ptth_host": ("ports", str, "HOST", "address for workers on the network"),
+    "ptth_port": (
+        "ports", parse_port_or_off, "PORT", "port for workers that shake hands (PTTH) and prove who they are"
+    ),
+    "ptth_compat": (
+        "ports", parse_list, "NAMES", f"older protocols that are spoken there, too: {', '.join(COMPATIBLE)}"
+    ),
     "admin_host": ("ports", str, "HOST", "address of the status page, /stats, /metrics, /livez and /readyz"),
     "admin_port": ("ports", parse_port_or_off, "PORT", "their port; 0: any free one, off: none"),
     "admin_allowed_hosts": (
         "ports", parse_list, "NAMES", "names by which they may be asked for, with commas between them, "
         "beside IP addresses, localhost and HOST (default: none)"
     ),
+    "certfile": ("security", str, "FILE", "the certificate and its chain (PEM), read again on SIGHUP"),
+    "keyfile": ("security", str, "FILE", "its key, unless that is in the same file"),
+    "tls": (
+        "security", parse_list, "PORTS", f"which ports speak TLS: {', '.join(TLS_PORTS)} "
+        "(default: ptth, if there is a certificate)"
+    ),
+    "workers_file": (
+        "security", str, "FILE", "who may be a worker on the PTTH port: a name, a credential, perhaps "
+        "origins; read again on SIGHUP"
+    ),
+    "workers_ca": ("security", str, "FILE", "who signs the certificates of workers (PEM)"),
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
         "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
@@ -4922,13 +5805,17 @@ def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
         "consumers": (options.main_host, options.main_port),
         "workers": (options.worker_host, options.worker_port),
         "admin": (options.admin_host, options.admin_port),
+        "ptth": (options.ptth_host, options.ptth_port),
     }
+    if options.certfile is not None:
+        Certificate(options)
+    if options.workers_file is not None:
+        load_permits(options.workers_file)
     lines = list(given.describe())
     for name, (host, port) in wanted.items():
         if port is not None or name in passed:
             with passed.get(name) or _bind(name, host, port or 0, reuse_port=options.reuse_port) as sock:
-                if name == "workers" and not options.allow_anonymous_workers:
-                    _refuse_open_worker_port(sock)
+                refuse_open_port(name, sock, options)
                 text = f"would listen {name}={address_text(sock.getsockname())}"
                 lines.append(check_line(text, options.log_format))
     if given.command and not shutil.which(given.command[0]):
@@ -4940,7 +5827,7 @@ def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
 
 # .. the service manager, such as systemd ..
 
-SOCKET_NAMES: Final = ("consumers", "workers", "admin")
+SOCKET_NAMES: Final = ("consumers", "workers", "admin", "ptth")
 _FIRST_PASSED_FD: Final = 3  # SD_LISTEN_FDS_START
 
 
@@ -5160,7 +6047,7 @@ def describe_missing(command: list[str]) -> str:
 
 
 class SignalHandler:
-    """TERM drains, a second one or INT stops, HUP does nothing, CHLD looks after the companion."""
+    """TERM drains, a second one or INT stops, HUP reads files again, CHLD looks after the companion."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -5178,6 +6065,8 @@ class SignalHandler:
                 function()
         elif number == signal.SIGTERM:
             self._hub.drain()
+        elif number == signal.SIGHUP:
+            self._hub.reload()
         elif number == signal.SIGCHLD and self.on_child is not None:
             self._hub.loop.call_from_thread(self.on_child)
 
