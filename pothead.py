@@ -2281,7 +2281,8 @@ class TlsTransport(Transport):
             return False
         if not data:
             self._incoming.write_eof()
-        elif not self._has_heard and data[0] != TLS_FIRST_BYTE:
+            return True
+        if not self._has_heard and data[0] != TLS_FIRST_BYTE:
             self.spoke_in_clear = True
             raise ConnectionAbortedError("no TLS")
         self._has_heard = True

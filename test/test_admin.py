@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import re
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -221,7 +220,7 @@ def test_long_tables_and_paths_are_cut(hub: HubProcess) -> None:
 
 
 def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: HubProcess) -> None:
-    with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, ("127.0.0.1", 0))) as slot:
+    with Peer.connect(hub.worker) as slot:
         with runs(hub, slot, request(b"/fails?secret", b"X-Request-Id: f1", method=b"POST")) as consumer:
             slot.close()
             assert consumer.read_response().status == 502

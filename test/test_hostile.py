@@ -320,7 +320,7 @@ def serve_all(slot: Peer) -> None:
 @contextlib.contextmanager
 def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a slot; the hub knows of it."""
-    with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
+    with Peer.connect(hub.worker, host=host) as slot:
         address = f"{host}:{slot.address[1]}"
         hub.until(
             lambda stats: address in [each["address"] for each in stats["workers"]], 2 * wire.DEADLINE_S
@@ -330,7 +330,7 @@ def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
 
 def forwarded(hub: HubProcess, request: bytes, host: str) -> wire.Request:
     """Send a request from the loopback address `host`; return what a slot gets."""
-    with Peer(socket.create_connection(hub.main, wire.DEADLINE_S, (host, 0))) as consumer:
+    with Peer.connect(hub.main, host=host) as consumer:
         consumer.send(request)
         with Peer.connect(hub.worker) as slot:
             got = slot.read_request()

@@ -71,7 +71,7 @@ def text(address: wire.Address) -> str:
 @contextlib.contextmanager
 def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a slot from the loopback address `host`; the hub knows of it."""
-    with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
+    with Peer.connect(hub.worker, host=host) as slot:
         hub.until(lambda stats: text(slot.address) in [each["address"] for each in stats["workers"]])
         yield slot
 
@@ -79,7 +79,7 @@ def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
 @contextlib.contextmanager
 def ask(hub: HubProcess, request: bytes, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a consumer from the loopback address `host`, with its first request."""
-    with Peer(socket.create_connection(hub.main, wire.DEADLINE_S, (host, 0))) as consumer:
+    with Peer.connect(hub.main, host=host) as consumer:
         consumer.send(request)
         yield consumer
 

@@ -7,13 +7,16 @@ sleeps: every wait ends with its event or fails at a generous deadline.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +71,127 @@ class Response(Message):
     minor_version: int
 
 
+# ---- TLS ---------------------------------------------------------------------------------------------
+
+
+class TlsSocket:
+    """A socket over TLS with what tests use of one; `shutdown` and `close` say close_notify first.
+
+    `ssl.SSLSocket` will not do: its `shutdown` throws TLS away, and what comes then is ciphertext.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, name: str = "localhost", is_hub: bool = False
+    ) -> None:
+        self.below = sock
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, is_hub, None if is_hub else name)
+        self.unsent = b""
+        self.is_reset = False
+        self._until_done(self.tls.do_handshake)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.below, name)
+
+    def _until_done(self, step: Callable[[], Any]) -> Any:
+        """Call `step` until it needs to receive no more; what it says is sent meanwhile."""
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self._flush()
+            data = self.below.recv(1 << 18)
+            if data:
+                self.incoming.write(data)
+            else:
+                self.incoming.write_eof()
+
+    def _flush(self) -> None:
+        self.unsent += self.outgoing.read()
+        while self.unsent:
+            self.unsent = self.unsent[self.below.send(self.unsent) :]
+
+    def recv(self, size: int) -> bytes:
+        """Return what has come; nothing at the end, be it close_notify or a mere FIN."""
+        with contextlib.suppress(ssl.SSLEOFError):
+            data: bytes = self._until_done(lambda: self.tls.read(size))
+            return data
+        return b""
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        self.tls.write(data)
+        self._flush()
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Take all of it, unless what was taken before could not be sent."""
+        self._flush()
+        size = self.tls.write(data)
+        with contextlib.suppress(BlockingIOError, TimeoutError):
+            self._flush()
+        return size
+
+    def setsockopt(self, level: int, name: int, value: Any) -> None:
+        self.is_reset = self.is_reset or name == socket.SO_LINGER
+        self.below.setsockopt(level, name, value)
+
+    def shutdown(self, how: int) -> None:
+        if how != socket.SHUT_RD:
+            self._say_goodbye()
+        with contextlib.suppress(OSError):  # the other end has closed already
+            self.below.shutdown(how)
+
+    def close(self) -> None:
+        if not self.is_reset:
+            self._say_goodbye()
+        self.below.close()
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(OSError):
+            self.tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._flush()
+
+
+@functools.cache
+def authority() -> Path:
+    """Return a directory with a certificate authority of the tests: `ca.pem`, `hub.pem` and `hub.key`."""
+    directory = Path(tempfile.mkdtemp(prefix="pothead-certificates-"))
+    certificate(directory, "ca", "/CN=the tests")
+    certificate(directory, "hub", "/CN=hub", names="DNS:localhost,IP:127.0.0.1")
+    return directory
+
+
+def certificate(
+    directory: Path, name: str, subject: str, *, names: str = "", use: str = "serverAuth", days: int = 30
+) -> Path:
+    """Make a certificate and its key, signed by `ca` or, if it is that itself, by nobody else."""
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    make += ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", str(days), "-subj", subject]
+    if name == "ca":
+        make += ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    else:
+        make += ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", f"subjectAltName={names}"]
+        make += ["-addext", f"extendedKeyUsage={use}", "-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run(make, cwd=directory, check=True, capture_output=True)
+    return directory / f"{name}.pem"
+
+
+def trusting(directory: Path) -> ssl.SSLContext:
+    """Return what a consumer or a worker speaks TLS with who trusts the directory's `ca.pem`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(directory / "ca.pem")
+    return context
+
+
+HANDSHAKE = (
+    b"GET /ptth HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
+)
+OVER_TLS = bool(os.environ.get("POTHEAD_TEST_OVER_TLS"))  # the port for consumers, and PTTH for slots
+_secure: dict[Address, str] = {}  # what listens there
+
+
 # ---- A peer that speaks raw bytes --------------------------------------------------------------------
 
 
@@ -81,8 +205,22 @@ class Peer:
         self.received = bytearray()
 
     @classmethod
-    def connect(cls, address: Address) -> Peer:
-        return cls(socket.create_connection(address, timeout=DEADLINE_S))
+    def connect(
+        cls, address: Address, context: ssl.SSLContext | None = None, *, host: str = "127.0.0.1"
+    ) -> Peer:
+        """Connect from `host`, over TLS with a `context` or if a program under test speaks it there.
+
+        At a PTTH port that `--over-tls` has put in the place of a worker port, a slot shakes hands.
+        """
+        secure = _secure.get(address)
+        sock = socket.create_connection(address, DEADLINE_S, (host, 0) if "." in address[0] else None)
+        if context is None and secure is None:
+            return cls(sock)
+        peer = cls(TlsSocket(sock, context or trusting(authority())))  # type: ignore[arg-type]
+        if secure == "ptth":
+            peer.send(HANDSHAKE)
+            assert peer.read_head().startswith(b"HTTP/1.1 101 "), peer.received
+        return peer
 
     def __enter__(self) -> Peer:
         return self
@@ -385,7 +523,7 @@ class HubProcess(Program):
     """A hub on free ports: `main`, `worker` and `admin` are its addresses, `lines` its access log too."""
 
     LISTENING = re.compile(
-        r'(?:listening |{"time": "[^"]+", "listening": ")(consumers|workers|admin)(?:=|", "address": ")'
+        r'(?:listening |{"time": "[^"]+", "listening": ")(consumers|workers|admin|ptth)(?:=|", "address": ")'
         r'\[?(.+?)\]?:([0-9]+)(?:"})?'
     )
 
@@ -400,10 +538,16 @@ class HubProcess(Program):
         self.main: Address = ("", 0)
         self.worker: Address = ("", 0)
         self.admin: Address = ("", 0)
+        self.ptth: Address = ("", 0)
 
     def wait_until_ready(self, has_admin: bool = True) -> None:
         self.main = self._read_address("consumers")
         self.worker = self._read_address("workers")
+        if "--ptth-port" in self.process.args:
+            self.ptth = self._read_address("ptth")
+        if OVER_TLS and "--ptth-port" in self.process.args:
+            self.worker = self.ptth
+            _secure[self.main], _secure[self.ptth] = "main", "ptth"
         if has_admin:
             self.admin = self._read_address("admin")
 
@@ -449,6 +593,9 @@ def hub_process(
 ) -> Iterator[HubProcess]:
     """Run pothead.py on free ports with further `options`, which a `-- command …` may end; it is ready."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
+    if OVER_TLS and "--ptth-port" not in options:
+        files = [str(authority() / name) for name in ("hub.pem", "hub.key")]
+        ports += ["--ptth-port", "0", "--certfile", files[0], "--keyfile", files[1], "--tls", "main,ptth"]
     hub = HubProcess(python(str(ROOT / "pothead.py"), *ports, *options), cwd, environment)
     with running(hub):
         hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
