@@ -4998,6 +4998,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "draining": hub.draining,
         "paused": hub.paused,
         "has_rival": hub.ports.has_rival,
+        "certificate_expires_seconds": hub.certificate and round(hub.certificate.expires_at - time.time()),
         "queue_length": hub.policy.waiting,
         "max_queue": hub.options.max_queue,
         "queue_oldest_seconds": round(hub.policy.oldest_wait(now), 3),
@@ -6458,6 +6459,8 @@ const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${ro
 const hasLeft = row => row.code === "CQ" || row.code === "CR";
 // A kept connection brings another request, and its row must not keep the button of the one before.
 const exchange = row => `${row.consumer} ${row.id}`;
+// A worker's name, what it serves if that is not everything, and its address.
+const named = row => [row.name, row.address, ...row.origins ?? []].filter(Boolean).join(" · ");
 const TABLES = {
   running: {
     key: exchange, empty: "Nothing runs.",
@@ -6479,9 +6482,9 @@ const TABLES = {
     ],
   },
   machines: {
-    key: row => row.address, empty: "No worker has connected yet.",
+    key: row => `${row.name} ${row.address}`, empty: "No worker has connected yet.",
     columns: [
-      ["mono", row => row.address],
+      ["mono", named],
       ["grow", machineState],
       ["n", row => count(row.served)],
       ["n", row => count(row.failures), row => row.failures ? "trouble" : ""],
@@ -6491,7 +6494,7 @@ const TABLES = {
   workers: {
     key: row => row.address, empty: "No slot is connected.",
     columns: [
-      ["mono", row => row.address],
+      ["mono", named],
       ["grow", row => row.state],
       ["n", row => count(row.served)],
       ["n", row => age(row.connected_seconds)],
@@ -6677,7 +6680,10 @@ function showState(stats, slots, waiting) {
   }
   if (stats.has_rival)
     banner += " Another hub listens on the same port, and gets a part of the requests: end one of them.";
-  setState(...state, banner, "");
+  const expires = stats.certificate_expires_seconds;
+  if (expires !== null && expires < 14 * 86400)
+    banner += expires < 0 ? " The certificate has expired." : ` The certificate expires in ${span(expires)}.`;
+  setState(...state, banner.trim(), "");
   const mark = stats.paused ? "‖ " : "";
   document.title = `${mark}${count(waiting)} waiting, ${count(stats.slots.busy)} busy – POTHEAD`;
 }

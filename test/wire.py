@@ -178,6 +178,15 @@ def certificate(
     return directory / f"{name}.pem"
 
 
+def expired_certificate(directory: Path, name: str) -> None:
+    """Make one that ended yesterday, and its key."""
+    key = ["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key"]
+    sign = ["openssl", "x509", "-req", "-days", "-1", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+    request = [*key, "-out", f"{name}.csr", "-subj", f"/CN={name}"]
+    for command in (request, [*sign, "-in", f"{name}.csr", "-out", f"{name}.pem"]):
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+
+
 def trusting(directory: Path) -> ssl.SSLContext:
     """Return what a consumer or a worker speaks TLS with who trusts the directory's `ca.pem`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

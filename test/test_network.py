@@ -1,0 +1,730 @@
+"""The hub on the open network: who may be a worker (the handshake, raw), and TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import select
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import wire
+from pothead import ProtocolError, is_origin, read_permits, take_request_head, Inbuf, read_offer, register
+from wire import HubProcess, Peer, hub_process
+
+API, IMG = "https://api.example", "https://img.example:8443"
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+PATH = b"/.well-known/ptth/https%3A%2F%2Fapi.example/"
+WORKERS = f"""
+# name   credential                    origins
+alpha    token:s3cr3t-of-alpha         {API} {IMG}
+beta     sha256:{hashlib.sha256(b"s3cr3t-of-beta").hexdigest().upper()}
+gamma    certificate:gamma.example     {API}   # by its certificate
+"""
+
+
+def handshake(
+    path: bytes = PATH, token: bytes | None = b"Bearer s3cr3t-of-alpha", *lines: bytes,
+    method: bytes = b"GET", version: bytes = b"HTTP/1.1", **change: bytes | None,
+) -> bytes:  # fmt: skip
+    """Return the example of the draft, with changes; a field that is `None` is left out."""
+    fields: dict[str, bytes | None] = {
+        "Host": b"hub.example", "Connection": b"upgrade", "Upgrade": b"ptth", "ALPN": b"http%2F1.1",
+        "Authorization": token,
+    }  # fmt: skip
+    fields.update({name.replace("_", "-"): value for name, value in change.items()})
+    head = [b"%b %b %b" % (method, path, version)]
+    head += [b"%b: %b" % (name.encode(), value) for name, value in fields.items() if value is not None]
+    return b"\r\n".join((*head, *lines, b"", b""))
+
+
+@contextlib.contextmanager
+def network_hub(directory: Path, *options: str, workers: str | None = WORKERS) -> Iterator[HubProcess]:
+    """A hub with a PTTH port, and a workers file unless that is `None`."""
+    if workers is not None:
+        (directory / "workers").write_text(workers)
+        options = ("--workers-file", str(directory / "workers"), *options)
+    with hub_process("--ptth-port", "0", *options) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
+    with network_hub(tmp_path_factory.mktemp("common"), "--ptth-compat", "ptth/1.0") as hub:
+        yield hub
+
+
+@pytest.fixture
+def network(common: HubProcess) -> HubProcess:
+    """The shared hub, once nothing of earlier tests is left."""
+    common.until(lambda stats: not stats["workers"] and not stats["demand"])
+    return common
+
+
+def tls_options(directory: Path, ports: str = "ptth") -> tuple[str, ...]:
+    return (
+        "--certfile", str(directory / "hub.pem"), "--keyfile", str(directory / "hub.key"), "--tls", ports
+    )  # fmt: skip
+
+
+def join(hub: HubProcess, *arguments: bytes, context: ssl.SSLContext | None = None) -> Peer:
+    """Return a slot that has joined with the handshake."""
+    peer = Peer.connect(hub.ptth, context)
+    peer.send(handshake(*arguments))
+    peer.expect(SWITCHED)
+    return peer
+
+
+def ask(hub: HubProcess, path: bytes, context: ssl.SSLContext | None = None) -> Peer:
+    peer = Peer.connect(hub.main, context)
+    peer.send(b"GET %b HTTP/1.1\r\nHost: api.example\r\n\r\n" % path)
+    return peer
+
+
+def serve_one(hub: HubProcess, slot: Peer, path: bytes) -> None:
+    with ask(hub, path) as consumer:
+        assert slot.read_request().target == path
+        slot.send(OK)
+        assert consumer.read_response().body == b"ok"
+
+
+# ---- The handshake -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        handshake(),
+        handshake(b"/ptth"),
+        handshake(Connection=b"keep-alive, Upgrade"),
+        handshake(Upgrade=b"websocket,PTTH"),
+        handshake(ALPN=b"h2, http%2F1.1"),
+        handshake(b"/.well-known/ptth/https%3a%2f%2fapi.example,https%3A%2F%2Fimg.example%3A8443/"),
+        handshake(b"http://hub.example" + PATH),
+        handshake(PATH, b"bearer   s3cr3t-of-alpha"),
+        handshake(b"/.well-known/ptth/http%3A%2F%2Fanything.example/", b"Bearer s3cr3t-of-beta"),
+        handshake(PATH, b"Bearer s3cr3t-of-alpha", b"X-Envoy-Reverse-Tunnel-Node-Id: just one of three"),
+        b"\r\n" + handshake(),
+    ],
+)
+def test_handshake_is_answered_with_101_alone(network: HubProcess, head: bytes) -> None:
+    with Peer.connect(network.ptth) as slot:
+        slot.send(head)
+        slot.expect(SWITCHED)
+        serve_one(network, slot, b"/first")
+        serve_one(network, slot, b"/second")
+
+
+def percent(origin: str) -> bytes:
+    return origin.replace(":", "%3A").replace("/", "%2F").encode()
+
+
+def scope(*origins: str) -> bytes:
+    return b"/.well-known/ptth/%b/" % b",".join(map(percent, origins))
+
+
+REFUSED = {
+    "no upgrade": (handshake(Upgrade=None), 426, b"Upgrade: ptth\r\n"),
+    "another upgrade": (handshake(Upgrade=b"ptth-udp, xptth"), 426, b"Connection: upgrade\r\n"),
+    "an upgrade that is not asked for": (handshake(Connection=b"upgraded"), 426, b"Upgrade: ptth\r\n"),
+    "HTTP/1.0": (handshake(version=b"HTTP/1.0"), 426, b"Upgrade: ptth\r\n"),
+    "a consumer": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 426, b"main port"),
+    "another method": (handshake(method=b"POST", Content_Length=b"0"), 405, b"Allow: GET\r\n"),
+    "another path": (handshake(b"/other"), 404, b"/.well-known/ptth/"),
+    "a query": (handshake(PATH + b"?x"), 404, b""),
+    "no origin": (handshake(b"/.well-known/ptth/"), 404, b""),
+    "two scopes": (handshake(PATH + b"../" + PATH[1:]), 404, b""),
+    "no ALPN": (handshake(ALPN=None), 400, b"http%2F1.1"),
+    "another protocol": (handshake(ALPN=b"h2"), 400, b"http%2F1.1"),
+    "ALPN in lower case": (handshake(ALPN=b"http%2f1.1"), 400, b"http%2F1.1"),
+    "an origin in upper case": (handshake(scope("https://API.example")), 400, b"lower case"),
+    "a default port": (handshake(scope("https://api.example:443")), 400, b"default port"),
+    "a port beyond all": (handshake(scope("https://api.example:65536")), 400, b""),
+    "null": (handshake(scope(API, "null")), 400, b""),
+    "nothing beside an origin": (handshake(scope(API, "")), 400, b""),
+    "a comma in code": (handshake(scope(API, IMG).replace(b",", b"%2C")), 400, b""),
+    "user information": (handshake(scope("https://u@api.example")), 400, b""),
+    "a wildcard": (handshake(scope("https://*.example")), 400, b""),
+    "a path": (handshake(scope(API + "/")), 400, b""),
+    "bad percent-encoding": (handshake(PATH.replace(b"%3A", b"%3G")), 400, b"percent-encoding"),
+    "content": (handshake(Content_Length=b"3") + b"abc", 400, b""),
+    "bytes behind the head": (handshake() + b"H", 400, b"behind"),
+    "no Host": (handshake(Host=None), 400, b"Host"),
+    "no credential": (handshake(PATH, None), 401, b'WWW-Authenticate: Bearer realm="pothead"\r\n'),
+    "an unknown token": (handshake(PATH, b"Bearer x"), 401, b'error="invalid_token"'),
+    "a token cut short": (handshake(PATH, b"Bearer s3cr3t-of-alph"), 401, b'error="invalid_token"'),
+    "a token with more": (handshake(PATH, b"Bearer s3cr3t-of-alphaa"), 401, b'error="invalid_token"'),
+    "a token in other case": (handshake(PATH, b"Bearer S3cr3t-of-alpha"), 401, b'error="invalid_token"'),
+    "a token as Basic": (handshake(PATH, b"Basic s3cr3t-of-alpha"), 401, b'error="invalid_token"'),
+    "its digest": (
+        handshake(PATH, b"Bearer " + hashlib.sha256(b"s3cr3t-of-alpha").hexdigest().encode()), 401, b""
+    ),
+    "no token": (handshake(PATH, b"Bearer "), 401, b'error="invalid_token"'),
+    "two tokens": (handshake(PATH, b"Bearer x, Bearer s3cr3t-of-alpha"), 401, b'error="invalid_token"'),
+    "two fields": (
+        handshake(PATH, b"Bearer s3cr3t-of-alpha", b"Authorization: Bearer s3cr3t-of-alpha"), 400, b""
+    ),
+    "an origin that is not its own": (handshake(scope("https://evil.example")), 403, b"evil.example"),
+    "one of them": (handshake(scope(API, "https://evil.example")), 403, b"evil.example"),
+    "another scheme": (handshake(scope("http://api.example")), 403, b"http://api.example"),
+    "another port": (handshake(scope("https://api.example:8443")), 403, b"api.example:8443"),
+    "a large head": (handshake(PATH, None, b"X: " + b"x" * 16_400), 431, b"16384"),
+    "a large line": (handshake(b"/" + b"x" * 8192), 414, b"8192"),
+    "TLS": (b"\x16\x03\x01\x00\xfc\x01\x00\x00\xf8\x03\x03" + bytes(64), 400, b"TLS"),
+    "another version": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, b""),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n", 400, b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "status", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused_handshake_is_told_why_and_gets_no_request(
+    network: HubProcess, head: bytes, status: int, words: bytes
+) -> None:
+    with ask(network, b"/waits") as consumer:
+        network.until(lambda stats: stats["queue_length"] == 1)
+        with Peer.connect(network.ptth) as applicant:
+            applicant.send(head)
+            answer = applicant.read_to_end()
+        assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+        assert words in answer
+        assert b"Connection: close\r\n" in answer
+        assert b"/waits" not in answer
+        with join(network) as slot:
+            assert slot.read_request().target == b"/waits"
+            slot.send(OK)
+        assert consumer.read_response().status == 200
+
+
+def test_head_may_come_in_two_pieces_cut_anywhere(network: HubProcess) -> None:
+    head = handshake()
+    for cut in range(1, len(head)):
+        with Peer.connect(network.ptth) as slot:
+            slot.send(head[:cut])
+            assert not select.select([slot.sock], [], [], 0)[0]
+            slot.send(head[cut:])
+            slot.expect(SWITCHED)
+
+
+def test_first_request_may_follow_at_once(network: HubProcess) -> None:
+    with ask(network, b"/waits") as consumer:
+        network.until(lambda stats: stats["queue_length"] == 1)
+        with join(network) as slot:
+            assert slot.read_request().target == b"/waits"
+            slot.send(OK)
+            assert consumer.read_response().body == b"ok"
+
+
+def test_response_that_was_planted_before_the_request_answers_nobody(network: HubProcess) -> None:
+    with join(network) as slot:
+        network.process.send_signal(signal.SIGSTOP)
+        consumer = ask(network, b"/planted")
+        slot.send(OK.replace(b"ok", b"no"))
+        network.process.send_signal(signal.SIGCONT)
+        slot.expect_eof()
+        with join(network) as honest:
+            assert honest.read_request().target == b"/planted"
+            honest.send(OK)
+        assert consumer.read_response().body == b"ok"
+        consumer.close()
+
+
+def test_name_and_origins_of_a_worker_are_shown(network: HubProcess) -> None:
+    with join(network) as slot:
+        serve_one(network, slot, b"/shown")
+        [row] = network.stats()["workers"]
+        assert (row["name"], row["origins"]) == ("alpha", [API])
+        [machine] = [each for each in network.stats()["machines"] if each["slots"]]
+        assert (machine["name"], machine["address"]) == ("alpha", "127.0.0.1")
+    line = network.wait_for_line(lambda line: "path=/shown " in line)
+    assert " worker_name=alpha " in line
+    assert network.stats()["failures"] == []
+
+
+def test_secrets_are_told_to_nobody(network: HubProcess) -> None:
+    with Peer.connect(network.ptth) as applicant:
+        applicant.send(handshake(PATH, b"Bearer wr0ng-s3cr3t"))
+        assert b"s3cr3t" not in applicant.read_to_end()
+    with join(network) as slot:
+        serve_one(network, slot, b"/secret")
+        network.wait_for_line(lambda line: "path=/secret " in line)
+    assert "s3cr3t" not in network.stderr + "".join(network.lines) + json.dumps(network.stats())
+
+
+# ---- Older and other workers -------------------------------------------------------------------------
+
+ENVOY = tuple(b"x-envoy-reverse-tunnel-%b-id: lab" % each for each in (b"node", b"cluster", b"tenant"))
+
+
+def test_envoy_is_asked_for_an_echo_before_it_gets_a_request(network: HubProcess) -> None:
+    with ask(network, b"/envoy") as consumer, Peer.connect(network.ptth) as slot:
+        slot.send(handshake(PATH, b"Bearer s3cr3t-of-alpha", *ENVOY))
+        slot.expect(SWITCHED)
+        slot.expect(b"RPING")
+        assert not network.stats()["workers"]
+        slot.send(b"RPI")
+        slot.send(b"NG")
+        assert slot.read_request().target == b"/envoy"
+        slot.send(OK)
+        assert consumer.read_response().status == 200
+
+
+@pytest.mark.parametrize("echo", [b"", b"RPONG", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_envoy_without_an_echo_is_closed(network: HubProcess, echo: bytes) -> None:
+    with Peer.connect(network.ptth) as slot:
+        slot.send(handshake(PATH, b"Bearer s3cr3t-of-alpha", *ENVOY))
+        slot.expect(SWITCHED)
+        slot.expect(b"RPING")
+        slot.send(echo)
+        slot.expect_eof()
+
+
+def test_older_protocol_is_spoken_where_it_is_named(network: HubProcess, tmp_path: Path) -> None:
+    old = (
+        b"POST / HTTP/1.1\r\nHost: hub\r\nConnection: Upgrade\r\nUpgrade: PTTH/1.0\r\n"
+        b"Authorization: Bearer s3cr3t-of-beta\r\nContent-Length: 0\r\n\r\n"
+    )
+    with Peer.connect(network.ptth) as slot:
+        slot.send(old)
+        head = slot.read_head()
+        assert b"\r\nConnection: upgrade\r\nUpgrade: PTTH/1.0\r\n" in head
+        serve_one(network, slot, b"/old")
+    with network_hub(tmp_path) as hub, Peer.connect(hub.ptth) as slot:
+        slot.send(old)
+        assert slot.read_response().status == 426
+
+
+# ---- The workers file --------------------------------------------------------------------------------
+
+
+def test_workers_file_is_read_line_by_line() -> None:
+    permits = read_permits(WORKERS, "workers")
+    assert [each.name for each in permits.values()] == ["alpha", "beta", "gamma"]
+    alpha, beta, gamma = permits.values()
+    assert alpha.credential == "sha256:" + hashlib.sha256(b"s3cr3t-of-alpha").hexdigest()
+    assert beta.credential == "sha256:" + hashlib.sha256(b"s3cr3t-of-beta").hexdigest()
+    assert (gamma.credential, gamma.origins) == ("certificate:gamma.example", {API})
+    assert "s3cr3t" not in repr(permits)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("alone", "token:SECRET"),
+        ("a secret:x", "token:SECRET"),
+        ("a token:", "token:SECRET"),
+        ("a token:not/a token!", "no origin"),
+        ("a token:umläut", "token:SECRET"),
+        ("a sha256:abc", "token:SECRET"),
+        ("ä token:x", "a name has"),
+        ("a" * 65 + " token:x", "a name has"),
+        ("a token:x api.example", "no origin"),
+        ("a token:x https://api.example/", "no origin"),
+        ("a token:x https://api.example:443", "no origin"),
+        ("b token:s3cr3t-of-alpha", "a second time"),
+    ],
+)
+def test_malformed_line_is_named(line: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)) as caught:
+        read_permits(WORKERS + line, "/etc/workers")
+    assert str(caught.value).startswith("/etc/workers, line 6: ")
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://a", "http://a.b-c.d:8080", "https://[::1]:8443", "http://127.0.0.1", "http://a:443"]
+)
+def test_origin_is_one(origin: str) -> None:
+    assert is_origin(origin)
+
+
+def reload(hub: HubProcess, told: str) -> None:
+    """Have the hub read its files again, and wait until it says so."""
+    before = hub.stderr.count(told)
+    hub.send_signal(signal.SIGHUP)
+    hub.wait_for_error(lambda line: told in line and hub.stderr.count(told) > before)
+
+
+def test_worker_whose_line_has_gone_gets_no_other_request(tmp_path: Path) -> None:
+    with network_hub(tmp_path) as hub, join(hub) as idle, join(hub) as busy:
+        with ask(hub, b"/running") as consumer:
+            assert busy.read_request().target == b"/running"
+            stays = join(hub, b"/ptth", b"Bearer s3cr3t-of-beta")
+            (tmp_path / "workers").write_text(WORKERS.replace("s3cr3t-of-alpha", "n3w-of-alpha"))
+            reload(hub, "workers file reloaded")
+            idle.expect_eof()
+            busy.send(OK)
+            assert consumer.read_response().body == b"ok"
+            busy.expect_eof()
+        with Peer.connect(hub.ptth) as late:
+            late.send(handshake())
+            assert late.read_response().status == 401
+        serve_one(hub, stays, b"/stays")
+        stays.close()
+        with join(hub, PATH, b"Bearer n3w-of-alpha") as slot:
+            serve_one(hub, slot, b"/new")
+
+
+def test_worker_whose_origins_have_gone_is_gone(tmp_path: Path) -> None:
+    with network_hub(tmp_path) as hub, join(hub) as slot, join(hub, scope(IMG)) as other:
+        (tmp_path / "workers").write_text(WORKERS.replace(f" {API} {IMG}", f" {IMG}"))
+        reload(hub, "workers file reloaded")
+        slot.expect_eof()
+        serve_one(hub, other, b"/other")
+
+
+def test_broken_workers_file_changes_nothing(tmp_path: Path) -> None:
+    with network_hub(tmp_path) as hub, join(hub) as slot:
+        (tmp_path / "workers").write_text(WORKERS + "broken\n")
+        reload(hub, "not reloaded")
+        assert f"{tmp_path / 'workers'}, line 6: " in hub.stderr
+        assert "Traceback" not in hub.stderr
+        serve_one(hub, slot, b"/old")
+        with join(hub):
+            pass
+
+
+# ---- What is refused at the start --------------------------------------------------------------------
+
+
+def start(*options: str) -> tuple[int, str]:
+    command = wire.python(str(wire.ROOT / "pothead.py"), "--main-port", "0", "--worker-port", "0", *options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--ptth-port", "0", "--ptth-host", "0.0.0.0"], "--workers-file"),
+        (["--ptth-port", "0", "--ptth-host", "0.0.0.0", "--workers-file", "workers"], "--certfile"),
+        (["--workers-file", "workers"], "--workers-file needs --ptth-port"),
+        (["--certfile", "hub.pem", "--keyfile", "hub.key"], "--ptth-port is off"),
+        (["--tls", "main"], "--tls needs --certfile"),
+        (["--tls", "web", "--certfile", "hub.pem"], "names no port: web"),
+        (["--tls", "ptth", "--certfile", "hub.pem"], "names a port that is off"),
+        (["--keyfile", "hub.key"], "--keyfile needs --certfile"),
+        (["--ptth-port", "0", "--workers-ca", "ca.pem"], "--workers-ca needs TLS"),
+        (["--tls", "main", "--certfile", "none.pem"], "cannot read none.pem: No such file"),
+        (["--tls", "main", "--certfile", "hub.pem", "--keyfile", "other.key"], "does not belong"),
+        (["--tls", "main", "--certfile", "hub.key"], "no certificate (PEM) in hub.key"),
+        (["--tls", "main", "--certfile", "hub.pem"], "no private key (PEM) in hub.pem"),
+        (["--tls", "main", "--certfile", "old.pem", "--keyfile", "old.key"], "certificate has expired"),
+        (["--tls", "main", "--certfile", "hub.pem", "--keyfile", "locked.key"], "encrypted"),
+        (["--ptth-port", "0", "--workers-file", "none"], "cannot read none: No such file"),
+        (["--ptth-port", "0", "--workers-file", "broken"], "broken, line 2: "),
+        (["--ptth-port", "0", "--ptth-compat", "ptth/2.0"], "--ptth-compat is one of ptth/1.0"),
+    ],
+)
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_what_cannot_work_is_refused_in_one_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], complaint: str, check: list[str]
+) -> None:
+    monkeypatch.chdir(files)
+    status, told = start("--admin-port", "0", *options, *check)
+    assert (status, told.count("\n")) == (2, 1), told
+    assert complaint in told
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with good and bad certificates, keys and workers files."""
+    directory = tmp_path_factory.mktemp("files")
+    wire.certificate(directory, "ca", "/CN=the tests")
+    for name in ("hub", "other"):
+        wire.certificate(directory, name, f"/CN={name}", names="DNS:localhost,IP:127.0.0.1")
+    wire.expired_certificate(directory, "old")
+    for name, dns in (("gamma", "gamma.example"), ("nobody", "nobody.example")):
+        wire.certificate(directory, name, f"/CN={name}", names=f"DNS:{dns}", use="clientAuth")
+    lock = ["openssl", "pkey", "-in", "hub.key", "-aes256", "-passout", "pass:x", "-out", "locked.key"]
+    subprocess.run(lock, cwd=directory, check=True, capture_output=True)
+    (directory / "workers").write_text(WORKERS)
+    (directory / "broken").write_text("a token:x\nb\n")
+    return directory
+
+
+# ---- TLS ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def common_tls(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
+    options = (*tls_options(files, "main,ptth,admin"), "--workers-ca", str(files / "ca.pem"))
+    with running_tls(tmp_path_factory.mktemp("tls"), *options) as hub:
+        yield hub
+
+
+@contextlib.contextmanager
+def running_tls(directory: Path, *options: str) -> Iterator[HubProcess]:
+    with network_hub(directory, *options) as hub:
+        yield hub
+
+
+@pytest.fixture
+def trust(files: Path) -> ssl.SSLContext:
+    return wire.trusting(files)
+
+
+def with_certificate(files: Path, name: str) -> ssl.SSLContext:
+    context = wire.trusting(files)
+    context.load_cert_chain(files / f"{name}.pem", files / f"{name}.key")
+    return context
+
+
+def test_request_over_tls_from_end_to_end(common_tls: HubProcess, trust: ssl.SSLContext) -> None:
+    with join(common_tls, context=trust) as slot, ask(common_tls, b"/tls", trust) as consumer:
+        request = slot.read_request()
+        assert request.value(b"X-Forwarded-Proto") == b"https"
+        slot.send(OK)
+        assert consumer.read_response().body == b"ok"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_both_versions_carry_bodies_of_any_size(
+    common_tls: HubProcess, files: Path, version: ssl.TLSVersion
+) -> None:
+    context = wire.trusting(files)
+    context.minimum_version = context.maximum_version = version
+    body = bytes(range(256)) * 12_345
+    with join(common_tls, context=context) as slot, Peer.connect(common_tls.main, context) as consumer:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        sender = threading.Thread(target=consumer.send, args=(head + body,))
+        sender.start()
+        received = slot.read_request().body
+        sender.join()
+        assert received == body
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+        sender = threading.Thread(target=slot.send, args=(head + body,))
+        sender.start()
+        assert consumer.read_response().body == body
+        sender.join()
+
+
+def test_older_tls_and_no_forward_secrecy_are_refused(common_tls: HubProcess, files: Path) -> None:
+    for change in ({"maximum_version": ssl.TLSVersion.TLSv1_1}, {"maximum_version": ssl.TLSVersion.TLSv1_2}):
+        context = wire.trusting(files)
+        context.set_ciphers("AES128-GCM-SHA256:@SECLEVEL=0")
+        with pytest.warns() if "1_1" in str(change) else contextlib.nullcontext():
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = change["maximum_version"]
+        with pytest.raises(ssl.SSLError):
+            Peer.connect(common_tls.main, context)
+
+
+@pytest.mark.parametrize("port", ["main", "ptth", "admin"])
+def test_who_speaks_without_tls_is_told_so_in_words(common_tls: HubProcess, port: str) -> None:
+    with Peer.connect(getattr(common_tls, port)) as peer:
+        peer.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        response = peer.read_response()
+        assert (response.status, response.body) == (
+            400, b"This port speaks TLS: the address begins with https://\n"
+        )  # fmt: skip
+        peer.expect_eof()
+
+
+def test_half_done_handshakes_cost_nothing_else(files: Path, tmp_path: Path) -> None:
+    options = (*tls_options(files, "main,ptth"), "--head-timeout", "3s")
+    trust = wire.trusting(files)
+    with network_hub(tmp_path, *options) as hub, contextlib.ExitStack() as stack:
+        hello = client_hello(files)
+        half = []
+        for number in range(1000):
+            peer = stack.enter_context(Peer.connect(hub.ptth if number % 2 else hub.main))
+            peer.send(hello[: number % len(hello)])
+            half.append(peer)
+        slot = stack.enter_context(join(hub, context=trust))
+        with ask(hub, b"/served", trust) as consumer:
+            assert slot.read_request().target == b"/served"
+            slot.send(OK)
+            assert consumer.read_response().status == 200
+        for peer in half:
+            peer.read_to_end()
+        assert not [line for line in hub.stderr.splitlines() if "Traceback" in line]
+
+
+def client_hello(files: Path) -> bytes:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = wire.trusting(files).wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+def test_certificate_of_a_worker_is_its_credential(common_tls: HubProcess, files: Path) -> None:
+    with join(common_tls, PATH, None, context=with_certificate(files, "gamma")) as slot:  # type: ignore[arg-type]
+        [row] = common_tls_stats(common_tls, files)["workers"]
+        assert row["name"] == "gamma"
+        slot.close()
+    for name, status in (("gamma", 403), ("nobody", 403), (None, 401)):
+        context = with_certificate(files, name) if name else wire.trusting(files)
+        path = scope(IMG) if name == "gamma" else PATH
+        with Peer.connect(common_tls.ptth, context) as applicant:
+            applicant.send(handshake(path, None))
+            assert applicant.read_response().status == status
+
+
+def common_tls_stats(hub: HubProcess, files: Path) -> wire.Stats:
+    with Peer.connect(hub.admin, wire.trusting(files)) as peer:
+        peer.send(b"GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        stats: wire.Stats = json.loads(peer.read_response().body)
+        return stats
+
+
+def test_cut_connection_is_not_the_end_of_a_response(common_tls: HubProcess, trust: ssl.SSLContext) -> None:
+    for ends_well in (True, False):
+        slot = join(common_tls, context=trust)
+        with ask(common_tls, b"/until-close", trust) as consumer:
+            slot.read_request()
+            slot.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+            consumer.read_until(b"half\r\n")
+            if ends_well:
+                slot.close()
+            else:
+                slot.sock.below.close()  # type: ignore[attr-defined]  # FIN, and no close_notify
+            assert consumer.read_to_end() == (b"0\r\n\r\n" if ends_well else b"")
+
+
+def test_drain_says_goodbye_to_waiting_slots(files: Path, tmp_path: Path) -> None:
+    trust = wire.trusting(files)
+    with network_hub(tmp_path, *tls_options(files)) as hub, join(hub, context=trust) as slot:
+        hub.terminate()
+        assert slot.sock.tls.read if slot.sock else None  # type: ignore[attr-defined]
+        assert read_goodbye(slot)
+        assert hub.wait() == 0
+
+
+def read_goodbye(peer: Peer) -> bool:
+    """Whether the other end has ended with close_notify, and not with a mere FIN."""
+    tls = peer.sock
+    try:
+        return tls._until_done(lambda: tls.tls.read(1)) == b""  # type: ignore[attr-defined]
+    except ssl.SSLEOFError:
+        return False
+
+
+def test_certificate_and_token_are_rotated_under_load(files: Path, tmp_path: Path) -> None:
+    for name in ("hub.pem", "hub.key"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    seen: list[int] = []
+    stop = threading.Event()
+
+    def consume(hub: HubProcess) -> None:
+        while not stop.is_set():
+            with ask(hub, b"/load", wire.trusting(files)) as consumer:
+                seen.append(consumer.read_response().status)
+
+    def work(hub: HubProcess) -> None:
+        while not stop.is_set():
+            token = re.search(r"alpha +token:(\S+)", (tmp_path / "workers").read_text())
+            with Peer.connect(hub.ptth, wire.trusting(files)) as slot:
+                slot.send(handshake(PATH, b"Bearer " + token[1].encode() if token else None))
+                if slot.read_head() == SWITCHED:
+                    while slot._receive():
+                        slot._take(len(slot.received))
+                        slot.send(OK)
+
+    with network_hub(tmp_path, *tls_options(tmp_path, "main,ptth")) as hub:
+        threads = [threading.Thread(target=each, args=(hub,)) for each in (consume, consume, work, work)]
+        for thread in threads:
+            thread.start()
+        hub.wait_for_line(lambda line: "path=/load " in line)
+        for turn in range(20):
+            name = ("other", "hub")[turn % 2]
+            for suffix in ("pem", "key"):
+                (tmp_path / f"hub.{suffix}").write_bytes((files / f"{name}.{suffix}").read_bytes())
+            (tmp_path / "workers").write_text(WORKERS.replace("s3cr3t-of-alpha", f"s3cr3t-{turn}"))
+            reload(hub, "workers file reloaded")
+            count = len(seen)
+            hub.until(lambda _: len(seen) > count + 5)
+            with Peer.connect(hub.main, wire.trusting(files)) as peer:
+                der = peer.sock.tls.getpeercert()["subject"]  # type: ignore[attr-defined]
+            assert name in str(der)
+        stop.set()
+        hub.until(lambda stats: stats["demand"] == 0)
+        hub.terminate()
+        for thread in threads:
+            thread.join(wire.DEADLINE_S)
+        assert set(seen) == {200}
+        assert hub.wait() == 0
+
+
+def test_broken_certificate_changes_nothing(files: Path, tmp_path: Path) -> None:
+    for name in ("hub.pem", "hub.key"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    with network_hub(tmp_path, *tls_options(tmp_path)) as hub:
+        (tmp_path / "hub.key").write_bytes((files / "other.key").read_bytes())
+        reload(hub, "not reloaded")
+        assert "does not belong" in hub.stderr
+        with join(hub, context=wire.trusting(files)):
+            pass
+
+
+def test_key_update_of_a_waiting_worker_is_no_breach(files: Path, tmp_path: Path) -> None:
+    """By openssl itself: Python can send none."""
+    with network_hub(tmp_path, *tls_options(files)) as hub:
+        host, port = hub.ptth
+        command = ["openssl", "s_client", "-connect", f"{host}:{port}", "-CAfile", str(files / "ca.pem")]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as worker:
+            assert worker.stdin and worker.stdout
+            worker.stdin.write(handshake())
+            worker.stdin.flush()
+            hub.until(lambda stats: len(stats["workers"]) == 1)
+            worker.stdin.write(b"K\n")  # the worker's keys are new, and the hub is to renew its own
+            worker.stdin.flush()
+            for line in worker.stdout:
+                if b"KEYUPDATE" in line:
+                    break
+            with ask(hub, b"/after-key-update") as consumer:
+                for line in worker.stdout:
+                    if line == b"GET /after-key-update HTTP/1.1\r\n":
+                        break
+                worker.stdin.write(OK)
+                worker.stdin.flush()
+                assert consumer.read_response().body == b"ok"
+            worker.kill()
+
+
+def test_certificate_that_expires_soon_is_told(files: Path, tmp_path: Path) -> None:
+    wire.certificate(tmp_path, "ca", "/CN=the tests")
+    wire.certificate(tmp_path, "hub", "/CN=hub", names="DNS:localhost", days=5)
+    with network_hub(tmp_path, *tls_options(tmp_path)) as hub:
+        assert "the certificate expires in 4 days" in hub.wait_for_error(lambda line: "expires" in line)
+        assert 4 < hub.stats()["certificate_expires_seconds"] / 86400 < 5
+
+
+# ---- Whatever comes ----------------------------------------------------------------------------------
+
+
+def test_random_handshakes_never_get_a_byte_of_a_request(network: HubProcess) -> None:
+    """Pure: what is let in is what the model lets in, however the head is changed."""
+    import random
+
+    permits = read_permits(WORKERS, "workers")
+    chance = random.Random(11)
+    let_in = 0
+    for _ in range(10_000):
+        head = bytearray(handshake())
+        for _ in range(chance.randint(1, 3)):
+            place = chance.randrange(len(head))
+            head[place : place + chance.randint(0, 2)] = bytes(
+                chance.choices(b"\r\n :,%/aAzZ059-\x00\xff", k=chance.randint(0, 2))
+            )
+        try:
+            request = take_request_head(Inbuf(bytes(head)))
+            if request is not None:
+                register(request, read_offer(request), None, permits)
+                let_in += 1
+                assert b"Bearer s3cr3t-of-alpha\r\n" in head
+        except ProtocolError as error:
+            assert 400 <= error.status < 600
+    assert 100 < let_in < 9_000
