@@ -2655,6 +2655,7 @@ class Exchange:
         self.outcome, self.detail = outcome, detail
         if self.ticket is not None:
             self._hub.policy.withdraw(self.ticket)
+            self.ticket = None  # which knows this exchange: a circle would wait for the garbage collector
         if self.attempt is not None:
             self._end_attempt(reusable=False)
         if self.spool is not None:
