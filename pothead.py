@@ -561,12 +561,15 @@ def _list_of(values: Iterable[bytes]) -> list[bytes]:
 
 
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
+KEEP_ALIVE: Final = frozenset((b"keep-alive",))
 NO_ID: Final = (b"",)
 # What stands in the log for a request whose first line could not be read.
 UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, b"", {}, None, False, False, False)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
+    if known[b"connection"] == [b"keep-alive"]:
+        return KEEP_ALIVE  # the usual case
     return frozenset(_list_of(known[b"connection"]))
 
 
