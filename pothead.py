@@ -1926,7 +1926,8 @@ class Transport:
 
         Where the platform cannot tell, it is found out when they are read.
         """
-        return any(events & ~select.POLLIN for _, events in self._look())
+        news = self._look()
+        return bool(news) and news[0][1] != select.POLLIN
 
     def _look(self) -> list[tuple[int, int]]:
         if self._poll is None:
