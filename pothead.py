@@ -278,7 +278,8 @@ _RECALLED_FIELDS: Final = frozenset(
         b"content-length", b"content-type", b"date", b"dnt", b"expires", b"host", b"origin", b"pragma",
         b"priority", b"sec-ch-ua", b"sec-ch-ua-mobile", b"sec-ch-ua-platform", b"sec-fetch-dest",
         b"sec-fetch-mode", b"sec-fetch-site", b"sec-fetch-user", b"server", b"te", b"transfer-encoding",
-        b"upgrade-insecure-requests", b"user-agent", b"vary",
+        b"upgrade-insecure-requests", b"user-agent", b"vary", b"x-content-type-options", b"x-forwarded-host",
+        b"x-forwarded-proto", b"x-frame-options",
     )
 )  # fmt: skip
 _recalled: Final[dict[bytes, FieldLine]] = {}
