@@ -452,10 +452,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     if head is None:
         return None
     lines = head.split(b"\r\n")
-    line = _STATUS_LINE.fullmatch(lines[0])
-    if line is None:
-        raise ProtocolError(502, "no status line of HTTP/1.x")
-    minor_version, status, reason = min(int(line[1]), 1), int(line[2]), line[3] or b""
+    minor_version, status, reason = _read_status_line(lines[0])
     fields, known = _read_fields(lines[1:], 502)
     options = _connection_options(known) if b"connection" in known else NO_OPTIONS
     length, is_chunked = _framing(known, minor_version, 502)
@@ -466,6 +463,15 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
         status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
         b"date" in known, known.get(b"x-request-id", NO_ID)[0],
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)  # workers repeat themselves; a line is no longer than a head, 0.5 MiB in all
+def _read_status_line(line: bytes) -> tuple[int, int, bytes]:
+    """Returns the minor version, the status and its reason."""
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(502, "no status line of HTTP/1.x")
+    return min(int(match[1]), 1), int(match[2]), match[3] or b""
 
 
 def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
