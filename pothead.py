@@ -923,7 +923,7 @@ class MessageReader(Generic[HeadT]):
     @property
     def stopped(self) -> bool:
         """Whether there may be more to take at once, but in the next turn."""
-        return self._left == 0 if self.body is None else self.body.stopped
+        return self._left <= 0 if self.body is None else self.body.stopped
 
     @property
     def is_at_end(self) -> bool:
@@ -945,13 +945,13 @@ class MessageReader(Generic[HeadT]):
         which may be empty, ``is_at_end`` tells that ``END`` follows.
         """
         body = self.body
-        if self._left == 0 and (body is None or body.stopped):
+        if self._left <= 0 and (body is None or body.stopped):
             return None
         if body is None:
             size = len(self.inbuf)
             head = self._take_head(self.inbuf)
             if head is not None:
-                self._left = max(0, self._left - 1 - (size - len(self.inbuf)) // LIMITS.large_head_bytes)
+                self._left -= 1 + (size - len(self.inbuf)) // LIMITS.large_head_bytes
                 self.body = self._body_of(head) or _EMPTY
             return head
         if body.done:
