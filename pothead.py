@@ -407,17 +407,16 @@ def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
     minor_version = min(int(minor), 1)
-    fields, known = _read_fields(lines[1:], 400)
+    known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
     if method in REFUSED_METHODS:
         raise ProtocolError(*REFUSED_METHODS[method])
     host = _host(known.get(b"host", ()), minor_version)
     if not target.startswith(b"/"):
         target, host = _origin_form(method, target, host)
-    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
     forwarded = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b" % (
-        method, target, host or b"", _end_to_end(fields, _REQUEST_DROPS, options)
+        method, target, host or b"", b"".join(passed_on)
     )  # fmt: skip
     max_forwards = None
     if method == b"OPTIONS" and b"max-forwards" in known:
@@ -453,10 +452,9 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
         return None
     lines = head.split(b"\r\n")
     minor_version, status, reason = _read_status_line(lines[0])
-    fields, known = _read_fields(lines[1:], 502)
-    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
+    known, options, passed_on = _read_fields(lines[1:], 502, _RESPONSE_DROPS)
     length, is_chunked = _framing(known, minor_version, 502)
-    forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _end_to_end(fields, _RESPONSE_DROPS, options))
+    forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, b"".join(passed_on))
     if length is not None and status not in (204, 103):
         forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
@@ -526,16 +524,27 @@ def _request_line_error(line: bytes) -> ProtocolError:
     return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
 
 
-def _read_fields(lines: list[bytes], status: int) -> tuple[list[FieldLine], dict[bytes, list[bytes]]]:
-    """Returns all fields, and the values of those that the hub itself acts on by lower-case name."""
-    fields = [_recalled.get(line) or _read_field(line, status) for line in lines]
-    if len(fields) > LIMITS.head_fields:
-        raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
+def _read_fields(
+    lines: list[bytes], status: int, dropped: frozenset[bytes]
+) -> tuple[dict[bytes, list[bytes]], frozenset[bytes], list[bytes]]:
+    """Returns the fields that the hub itself acts on, the options of Connection, and the lines to pass on.
+
+    The fields are values by lower-case name.  What is ``dropped``, or named by an option, is not passed on.
+    """
     known: dict[bytes, list[bytes]] = {}
-    for name, value, _, _ in fields:
+    passed_on = []
+    for line in lines:
+        name, value, key, line_out = _recalled.get(line) or _read_field(line, status)
         if name:
             known.setdefault(name, []).append(value)
-    return fields, known
+        if key not in dropped:
+            passed_on.append(line_out)
+    if len(lines) > LIMITS.head_fields:
+        raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
+    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
+    if not options <= dropped:  # rare; only now it is known what else ends here
+        return _read_fields(lines, status, dropped | options)
+    return known, options, passed_on
 
 
 def _read_field(line: bytes, status: int) -> FieldLine:
@@ -553,13 +562,6 @@ def _read_field(line: bytes, status: int) -> FieldLine:
             _recalled.clear()
         _recalled[line] = field
     return field
-
-
-def _end_to_end(fields: list[FieldLine], dropped: frozenset[bytes], options: frozenset[bytes]) -> bytes:
-    """Returns the lines that are passed on; ``options`` are those of the Connection field."""
-    if options and not options <= dropped:
-        dropped |= options
-    return b"".join([line for _, _, key, line in fields if key not in dropped])
 
 
 def _list_of(values: Iterable[bytes]) -> list[bytes]:
@@ -865,7 +867,7 @@ class ChunkedBody:
                     raise ProtocolError(self._status, "a control character in the trailer fields")
                 buffer.searched = max(0, len(buffer) - 3)
                 return False
-            _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status)
+            _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status, NO_OPTIONS)
         self._part = _ChunkedPart.END
         self.done = True
         return False
