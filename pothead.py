@@ -1153,8 +1153,9 @@ class Policy(Generic[ItemT, SlotT]):
         self._numbers = itertools.count(1)
         self._line: deque[Ticket[ItemT]] = deque()  # with tickets that do not wait any more, until swept
         self._returned: list[tuple[int, Ticket[ItemT]]] = []  # heap; these came before those in the line
-        self._unfiled: list[Ticket[ItemT]] = []  # came in this turn, and mostly go in it
+        # Most expire in the order of the line.  Filed are the others: they came back, or may wait less long.
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
+        self._last_expiry = -math.inf  # of those in the line that are not filed
         self._machines: list[tuple[int, int, Machine[SlotT]]] = []  # heap: fewest running, last parked
         self.machines: dict[str, Machine[SlotT]] = {}  # that have slots
         self._resting: deque[Machine[SlotT]] = deque()  # by when that is over
@@ -1180,9 +1181,10 @@ class Policy(Generic[ItemT, SlotT]):
         """Has ``item`` wait behind all others, for so many seconds at most.  Ask ``is_full`` before."""
         ticket = Ticket(item, next(self._numbers), now, now + limit_s)
         self._line.append(ticket)
-        if not self.waiting:
-            self._unfiled.clear()  # of those that have gone without having waited
-        self._unfiled.append(ticket)
+        if ticket.expires_at >= self._last_expiry:
+            self._last_expiry = ticket.expires_at
+        else:
+            self._file_expiry(ticket)
         self.waiting += 1
         return ticket
 
@@ -1210,19 +1212,13 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
-        for ticket in self._unfiled:
-            if ticket.waits and not ticket.filed:
-                self._file_expiry(ticket)
-        self._unfiled.clear()
-        while self._expiries and not _is_of_now(self._expiries[0]):
-            heapq.heappop(self._expiries)
-        return self._expiries[0][0] if self._expiries else math.inf
+        ticket = self._next_to_expire()
+        return math.inf if ticket is None else ticket.expires_at
 
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
         expired = []
-        while self.next_expiry() <= now:
-            ticket = heapq.heappop(self._expiries)[2]
+        while (ticket := self._next_to_expire()) is not None and ticket.expires_at <= now:
             self.withdraw(ticket)
             expired.append(ticket.item)
         return expired
@@ -1232,6 +1228,17 @@ class Policy(Generic[ItemT, SlotT]):
         first = itertools.islice((ticket.since for ticket in self._line if ticket.waits), 1)
         returned = (ticket.since for _, ticket in self._returned if ticket.waits)
         return now - min([*first, *returned], default=now)
+
+    def _next_to_expire(self) -> Ticket[ItemT] | None:
+        """Returns the one that expires first: the first in the line, if it is not one of those filed."""
+        line, filed = self._line, self._expiries
+        while line and not line[0].waits:
+            line.popleft()
+        while filed and not _is_of_now(filed[0]):
+            heapq.heappop(filed)
+        if filed and (not line or filed[0][0] < line[0].expires_at):
+            return filed[0][2]
+        return line[0] if line else None
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
