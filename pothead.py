@@ -629,9 +629,14 @@ def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
         return None
     if len(values) != 1:
         raise ProtocolError(400, "no Host field" if not values else "several Host fields")
-    if len(values[0]) > LIMITS.host_bytes or not _HOST.fullmatch(values[0]):
+    return _checked_host(values[0])
+
+
+@functools.lru_cache(maxsize=64)  # a service has few names; what is refused is not kept
+def _checked_host(value: bytes) -> bytes:
+    if len(value) > LIMITS.host_bytes or not _HOST.fullmatch(value):
         raise ProtocolError(400, "a malformed Host field")
-    return values[0]
+    return value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
