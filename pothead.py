@@ -4074,8 +4074,13 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
 
 def timestamp(epoch_s: float) -> str:
     """Returns the time in UTC, with milliseconds (RFC 3339)."""
-    whole = int(epoch_s)
-    return f"{_second(whole)}.{int((epoch_s - whole) * 1000):03d}Z"
+    return _timestamp(int(epoch_s * 1000))
+
+
+@functools.lru_cache(maxsize=4)  # under load, many lines share their millisecond
+def _timestamp(epoch_ms: int) -> str:
+    epoch_s, milliseconds = divmod(epoch_ms, 1000)
+    return f"{_second(epoch_s)}.{milliseconds:03d}Z"
 
 
 @functools.lru_cache(maxsize=4)
