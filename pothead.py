@@ -406,7 +406,7 @@ def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
     method, target, major, minor = line.groups()
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-    minor_version = min(int(minor), 1)
+    minor_version = 0 if minor == b"0" else 1  # HTTP/1.2 would be understood as 1.1
     known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
     if method in REFUSED_METHODS:
