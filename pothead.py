@@ -47,6 +47,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import hmac
 import http
 import http.client
 import ipaddress
@@ -144,6 +145,7 @@ class Limits:
     rest_s: float = 0.05  # of a machine that has lost a slot: who dies takes all his slots along ...
     rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
+    token_bytes: int = 4 * KIB  # of the admin port's token: a head has room for it
 
 
 LIMITS: Final = Limits()
@@ -164,6 +166,8 @@ class Options:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 4041  # None: no admin port
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
+    admin_token_file: str | None = None
+    admin_token_for: str = "orders"
     max_queue: int = 1000
     queue_timeout: float = 60.0
     retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
@@ -187,7 +191,7 @@ class Options:
     reuse_port: bool = False
 
     def __post_init__(self) -> None:
-        """Checks each value by itself; what needs the network (addresses) is checked by ``Hub``."""
+        """Checks each value by itself; what needs the network or a file's content is checked by ``Hub``."""
         for name in ("main_port", "worker_port", "admin_port"):
             port = getattr(self, name)
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
@@ -210,6 +214,7 @@ class Options:
         _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
         for name in self.admin_allowed_hosts:
             _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
+        _check(self.admin_token_for in TOKEN_USES, "admin_token_for", f"is one of {', '.join(TOKEN_USES)}")
         _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
@@ -267,7 +272,7 @@ _KNOWN_FIELDS: Final = frozenset(
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
         b"idempotency-key", b"max-forwards",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
-        b"pothead-action", b"sec-fetch-site",
+        b"authorization", b"pothead-action", b"sec-fetch-site",
     )
 )  # fmt: skip
 _LIST_FIELDS: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
@@ -3479,12 +3484,14 @@ class Hub:
         self._drain_timer = Timer(self.loop.stop)
         self._lonely_timer = Timer(self._tell_of_loneliness)
         self._is_lonely = False  # as has been told
+        self.token_digest: bytes | None = None  # of the token that the admin port wants, if it wants one
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
         accept = {
             "consumers": self._accept_consumer, "workers": self._accept_worker, "admin": self._accept_admin
         }  # fmt: skip
         try:
+            self.token_digest = read_token(options)
             self.ports = Ports(self.loop, options, sockets or {}, accept, self._may_accept_consumer)
         except (OSError, ValueError):
             self.loop.close()
@@ -4056,9 +4063,10 @@ def _second(epoch_s: int) -> str:
 
 # ---- The admin port ---------------------------------------------------------------------------------------
 #
-# It has no password, and whoever can open a page in the operator's browser can make that browser send
-# requests here.  So: what is asked for by a name that nobody has allowed is refused (DNS rebinding), what
-# changes anything needs a field that no form of another site can send, and no answer may be framed.
+# Whoever can open a page in the operator's browser can make that browser send requests here.  So: what is
+# asked for by a name that nobody has allowed is refused (DNS rebinding), what changes anything needs a field
+# that no form of another site can send, and no answer may be framed.  Who reaches the port may do all that;
+# with a token (RFC 6750) only who has it.
 
 ADMIN_FIELDS: Final[Sequence[Field]] = (
     (b"Cache-Control", b"no-store"),
@@ -4068,6 +4076,11 @@ ADMIN_FIELDS: Final[Sequence[Field]] = (
 )
 ACTION_FIELD: Final = b"pothead-action"  # "yes"
 TEXT: Final = "text/plain; charset=utf-8"
+TOKEN_USES: Final = ("orders", "all")
+# Not even with a token for all: probes have none, and the page, which tells nothing by itself, asks for it.
+FREE_PAGES: Final = (b"/", b"/livez", b"/readyz")
+_TOKEN68: Final = rb"[A-Za-z0-9\-._~+/]+=*"  # RFC 6750 §2.1
+_BEARER: Final = re.compile(rb"bearer +(" + _TOKEN68 + rb")", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
@@ -4085,14 +4098,17 @@ def answer_admin(hub: Hub, head: RequestHead) -> Answer:
         return Answer(421, b"this name is not among --admin-allowed-hosts: %b\n" % (head.host or b""))
     page, action = PAGES.get(head.path), _action(head.path)
     if page is not None:
-        if head.method in (b"GET", b"HEAD"):
-            return page(hub)
-        return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+        if head.method not in (b"GET", b"HEAD"):
+            return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+        is_free = hub.options.admin_token_for != "all" or head.path in FREE_PAGES
+        return page(hub) if is_free else _challenge(hub, head) or page(hub)
     if action is None:
         return Answer(404, b"here are: %b\n" % b" ".join([*PAGES, *ACTIONS, b"/requests/ID/cancel"]))
     if head.method != b"POST":
         return Answer(405, b"POST\n", fields=[(b"Allow", b"POST")])
-    return action(hub) if _is_meant(head) else Answer(403, b"this needs the field Pothead-Action: yes\n")
+    if not _is_meant(head):
+        return Answer(403, b"this needs the field Pothead-Action: yes\n")
+    return _challenge(hub, head) or action(hub)
 
 
 def _may_be_called(options: Options, host: bytes | None) -> bool:
@@ -4112,6 +4128,43 @@ def _is_meant(head: RequestHead) -> bool:
     """Whether the request comes from the status page or a program, and not from a page of another site."""
     site = head.known.get(b"sec-fetch-site", [b"none"])[-1].lower()
     return head.known.get(ACTION_FIELD, [b""])[-1].lower() == b"yes" and site in (b"none", b"same-origin")
+
+
+def read_token(options: Options) -> bytes | None:
+    """Returns the digest of the token that the admin port wants; ``None`` if it wants none.
+
+    The token itself is not kept.  Raises ``ValueError`` with a sentence for the user.
+    """
+    path = options.admin_token_file
+    if path is None:
+        _check(options.admin_token_for != "all", "admin_token_for", "all needs --admin-token-file")
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LIMITS.token_bytes + 1)
+    except OSError as exc:
+        raise ValueError(f"--admin-token-file cannot be read ({exc.strerror}): {path}") from exc
+    token = content.strip()
+    _check(token != b"", "admin_token_file", f"has nothing in it: {path}")
+    if len(content) > LIMITS.token_bytes or not re.fullmatch(_TOKEN68, token):
+        what = f"no token, which is up to {LIMITS.token_bytes} letters, digits and -._~+/ (= at the end)"
+        raise ValueError(f"--admin-token-file holds {what}: {path}")
+    return hashlib.sha256(token).digest()
+
+
+def _challenge(hub: Hub, head: RequestHead) -> Answer | None:
+    """Returns 401 unless the request has the token, or none is wanted (RFC 6750 §2.1 and §3)."""
+    if hub.token_digest is None:
+        return None
+    given = head.known.get(b"authorization", [])
+    match = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
+    # Digests are compared: the time that takes tells nothing of the token, nor of its length.
+    if match and hmac.compare_digest(hashlib.sha256(match[1]).digest(), hub.token_digest):
+        return None
+    has_scheme = any(value.partition(b" ")[0].lower() == b"bearer" for value in given)
+    challenge = b'Bearer realm="pothead"' + (b', error="invalid_token"' if has_scheme else b"")
+    text = b"this needs the token of --admin-token-file: Authorization: Bearer TOKEN\n"
+    return Answer(401, text, fields=[(b"WWW-Authenticate", challenge)])
 
 
 # .. what can be looked at ..
@@ -4677,6 +4730,13 @@ def parse_log_level(text: str) -> str:
     return text.lower()
 
 
+def parse_token_use(text: str) -> str:
+    """Returns one of ``TOKEN_USES``.  Raises ``ValueError``."""
+    if text.lower() not in TOKEN_USES:
+        raise ValueError(f"{text!r} is not one of {', '.join(TOKEN_USES)}")
+    return text.lower()
+
+
 ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
 
 # option of Options: (group, reader, placeholder (none: it is a switch), what it is)
@@ -4690,6 +4750,13 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "admin_allowed_hosts": (
         "ports", parse_list, "NAMES", "names by which they may be asked for, with commas between them, "
         "beside IP addresses, localhost and HOST (default: none)"
+    ),
+    "admin_token_file": (
+        "ports", str, "FILE", "holds the bearer token that each order to the admin port must come with "
+        "(default: none)"
+    ),
+    "admin_token_for": (
+        "ports", parse_token_use, "WHAT", "what the token is needed for: orders, or all (but for probes)"
     ),
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
@@ -4918,6 +4985,7 @@ def check_line(text: str, log_format: str) -> str:
 def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
     """Tells what would run.  Raises what a start would raise; nothing listens, so that nobody connects."""
     options = given.options
+    read_token(options)
     wanted = {
         "consumers": (options.main_host, options.main_port),
         "workers": (options.worker_host, options.worker_port),
