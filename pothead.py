@@ -3693,7 +3693,24 @@ class Hub:
         """Ends all requests with that id, waiting or running."""
         self.loop.call_from_thread(lambda: self._cancel(request_id))
 
+    def reload(self) -> None:
+        """Reads again what is in files.  What cannot be used is told in the log, and stays as it was."""
+        self.loop.call_from_thread(self._reload)
+
     # How they are carried out.
+
+    def _reload(self) -> None:
+        self._reload_token()
+
+    def _reload_token(self) -> None:
+        if self.options.admin_token_file is None:
+            return
+        try:
+            self.token_digest = read_token(self.options)
+        except ValueError as exc:
+            log.error("%s; the old one stays", exc)
+        else:
+            log.info("the token of the admin port has been read again")
 
     def _set_paused(self, paused: bool) -> None:
         if paused != self.paused:
@@ -5228,7 +5245,7 @@ def describe_missing(command: list[str]) -> str:
 
 
 class SignalHandler:
-    """TERM drains, a second one or INT stops, HUP does nothing, CHLD looks after the companion."""
+    """TERM drains, a second one or INT stops, HUP reads files again, CHLD looks after the companion."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -5246,6 +5263,8 @@ class SignalHandler:
                 function()
         elif number == signal.SIGTERM:
             self._hub.drain()
+        elif number == signal.SIGHUP:
+            self._hub.reload()
         elif number == signal.SIGCHLD and self.on_child is not None:
             self._hub.loop.call_from_thread(self.on_child)
 

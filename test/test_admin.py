@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -277,6 +278,8 @@ def test_token_is_neither_logged_nor_shown(token_file: Path) -> None:
             act(hub, b"/pause", YES, *lines)
         for path in (b"/", b"/stats", b"/metrics"):
             assert TOKEN not in ask_admin(hub, path, BEARER).body
+        hub.send_signal(signal.SIGHUP)
+        hub.wait_for_error(lambda line: "has been read again" in line)
     assert TOKEN.decode() not in hub.stderr + "".join(hub.lines)
 
 
@@ -285,6 +288,32 @@ def test_authorization_of_a_consumer_is_for_the_worker(tokened: HubProcess) -> N
         consumer.send(request(b"/", BEARER, b"Authorization: Basic eDp5"))
         assert serve(slot).values(b"Authorization") == [b"Bearer " + TOKEN, b"Basic eDp5"]
         assert consumer.read_response().status == 200
+
+
+def test_new_token_counts_from_a_hang_up_signal_on(token_file: Path) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        token_file.write_bytes(b"new\n")
+        assert act(hub, b"/pause", YES, BEARER)[0] == 200
+        hub.send_signal(signal.SIGHUP)
+        hub.wait_for_error(lambda line: "the token of the admin port has been read again" in line)
+        assert refusal(hub, b"/resume", YES, BEARER) == WRONG
+        assert act(hub, b"/resume", YES, b"Authorization: Bearer new")[0] == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"two words", None])
+def test_old_token_stays_if_the_new_one_cannot_be_used(token_file: Path, content: bytes | None) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        if content is None:
+            token_file.unlink()
+        else:
+            token_file.write_bytes(content)
+        hub.send_signal(signal.SIGHUP)
+        line = hub.wait_for_error(lambda line: line.endswith("; the old one stays"))
+        assert "ERROR pothead: --admin-token-file " in line and str(token_file) in line
+        assert "words" not in line
+        assert refusal(hub, b"/pause", YES) == PLAIN
+        assert act(hub, b"/pause", YES, BEARER)[0] == 200
+        assert len([each for each in hub.errors if "token" in each]) == 1
 
 
 @pytest.mark.parametrize(
@@ -332,6 +361,19 @@ def test_check_tells_the_file_of_the_token_and_not_the_token(token_file: Path) -
     assert f"--admin-token-file {token_file} (--admin-token-file)\n" in ended.stdout
     assert "--admin-token-for orders (default)\n" in ended.stdout
     assert TOKEN.decode() not in ended.stdout
+
+
+def test_program_around_a_hub_has_the_token_read_again(token_file: Path) -> None:
+    options = pothead.Options(main_port=0, worker_port=0, admin_port=0, admin_token_file=str(token_file))
+    hub = pothead.Hub(options)
+    old = hub.token_digest
+    token_file.write_bytes(b"new")
+    thread = threading.Thread(target=hub.run)
+    thread.start()
+    hub.reload()
+    hub.stop()
+    thread.join()
+    assert hub.token_digest not in (old, None)
 
 
 # ---- The page ----------------------------------------------------------------------------------------
