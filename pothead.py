@@ -5308,6 +5308,7 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
   <p id="about"></p>
   <nav aria-label="For programs"><a href="stats">/stats</a> <a href="metrics">/metrics</a></nav>
   <div class="buttons">
+    <button id="unlock" hidden>Unlock …</button>
     <button id="pause" disabled>Pause</button>
     <button id="drain" disabled>Drain …</button>
   </div>
@@ -5438,10 +5439,19 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
     <p class="note" id="waiting-note">&nbsp;</p>
   </section>
 </main>
-<dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
-  <h2 id="question"></h2>
-  <p id="consequence"></p>
-  <div class="buttons"><button id="no"></button><button id="yes" class="strong"></button></div>
+<dialog id="dialog" aria-labelledby="question" aria-describedby="wrong consequence">
+  <form id="form" method="dialog">
+    <h2 id="question"></h2>
+    <p id="wrong" class="trouble" hidden></p>
+    <p id="consequence"></p>
+    <p id="entry" hidden>
+      <label for="token">Token</label>
+      <input id="token" type="password" autocomplete="off" autocapitalize="none" spellcheck="false"
+        required disabled pattern="\s*[A-Za-z0-9._~+\/\-]+=*\s*"
+        title="letters, digits and - . _ ~ + / (= at the end)">
+    </p>
+    <div class="buttons"><button id="no" type="button"></button><button id="yes"></button></div>
+  </form>
 </dialog>
 <script>SCRIPT</script>
 </body>
@@ -5554,13 +5564,20 @@ tbody tr:hover { background: var(--ground); }
 .meter i { display: block; height: 100%; background: var(--busy); }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; padding-top: .35rem; }
 dialog {
-  margin: auto; max-width: 32rem; border: 1px solid var(--soft); border-radius: .8rem; padding: 1.4rem;
-  background: var(--panel); color: var(--ink);
+  margin: auto; max-width: min(32rem, 100% - 1.5rem); border: 1px solid var(--soft); border-radius: .8rem;
+  padding: 1.4rem; background: var(--panel); color: var(--ink);
 }
 dialog::backdrop { background: rgb(0 0 0 / .55); }
 dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
+dialog p.trouble { color: var(--bad); margin-bottom: .4rem; }
+#yes:not(.strong) { background: var(--busy); border-color: var(--busy); color: var(--on); font-weight: 600; }
 dialog .buttons { justify-content: flex-end; }
+label { display: block; color: var(--ink); font-size: .9rem; font-weight: 600; margin-bottom: .25rem; }
+input {
+  font: inherit; color: var(--ink); background: var(--ground); width: 100%; min-height: 2.6rem;
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .7rem;
+}
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (min-width: 110rem) {
   main { --rows: max(38rem, calc(100vh - 39rem)); grid-template-rows: auto auto 1fr; }
@@ -5711,7 +5728,7 @@ function cancelButton(row) {
   const button = document.createElement("button");
   button.textContent = "Cancel";
   button.setAttribute("aria-label", `Cancel request ${row.id}`);
-  button.onclick = () => ask(
+  button.onclick = () => actIfSure(
     "Cancel this request?", `${request(row)} (${row.id}). Its consumer is told that it was cancelled.`,
     "Keep it", "Cancel the request", `requests/${encodeURIComponent(row.id)}/cancel`);
   return button;
@@ -5840,6 +5857,7 @@ function show(stats) {
   byId("pause").classList.toggle("strong", isPaused);
   byId("pause").disabled = byId("drain").disabled = stats.draining;
   document.body.classList.remove("stale");
+  byId("unlock").hidden = true;
   showState(stats, slots, waiting);
 }
 
@@ -5886,19 +5904,31 @@ function setState(kind, text, banner, mood) {
   say("banner", banner);
 }
 
-function lose() {
+function freeze() {
   document.body.classList.add("stale");
   byId("pause").disabled = byId("drain").disabled = true;
+}
+
+function lose() {
+  freeze();
   // The time of day and not the age, which would be read aloud again and again.
   const time = heardAt.toLocaleTimeString([], {hour12: false});
   setState("bad", "✕ No answer", `The hub has not answered since ${time}. What you see is from then.`, "bad");
   document.title = "✕ No answer – POTHEAD";
 }
 
+function lock() {
+  freeze();
+  byId("unlock").hidden = false;
+  setState("warn", "■ Locked", "This hub tells how it is doing only to those who have its token.", "");
+  document.title = "■ Locked – POTHEAD";
+}
+
 async function refresh() {
-  let stats = null;
+  let stats = null, isLocked = false;
   try {
-    const response = await fetch("stats", {signal: AbortSignal.timeout(PATIENCE_MS)});
+    const response = await call("stats", {}, lock);
+    isLocked = response.status === 401;
     if (response.ok) stats = await response.json();
   } catch (error) {
     console.info(error.message);
@@ -5906,9 +5936,70 @@ async function refresh() {
   if (stats) {
     heardAt = new Date();
     show(stats);
-  } else lose();
+  } else if (!isLocked) lose();
   clearTimeout(timer);
-  if (!document.hidden) timer = setTimeout(refresh, PERIOD_MS);
+  // Who did not want to enter the token is asked again when he comes back, and not every two seconds.
+  if (!document.hidden && !isLocked) timer = setTimeout(refresh, PERIOD_MS);
+}
+
+// ---- The token ----
+
+let token = "";  // here and nowhere else: it goes with the page
+let asking = null;
+
+// Sends a request; if the hub wants another token than was sent, asks for it and sends the request again.
+async function call(path, options, onLocked) {
+  const sent = token, headers = {...options.headers};
+  if (sent) headers.Authorization = `Bearer ${sent}`;
+  const response = await fetch(path, {...options, headers, signal: AbortSignal.timeout(PATIENCE_MS)});
+  if (response.status !== 401) return response;
+  if (onLocked) onLocked();
+  return token !== sent || await askForToken() ? call(path, options, onLocked) : response;
+}
+
+// Returns whether one was entered; all who want one meanwhile wait for the same.
+function askForToken() {
+  asking ??= enterToken().finally(() => { asking = null; });
+  return asking;
+}
+
+async function enterToken() {
+  const isGiven = await ask(
+    "The hub wants its token", "It is what the hub's --admin-token-file holds. This page keeps it until " +
+    "it is closed or loaded again.", "Not now", "Go on",
+    {entry: true, wrong: token && "The hub did not accept that token."});
+  token = isGiven ? byId("token").value.trim() : "";
+  byId("token").value = "";
+  return isGiven;
+}
+
+// ---- The dialog ----
+
+let dialogs = Promise.resolve();  // one after the other
+
+// Returns whether the answer was yes.
+function ask(...what) {
+  dialogs = dialogs.then(() => showDialog(...what));
+  return dialogs;
+}
+
+function showDialog(question, consequence, no, yes, {strong = false, entry = false, wrong = ""}) {
+  const dialog = byId("dialog");
+  setText(byId("question"), question);
+  setText(byId("consequence"), consequence);
+  setText(byId("no"), no);
+  setText(byId("yes"), yes);
+  say("wrong", wrong);
+  byId("yes").classList.toggle("strong", strong);
+  byId("entry").hidden = byId("token").disabled = !entry;
+  dialog.showModal();
+  return new Promise(resolve => {
+    const end = answer => { dialog.close(); resolve(answer); };
+    byId("no").onclick = () => end(false);
+    byId("form").onsubmit = event => { event.preventDefault(); end(true); };
+    // The Escape key; if the dialog is open this is the event of the one before, which comes late.
+    dialog.onclose = () => dialog.open || end(false);
+  });
 }
 
 // ---- Actions ----
@@ -5916,8 +6007,9 @@ async function refresh() {
 async function act(path) {
   let complaint = "";
   try {
-    const response = await fetch(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
-    if (!response.ok) complaint = await response.text();
+    const response = await call(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
+    if (response.status === 401) complaint = "Nothing was done: the hub wants its token for that.";
+    else if (!response.ok) complaint = await response.text();
   } catch {
     complaint = "The hub did not answer.";
   }
@@ -5925,19 +6017,13 @@ async function act(path) {
   refresh();
 }
 
-function ask(question, consequence, no, yes, path) {
-  const dialog = byId("dialog");
-  setText(byId("question"), question);
-  setText(byId("consequence"), consequence);
-  setText(byId("no"), no);
-  setText(byId("yes"), yes);
-  byId("no").onclick = () => dialog.close();
-  byId("yes").onclick = () => { dialog.close(); act(path); };
-  dialog.showModal();
+async function actIfSure(question, consequence, no, yes, path) {
+  if (await ask(question, consequence, no, yes, {strong: true})) act(path);
 }
 
+byId("unlock").onclick = refresh;
 byId("pause").onclick = () => act(isPaused ? "resume" : "pause");
-byId("drain").onclick = () => ask(
+byId("drain").onclick = () => actIfSure(
   "Drain the hub?", "It takes no new requests, finishes those it has, and then ends. There is no way back.",
   "Keep serving", "Drain", "drain");
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
