@@ -5996,6 +5996,7 @@ function showDialog(question, consequence, no, yes, {strong = false, entry = fal
   return new Promise(resolve => {
     const end = answer => { dialog.close(); resolve(answer); };
     byId("no").onclick = () => end(false);
+    // Left to itself the form would close the dialog later, when it may show the next question.
     byId("form").onsubmit = event => { event.preventDefault(); end(true); };
     // The Escape key; if the dialog is open this is the event of the one before, which comes late.
     dialog.onclose = () => dialog.open || end(false);

@@ -209,6 +209,12 @@ def test_cancel_button_is_that_of_the_request_which_is_shown(
         assert consumer.read_response().status == 503
 
 
+def test_page_tells_why_an_order_was_refused(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    page.evaluate("act('requests/none/cancel')")
+    assert page.text("#notice") == "no such request, or it has ended"
+
+
 def test_drain_button_asks_first_and_the_page_tells_when_the_hub_is_gone(
     page: Browser, hub: HubProcess, slot: Peer
 ) -> None:
@@ -345,6 +351,16 @@ def closed_hub(token_file: Path) -> Iterator[HubProcess]:
         yield hub
 
 
+# Notes whether the page is going to look again by itself.
+NOTE_TIMER = """(set => {
+    window.isTimed = false;
+    window.setTimeout = (what, ...how) => {
+        window.isTimed ||= what === refresh;
+        return set(what, ...how);
+    };
+})(window.setTimeout)"""
+
+
 def change_token(hub: HubProcess, token_file: Path) -> None:
     token_file.write_text(NEW_TOKEN)
     hub.send_signal(signal.SIGHUP)
@@ -410,7 +426,8 @@ def test_token_is_entered_and_declined_by_keyboard(page: Browser, orders_hub: Hu
         page.press(*TAB)
         assert page.evaluate("document.activeElement.id") == name
     page.press(*ENTER)  # an empty field is not sent
-    page.wait_for(IS_FIRST)
+    assert page.evaluate(f"{IS_OPEN} && document.querySelector('#token').validity.valueMissing") is True
+    page.evaluate("document.querySelector('#token').focus()")
     page.write("€")  # nor is what no token has: no field of HTTP could carry it
     page.press(*ENTER)
     assert page.evaluate(f"{IS_FIRST} && document.querySelector('#token').validity.patternMismatch") is True
@@ -435,10 +452,12 @@ def test_drain_is_confirmed_once_and_needs_the_token(page: Browser, orders_hub: 
 
 
 def test_closed_hub_is_shown_to_those_who_have_the_token(page: Browser, closed_hub: HubProcess) -> None:
-    look(page, closed_hub, until="#state:■ Locked")
+    look(page, closed_hub, in_a_hurry=False, until="#state:■ Locked")
     page.wait_for(IS_FIRST)
+    page.evaluate(NOTE_TIMER)
     page.click("#no")
     page.wait_for(f"!{IS_OPEN}")
+    assert page.evaluate("isTimed") is False
     assert page.text("#banner") == "This hub tells how it is doing only to those who have its token."
     assert page.evaluate("document.querySelector('#pause').disabled") is True
     page.click("#unlock")
@@ -449,6 +468,7 @@ def test_closed_hub_is_shown_to_those_who_have_the_token(page: Browser, closed_h
     page.write(TOKEN)
     page.press(*ENTER)
     page.wait_for(says("#state", "Serving"))
+    page.wait_for("isTimed")
     assert page.text("#slots") == "of 1"
     assert page.evaluate("document.querySelector('#unlock').hidden") is True
     page.click("#pause")
@@ -472,8 +492,9 @@ def test_page_asks_again_when_the_token_has_changed(
     page.wait_for(f"{says('#state', 'Serving')} && !{IS_OPEN}")
 
 
+@pytest.mark.parametrize("answer", ["no", "yes"])
 def test_another_question_is_answered_before_the_token_is_asked_for(
-    page: Browser, closed_hub: HubProcess, token_file: Path
+    page: Browser, closed_hub: HubProcess, token_file: Path, answer: str
 ) -> None:
     look(page, closed_hub, until="#state:■ Locked")
     page.wait_for(IS_FIRST)
@@ -485,11 +506,14 @@ def test_another_question_is_answered_before_the_token_is_asked_for(
     change_token(closed_hub, token_file)
     page.wait_for(says("#state", "Locked"))
     assert page.text("#question") == "Drain the hub?"
-    page.click("#no")
+    page.click(f"#{answer}")
     page.wait_for(IS_WRONG)
     page.write(NEW_TOKEN)
     page.press(*ENTER)
-    page.wait_for(says("#state", "Serving"))
+    if answer == "yes":
+        assert closed_hub.wait() == 0
+    else:
+        page.wait_for(says("#state", "Serving"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
