@@ -47,6 +47,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import hmac
 import http
 import http.client
 import ipaddress
@@ -153,6 +154,7 @@ class Limits:
     rest_s: float = 0.05  # of a machine that has lost a slot: who dies takes all his slots along ...
     rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
+    token_bytes: int = 4 * KIB  # of the admin port's token: a head has room for it
 
 
 LIMITS: Final = Limits()
@@ -181,6 +183,8 @@ class Options:
     workers_file: str | None = None
     workers_ca: str | None = None
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
+    admin_token_file: str | None = None
+    admin_token_for: str = "orders"
     max_queue: int = 1000
     queue_timeout: float = 60.0
     retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
@@ -204,7 +208,7 @@ class Options:
     reuse_port: bool = False
 
     def __post_init__(self) -> None:
-        """Checks each value by itself; what needs the network (addresses) is checked by ``Hub``."""
+        """Checks each value by itself; what needs the network or a file's content is checked by ``Hub``."""
         for name in ("main_port", "worker_port", "admin_port", "ptth_port"):
             port = getattr(self, name)
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
@@ -228,6 +232,7 @@ class Options:
         for name in self.admin_allowed_hosts:
             _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
         self._check_network()
+        _check(self.admin_token_for in TOKEN_USES, "admin_token_for", f"is one of {', '.join(TOKEN_USES)}")
         _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
         _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
 
@@ -310,9 +315,9 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key", b"max-forwards", b"authorization", b"upgrade", b"alpn",
+        b"idempotency-key", b"max-forwards", b"upgrade", b"alpn",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
-        b"pothead-action", b"sec-fetch-site",
+        b"authorization", b"pothead-action", b"sec-fetch-site",
     )
 )  # fmt: skip
 _LIST_FIELDS: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
@@ -1140,7 +1145,7 @@ def _reason(status: int) -> bytes:
     return http.HTTPStatus(status).phrase.encode()
 
 
-# ---- Who may be a worker (pure) ---------------------------------------------------------------------------
+# ---- Who may do what (pure) -------------------------------------------------------------------------------
 #
 # A worker on the PTTH port opens with the handshake of draft-kazuho-ptth-ptth-01 over HTTP/1.1.  Where the
 # draft is silent, ``docs/protocol.md`` says what is done.
@@ -1153,7 +1158,8 @@ _PERCENT_ENCODED: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-
 _ENVOY_FIELD: Final = re.compile(
     rb"\r\n(?i:x-envoy-reverse-tunnel-(?:node|cluster|tenant)-id):"
 )  # it sends all
-_BEARER: Final = re.compile(rb"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)")
+_TOKEN68: Final = rb"[A-Za-z0-9\-._~+/]+=*"  # RFC 6750 §2.1
+_BEARER: Final = re.compile(rb"(?i:bearer) +(" + _TOKEN68 + rb")")
 _WORKER_NAME: Final = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 _CREDENTIAL: Final = re.compile(
     r"token:(?P<token>[A-Za-z0-9\-._~+/]+=*)|sha256:(?P<digest>[0-9A-Fa-f]{64})"
@@ -1243,30 +1249,41 @@ def _origins(scope: bytes) -> list[str]:
     return origins
 
 
+def bearer_digest(head: RequestHead) -> str | None:
+    """Returns the SHA-256 of the bearer token, in hexadecimal digits; ``None`` if there is not just one.
+
+    Digests are compared, since the time that takes tells nothing of a token, nor of its length.
+    """
+    given = head.known.get(b"authorization", ())
+    bearer = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
+    return hashlib.sha256(bearer[1]).hexdigest() if bearer else None
+
+
+def challenge(head: RequestHead) -> Field:
+    """Returns the field of a 401 that asks for a bearer token (RFC 6750 §3)."""
+    given = head.known.get(b"authorization", ())
+    has_scheme = any(value.partition(b" ")[0].lower() == b"bearer" for value in given)
+    return b"WWW-Authenticate", b'Bearer realm="pothead"' + (
+        b', error="invalid_token"' if has_scheme else b""
+    )
+
+
 def find_permit(head: RequestHead, names: Sequence[str] | None, permits: Mapping[str, Permit]) -> Permit:
     """Returns whose handshake that is; ``names`` are those of the certificate, ``None`` without one.
 
     Raises ``ProtocolError``: 401 if nobody's, 403 if the certificate is good, but nobody's.
     """
-    given = head.known.get(b"authorization", ())
-    if len(given) > 1:
-        raise ProtocolError(400, "several Authorization fields")
-    if given:
-        bearer = _BEARER.fullmatch(given[0])
-        permit = permits.get(f"sha256:{hashlib.sha256(bearer[1]).hexdigest()}") if bearer else None
+    if b"authorization" in head.known:
+        permit = permits.get(f"sha256:{bearer_digest(head)}")
         if permit is None:
-            raise ProtocolError(401, "no worker has this token", [_challenge(b', error="invalid_token"')])
+            raise ProtocolError(401, "no worker has this token", [challenge(head)])
         return permit
     if names is None:
-        raise ProtocolError(401, "workers need a token or a certificate here", [_challenge(b"")])
+        raise ProtocolError(401, "workers need a token or a certificate here", [challenge(head)])
     for name in names:
         if (permit := permits.get(f"certificate:{name.lower()}")) is not None:
             return permit
     raise ProtocolError(403, "no worker has this certificate")
-
-
-def _challenge(error: bytes) -> Field:
-    return b"WWW-Authenticate", b'Bearer realm="pothead"' + error
 
 
 def register(
@@ -4223,9 +4240,8 @@ class Hub:
         self.keep_alive_s = options.keep_alive  # of an idle consumer's connection
         self.notify: Callable[[str], None] = _ignore  # called with what a service manager wants to know
         self.paused = False  # nothing is handed to a slot
-        # Who may be a worker, by credentials; without a file, anybody.
-        self.permits = None if options.workers_file is None else load_permits(options.workers_file)
-        self.certificate = None if options.certfile is None else Certificate(options)
+        self.permits: Mapping[str, Permit] | None = None
+        self.certificate: Certificate | None = None
         self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
@@ -4241,6 +4257,7 @@ class Hub:
         self._drain_timer = Timer(self.loop.stop)
         self._lonely_timer = Timer(self._tell_of_loneliness)
         self._is_lonely = False  # as has been told
+        self.token_digest: str | None = None  # of the token that the admin port wants, if it wants one
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
         self._expiry_timer = Timer(self._watch_expiry)
@@ -4250,6 +4267,10 @@ class Hub:
         }  # fmt: skip
         accept = {name: functools.partial(self._accept, name, begin[name]) for name in begin}
         try:
+            # Who may be a worker, by credentials; without a file, anybody.
+            self.permits = None if options.workers_file is None else load_permits(options.workers_file)
+            self.certificate = None if options.certfile is None else Certificate(options)
+            self.token_digest = read_token(options)
             self.ports = Ports(self.loop, options, sockets or {}, accept, self._may_accept)
         except (OSError, ValueError):
             self.loop.close()
@@ -4490,13 +4511,13 @@ class Hub:
         """Ends a pause."""
         self.loop.call_from_thread(lambda: self._set_paused(False))
 
-    def reload(self) -> None:
-        """Reads the certificate and the workers file again; what cannot be used does not replace the old."""
-        self.loop.call_from_thread(self._reload)
-
     def cancel(self, request_id: str) -> None:
         """Ends all requests with that id, waiting or running."""
         self.loop.call_from_thread(lambda: self._cancel(request_id))
+
+    def reload(self) -> None:
+        """Reads again what is in files.  What cannot be used is told in the log, and stays as it was."""
+        self.loop.call_from_thread(self._reload)
 
     # How they are carried out.
 
@@ -4506,23 +4527,31 @@ class Hub:
             log.warning("paused: requests wait until it is resumed" if paused else "resumed")
 
     def _reload(self) -> None:
-        for step in (self._reload_certificate, self._reload_permits):
-            try:
-                step()
-            except ValueError as exc:
-                log.error("not reloaded, the old one stays: %s", exc)
+        options = self.options
+        steps = (
+            (options.certfile, self._reload_certificate),
+            (options.workers_file, self._reload_permits),
+            (options.admin_token_file, self._reload_token),
+        )
+        for file, step in steps:
+            if file is not None:
+                try:
+                    step()
+                except ValueError as exc:
+                    log.error("%s; the old one stays", exc)
+                else:
+                    log.info("%s has been read again", file)
 
     def _reload_certificate(self) -> None:
-        if self.certificate is not None:
-            self.certificate = Certificate(self.options)
-            log.info("certificate reloaded; it expires %s", timestamp(self.certificate.expires_at))
-            self._watch_expiry()
+        self.certificate = Certificate(self.options)
+        self._watch_expiry()
+
+    def _reload_token(self) -> None:
+        self.token_digest = read_token(self.options)
 
     def _reload_permits(self) -> None:
-        if self.options.workers_file is None:
-            return
+        assert self.options.workers_file is not None
         self.permits = load_permits(self.options.workers_file)
-        log.info("workers file reloaded: %d credentials", len(self.permits))
         for slot in list(self.slots):
             slot.is_welcome = self._is_permitted(slot.registration)
             if not slot.is_welcome and slot.exchange is None:
@@ -4935,9 +4964,10 @@ def _second(epoch_s: int) -> str:
 
 # ---- The admin port ---------------------------------------------------------------------------------------
 #
-# It has no password, and whoever can open a page in the operator's browser can make that browser send
-# requests here.  So: what is asked for by a name that nobody has allowed is refused (DNS rebinding), what
-# changes anything needs a field that no form of another site can send, and no answer may be framed.
+# Whoever can open a page in the operator's browser can make that browser send requests here.  So: what is
+# asked for by a name that nobody has allowed is refused (DNS rebinding), what changes anything needs a field
+# that no form of another site can send, and no answer may be framed.  Who reaches the port may do all that;
+# with a token (RFC 6750) only who has it.
 
 ADMIN_FIELDS: Final[Sequence[Field]] = (
     (b"Cache-Control", b"no-store"),
@@ -4947,6 +4977,9 @@ ADMIN_FIELDS: Final[Sequence[Field]] = (
 )
 ACTION_FIELD: Final = b"pothead-action"  # "yes"
 TEXT: Final = "text/plain; charset=utf-8"
+TOKEN_USES: Final = ("orders", "all")
+# Not even with a token for all: probes have none, and the page, which tells nothing by itself, asks for it.
+FREE_PAGES: Final = (b"/", b"/livez", b"/readyz")
 
 
 class Answer(NamedTuple):
@@ -4964,14 +4997,17 @@ def answer_admin(hub: Hub, head: RequestHead) -> Answer:
         return Answer(421, b"this name is not among --admin-allowed-hosts: %b\n" % (head.host or b""))
     page, action = PAGES.get(head.path), _action(head.path)
     if page is not None:
-        if head.method in (b"GET", b"HEAD"):
-            return page(hub)
-        return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+        if head.method not in (b"GET", b"HEAD"):
+            return Answer(405, b"GET or HEAD\n", fields=[(b"Allow", b"GET, HEAD")])
+        is_free = hub.options.admin_token_for != "all" or head.path in FREE_PAGES
+        return page(hub) if is_free else _ask_for_token(hub, head) or page(hub)
     if action is None:
         return Answer(404, b"here are: %b\n" % b" ".join([*PAGES, *ACTIONS, b"/requests/ID/cancel"]))
     if head.method != b"POST":
         return Answer(405, b"POST\n", fields=[(b"Allow", b"POST")])
-    return action(hub) if _is_meant(head) else Answer(403, b"this needs the field Pothead-Action: yes\n")
+    if not _is_meant(head):
+        return Answer(403, b"this needs the field Pothead-Action: yes\n")
+    return _ask_for_token(hub, head) or action(hub)
 
 
 def _may_be_called(options: Options, host: bytes | None) -> bool:
@@ -4991,6 +5027,38 @@ def _is_meant(head: RequestHead) -> bool:
     """Whether the request comes from the status page or a program, and not from a page of another site."""
     site = head.known.get(b"sec-fetch-site", [b"none"])[-1].lower()
     return head.known.get(ACTION_FIELD, [b""])[-1].lower() == b"yes" and site in (b"none", b"same-origin")
+
+
+def read_token(options: Options) -> str | None:
+    """Returns the digest of the token that the admin port wants; ``None`` if it wants none.
+
+    The token itself is not kept.  Raises ``ValueError`` with a sentence for the user.
+    """
+    path = options.admin_token_file
+    if path is None:
+        _check(options.admin_token_for != "all", "admin_token_for", "all needs --admin-token-file")
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LIMITS.token_bytes + 1)
+    except OSError as exc:
+        raise ValueError(f"--admin-token-file cannot be read ({exc.strerror}): {path}") from exc
+    token = content.strip()
+    _check(token != b"", "admin_token_file", f"has nothing in it: {path}")
+    if len(content) > LIMITS.token_bytes or not re.fullmatch(_TOKEN68, token):
+        what = f"no token, which is up to {LIMITS.token_bytes} letters, digits and -._~+/ (= at the end)"
+        raise ValueError(f"--admin-token-file holds {what}: {path}")
+    return hashlib.sha256(token).hexdigest()
+
+
+def _ask_for_token(hub: Hub, head: RequestHead) -> Answer | None:
+    """Returns 401 unless the request has the token, or none is wanted (RFC 6750 §2.1 and §3)."""
+    if hub.token_digest is None:
+        return None
+    if hmac.compare_digest(bearer_digest(head) or "", hub.token_digest):
+        return None
+    text = b"this needs the token of --admin-token-file: Authorization: Bearer TOKEN\n"
+    return Answer(401, text, fields=[challenge(head)])
 
 
 # .. what can be looked at ..
@@ -5578,6 +5646,13 @@ def parse_log_level(text: str) -> str:
     return text.lower()
 
 
+def parse_token_use(text: str) -> str:
+    """Returns one of ``TOKEN_USES``.  Raises ``ValueError``."""
+    if text.lower() not in TOKEN_USES:
+        raise ValueError(f"{text!r} is not one of {', '.join(TOKEN_USES)}")
+    return text.lower()
+
+
 ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
 
 # option of Options: (group, reader, placeholder (none: it is a switch), what it is)
@@ -5610,6 +5685,13 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "origins; read again on SIGHUP"
     ),
     "workers_ca": ("security", str, "FILE", "who signs the certificates of workers (PEM)"),
+    "admin_token_file": (
+        "security", str, "FILE", "holds the bearer token that each order to the admin port must come with "
+        "(default: none)"
+    ),
+    "admin_token_for": (
+        "security", parse_token_use, "WHAT", "what the token is needed for: orders, or all (but for probes)"
+    ),
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
         "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
@@ -5837,6 +5919,7 @@ def check_line(text: str, log_format: str) -> str:
 def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
     """Tells what would run.  Raises what a start would raise; nothing listens, so that nobody connects."""
     options = given.options
+    read_token(options)
     wanted = {
         "consumers": (options.main_host, options.main_port),
         "workers": (options.worker_host, options.worker_port),
@@ -6146,6 +6229,7 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
   <p id="about"></p>
   <nav aria-label="For programs"><a href="stats">/stats</a> <a href="metrics">/metrics</a></nav>
   <div class="buttons">
+    <button id="unlock" hidden>Unlock …</button>
     <button id="pause" disabled>Pause</button>
     <button id="drain" disabled>Drain …</button>
   </div>
@@ -6276,10 +6360,19 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
     <p class="note" id="waiting-note">&nbsp;</p>
   </section>
 </main>
-<dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
-  <h2 id="question"></h2>
-  <p id="consequence"></p>
-  <div class="buttons"><button id="no"></button><button id="yes" class="strong"></button></div>
+<dialog id="dialog" aria-labelledby="question" aria-describedby="wrong consequence">
+  <form id="form" method="dialog">
+    <h2 id="question"></h2>
+    <p id="wrong" class="trouble" hidden></p>
+    <p id="consequence"></p>
+    <p id="entry" hidden>
+      <label for="token">Token</label>
+      <input id="token" type="password" autocomplete="off" autocapitalize="none" spellcheck="false"
+        required disabled pattern="\s*[A-Za-z0-9._~+\/\-]+=*\s*"
+        title="letters, digits and - . _ ~ + / (= at the end)">
+    </p>
+    <div class="buttons"><button id="no" type="button"></button><button id="yes"></button></div>
+  </form>
 </dialog>
 <script>SCRIPT</script>
 </body>
@@ -6392,13 +6485,20 @@ tbody tr:hover { background: var(--ground); }
 .meter i { display: block; height: 100%; background: var(--busy); }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; padding-top: .35rem; }
 dialog {
-  margin: auto; max-width: 32rem; border: 1px solid var(--soft); border-radius: .8rem; padding: 1.4rem;
-  background: var(--panel); color: var(--ink);
+  margin: auto; max-width: min(32rem, 100% - 1.5rem); border: 1px solid var(--soft); border-radius: .8rem;
+  padding: 1.4rem; background: var(--panel); color: var(--ink);
 }
 dialog::backdrop { background: rgb(0 0 0 / .55); }
 dialog h2 { font-size: 1.2rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 dialog p { color: var(--soft); margin-bottom: 1.1rem; overflow-wrap: anywhere; }
+dialog p.trouble { color: var(--bad); margin-bottom: .4rem; }
+#yes:not(.strong) { background: var(--busy); border-color: var(--busy); color: var(--on); font-weight: 600; }
 dialog .buttons { justify-content: flex-end; }
+label { display: block; color: var(--ink); font-size: .9rem; font-weight: 600; margin-bottom: .25rem; }
+input {
+  font: inherit; color: var(--ink); background: var(--ground); width: 100%; min-height: 2.6rem;
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .7rem;
+}
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (min-width: 110rem) {
   main { --rows: max(38rem, calc(100vh - 39rem)); grid-template-rows: auto auto 1fr; }
@@ -6551,7 +6651,7 @@ function cancelButton(row) {
   const button = document.createElement("button");
   button.textContent = "Cancel";
   button.setAttribute("aria-label", `Cancel request ${row.id}`);
-  button.onclick = () => ask(
+  button.onclick = () => actIfSure(
     "Cancel this request?", `${request(row)} (${row.id}). Its consumer is told that it was cancelled.`,
     "Keep it", "Cancel the request", `requests/${encodeURIComponent(row.id)}/cancel`);
   return button;
@@ -6680,6 +6780,7 @@ function show(stats) {
   byId("pause").classList.toggle("strong", isPaused);
   byId("pause").disabled = byId("drain").disabled = stats.draining;
   document.body.classList.remove("stale");
+  byId("unlock").hidden = true;
   showState(stats, slots, waiting);
 }
 
@@ -6729,19 +6830,31 @@ function setState(kind, text, banner, mood) {
   say("banner", banner);
 }
 
-function lose() {
+function freeze() {
   document.body.classList.add("stale");
   byId("pause").disabled = byId("drain").disabled = true;
+}
+
+function lose() {
+  freeze();
   // The time of day and not the age, which would be read aloud again and again.
   const time = heardAt.toLocaleTimeString([], {hour12: false});
   setState("bad", "✕ No answer", `The hub has not answered since ${time}. What you see is from then.`, "bad");
   document.title = "✕ No answer – POTHEAD";
 }
 
+function lock() {
+  freeze();
+  byId("unlock").hidden = false;
+  setState("warn", "■ Locked", "This hub tells how it is doing only to those who have its token.", "");
+  document.title = "■ Locked – POTHEAD";
+}
+
 async function refresh() {
-  let stats = null;
+  let stats = null, isLocked = false;
   try {
-    const response = await fetch("stats", {signal: AbortSignal.timeout(PATIENCE_MS)});
+    const response = await call("stats", {}, lock);
+    isLocked = response.status === 401;
     if (response.ok) stats = await response.json();
   } catch (error) {
     console.info(error.message);
@@ -6749,9 +6862,71 @@ async function refresh() {
   if (stats) {
     heardAt = new Date();
     show(stats);
-  } else lose();
+  } else if (!isLocked) lose();
   clearTimeout(timer);
-  if (!document.hidden) timer = setTimeout(refresh, PERIOD_MS);
+  // Who did not want to enter the token is asked again when he comes back, and not every two seconds.
+  if (!document.hidden && !isLocked) timer = setTimeout(refresh, PERIOD_MS);
+}
+
+// ---- The token ----
+
+let token = "";  // here and nowhere else: it goes with the page
+let asking = null;
+
+// Sends a request; if the hub wants another token than was sent, asks for it and sends the request again.
+async function call(path, options, onLocked) {
+  const sent = token, headers = {...options.headers};
+  if (sent) headers.Authorization = `Bearer ${sent}`;
+  const response = await fetch(path, {...options, headers, signal: AbortSignal.timeout(PATIENCE_MS)});
+  if (response.status !== 401) return response;
+  if (onLocked) onLocked();
+  return token !== sent || await askForToken() ? call(path, options, onLocked) : response;
+}
+
+// Returns whether one was entered; all who want one meanwhile wait for the same.
+function askForToken() {
+  asking ??= enterToken().finally(() => { asking = null; });
+  return asking;
+}
+
+async function enterToken() {
+  const isGiven = await ask(
+    "The hub wants its token", "It is what the hub's --admin-token-file holds. This page keeps it until " +
+    "it is closed or loaded again.", "Not now", "Go on",
+    {entry: true, wrong: token && "The hub did not accept that token."});
+  token = isGiven ? byId("token").value.trim() : "";
+  byId("token").value = "";
+  return isGiven;
+}
+
+// ---- The dialog ----
+
+let dialogs = Promise.resolve();  // one after the other
+
+// Returns whether the answer was yes.
+function ask(...what) {
+  dialogs = dialogs.then(() => showDialog(...what));
+  return dialogs;
+}
+
+function showDialog(question, consequence, no, yes, {strong = false, entry = false, wrong = ""}) {
+  const dialog = byId("dialog");
+  setText(byId("question"), question);
+  setText(byId("consequence"), consequence);
+  setText(byId("no"), no);
+  setText(byId("yes"), yes);
+  say("wrong", wrong);
+  byId("yes").classList.toggle("strong", strong);
+  byId("entry").hidden = byId("token").disabled = !entry;
+  dialog.showModal();
+  return new Promise(resolve => {
+    const end = answer => { dialog.close(); resolve(answer); };
+    byId("no").onclick = () => end(false);
+    // Left to itself the form would close the dialog later, when it may show the next question.
+    byId("form").onsubmit = event => { event.preventDefault(); end(true); };
+    // The Escape key; if the dialog is open this is the event of the one before, which comes late.
+    dialog.onclose = () => dialog.open || end(false);
+  });
 }
 
 // ---- Actions ----
@@ -6759,8 +6934,9 @@ async function refresh() {
 async function act(path) {
   let complaint = "";
   try {
-    const response = await fetch(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
-    if (!response.ok) complaint = await response.text();
+    const response = await call(path, {method: "POST", headers: {"Pothead-Action": "yes"}});
+    if (response.status === 401) complaint = "Nothing was done: the hub wants its token for that.";
+    else if (!response.ok) complaint = await response.text();
   } catch {
     complaint = "The hub did not answer.";
   }
@@ -6768,19 +6944,13 @@ async function act(path) {
   refresh();
 }
 
-function ask(question, consequence, no, yes, path) {
-  const dialog = byId("dialog");
-  setText(byId("question"), question);
-  setText(byId("consequence"), consequence);
-  setText(byId("no"), no);
-  setText(byId("yes"), yes);
-  byId("no").onclick = () => dialog.close();
-  byId("yes").onclick = () => { dialog.close(); act(path); };
-  dialog.showModal();
+async function actIfSure(question, consequence, no, yes, path) {
+  if (await ask(question, consequence, no, yes, {strong: true})) act(path);
 }
 
+byId("unlock").onclick = refresh;
 byId("pause").onclick = () => act(isPaused ? "resume" : "pause");
-byId("drain").onclick = () => ask(
+byId("drain").onclick = () => actIfSure(
   "Drain the hub?", "It takes no new requests, finishes those it has, and then ends. There is no way back.",
   "Keep serving", "Drain", "drain");
 document.addEventListener("visibilitychange", () => document.hidden || refresh());

@@ -86,6 +86,21 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def write(self, text: str) -> None:
+        """Write into the field that has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release a key, which has a code of Windows and perhaps a text."""
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=code,
+                text=text if kind == "keyDown" else "",
+            )
+
     def resize(self, width: int, height: int, *, scheme: str = "light", mobile: bool = False) -> None:
         """Set the size of the window and the colours that its user prefers."""
         self.call(

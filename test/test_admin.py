@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +165,214 @@ def test_every_answer_forbids_guessing_keeping_and_telling(hub: HubProcess, data
     assert response.value(b"Cache-Control") == b"no-store"
     assert response.value(b"Referrer-Policy") == b"no-referrer"
     assert response.value(b"Access-Control-Allow-Origin") is None
+
+
+# ---- The token ---------------------------------------------------------------------------------------
+
+TOKEN = b"aZ09-._~+/=="
+BEARER = b"Authorization: Bearer " + TOKEN
+ACTIONS = (b"/pause", b"/resume", b"/requests/x/cancel", b"/drain")
+PLAIN, WRONG = b'Bearer realm="pothead"', b'Bearer realm="pothead", error="invalid_token"'
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_bytes(b" " + TOKEN + b"\r\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
+    """A hub with a token, for the tests that change nothing."""
+    path = tmp_path_factory.mktemp("token") / "token"
+    path.write_bytes(TOKEN)
+    with hub_process("--admin-token-file", str(path)) as hub:
+        yield hub
+
+
+def refusal(hub: HubProcess, path: bytes, *lines: bytes, method: bytes = b"POST") -> bytes:
+    """Return the challenge of a request that is refused for its token."""
+    response = ask_admin(hub, path, *lines, method=method)
+    assert response.status == 401, response
+    assert b"Bearer TOKEN" in response.body
+    (challenge,) = response.values(b"WWW-Authenticate")
+    return challenge
+
+
+def test_order_needs_the_token_and_looking_does_not(token_file: Path) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        for path in ACTIONS:
+            assert refusal(hub, path, YES) == PLAIN
+            assert act(hub, path, BEARER) == (403, b"this needs the field Pothead-Action: yes\n")
+            assert act(hub, path, YES, BEARER, b"Sec-Fetch-Site: cross-site")[0] == 403
+        stats = hub.stats()
+        assert (stats["paused"], stats["draining"]) == (False, False)
+        for path in (b"/", b"/metrics", b"/livez", b"/readyz"):
+            assert ask_admin(hub, path).status in (200, 501)
+        assert act(hub, b"/pause", YES, BEARER) == (200, b"paused\n")
+        assert hub.stats()["paused"] is True
+        assert act(hub, b"/resume", YES, BEARER) == (200, b"resumed\n")
+        assert act(hub, b"/requests/x/cancel", YES, BEARER)[0] == 404
+        assert act(hub, b"/drain", YES, BEARER) == (202, b"draining\n")
+        assert hub.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "challenge"),
+    [
+        ([b"Authorization: Bearer " + TOKEN[:-1]], WRONG),
+        ([b"Authorization: Bearer " + TOKEN.lower()], WRONG),
+        ([b"Authorization: Bearer x" + TOKEN], WRONG),
+        ([b"Authorization: Bearer " + TOKEN + b" x"], WRONG),
+        ([b"Authorization: Bearer " + TOKEN + b", Bearer " + TOKEN], WRONG),
+        ([b"Authorization: Bearer \xe9"], WRONG),
+        ([b"Authorization: Bearer"], WRONG),
+        ([BEARER, BEARER], WRONG),
+        ([BEARER, b"Authorization: Basic eDp5"], WRONG),
+        ([b"Authorization: Basic " + base64.b64encode(b"x:" + TOKEN)], PLAIN),
+        ([b"Authorization: " + TOKEN], PLAIN),
+        ([b"Authorization:"], PLAIN),
+        ([b"X-Authorization: Bearer " + TOKEN], PLAIN),
+        ([b"Cookie: access_token=" + TOKEN], PLAIN),
+    ],
+)
+def test_anything_but_the_token_once_is_refused(
+    tokened: HubProcess, lines: list[bytes], challenge: bytes
+) -> None:
+    assert refusal(tokened, b"/pause", YES, *lines) == challenge
+    assert refusal(tokened, b"/pause?access_token=" + TOKEN, YES, *lines) == challenge
+    assert tokened.stats()["paused"] is False
+
+
+@pytest.mark.parametrize("scheme", [b"bearer ", b"BEARER ", b"Bearer   "])
+def test_scheme_of_the_token_is_written_in_any_case(tokened: HubProcess, scheme: bytes) -> None:
+    assert act(tokened, b"/resume", YES, b"authorization: " + scheme + TOKEN)[0] == 200
+
+
+def test_token_for_all_leaves_the_probes_and_the_bare_page_free(token_file: Path) -> None:
+    with hub_process("--admin-token-file", str(token_file), "--admin-token-for", "all") as hub:
+        for path in (b"/stats", b"/metrics"):
+            for method in (b"GET", b"HEAD"):
+                assert ask_admin(hub, path, method=method).status == 401
+            assert refusal(hub, path, b"Authorization: Bearer x", method=b"GET") == WRONG
+            assert ask_admin(hub, path, BEARER).status in (200, 501)
+        for path in (b"/", b"/livez", b"/readyz"):
+            assert ask_admin(hub, path).status == 200
+            assert ask_admin(hub, path, b"Authorization: Bearer x").status == 200
+        assert refusal(hub, b"/pause", YES) == PLAIN
+        assert act(hub, b"/pause", YES, BEARER)[0] == 200
+
+
+def test_connection_goes_on_after_a_refusal(token_file: Path) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub, Peer.connect(hub.admin) as admin:
+        admin.send(request(b"/pause", YES, method=b"POST") + request(b"/pause", YES, BEARER, method=b"POST"))
+        assert [admin.read_response().status for _ in range(2)] == [401, 200]
+
+
+def test_token_is_neither_logged_nor_shown(token_file: Path) -> None:
+    options = ("--admin-token-file", str(token_file), "--log-level", "debug")
+    with hub_process(*options) as hub:
+        for lines in ([BEARER], [BEARER, BEARER]):
+            act(hub, b"/pause", YES, *lines)
+        for path in (b"/", b"/stats", b"/metrics"):
+            assert TOKEN not in ask_admin(hub, path, BEARER).body
+        hub.send_signal(signal.SIGHUP)
+        hub.wait_for_error(lambda line: "has been read again" in line)
+    assert TOKEN.decode() not in hub.stderr + "".join(hub.lines)
+
+
+def test_authorization_of_a_consumer_is_for_the_worker(tokened: HubProcess) -> None:
+    with Peer.connect(tokened.worker) as slot, Peer.connect(tokened.main) as consumer:
+        consumer.send(request(b"/", BEARER, b"Authorization: Basic eDp5"))
+        assert serve(slot).values(b"Authorization") == [b"Bearer " + TOKEN, b"Basic eDp5"]
+        assert consumer.read_response().status == 200
+
+
+def test_new_token_counts_from_a_hang_up_signal_on(token_file: Path) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        token_file.write_bytes(b"new\n")
+        assert act(hub, b"/pause", YES, BEARER)[0] == 200
+        hub.send_signal(signal.SIGHUP)
+        hub.wait_for_error(lambda line: "has been read again" in line)
+        assert refusal(hub, b"/resume", YES, BEARER) == WRONG
+        assert act(hub, b"/resume", YES, b"Authorization: Bearer new")[0] == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"two words", None])
+def test_old_token_stays_if_the_new_one_cannot_be_used(token_file: Path, content: bytes | None) -> None:
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        if content is None:
+            token_file.unlink()
+        else:
+            token_file.write_bytes(content)
+        hub.send_signal(signal.SIGHUP)
+        line = hub.wait_for_error(lambda line: line.endswith("; the old one stays"))
+        assert "ERROR pothead: --admin-token-file " in line and str(token_file) in line
+        assert "words" not in line
+        assert refusal(hub, b"/pause", YES) == PLAIN
+        assert act(hub, b"/pause", YES, BEARER)[0] == 200
+        assert len([each for each in hub.errors if "token" in each]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, r"cannot be read \(No such file or directory\): "),
+        (b" \r\n", "has nothing in it: "),
+        (b"two words", "holds no token, "),
+        (b"one\ntwo", "holds no token, "),
+        (b"a=b", "holds no token, "),
+        (b"=", "holds no token, "),
+        (b"\xef\xbb\xbftoken", "holds no token, "),
+        (b"x" * 5000, "holds no token, which is up to 4096 letters"),
+    ],
+)
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_hub_does_not_start_without_a_token_that_can_be_used(
+    tmp_path: Path, content: bytes | None, complaint: str, check: list[str]
+) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    ended = run_hub(*check, "--admin-token-file", str(path))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(rf"pothead: --admin-token-file {complaint}.*{path}\n", ended.stderr)
+
+
+def run_hub(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a hub that ends by itself."""
+    ports = [word for port in ("main", "worker", "admin") for word in (f"--{port}-port", "0")]
+    command = wire.python(str(wire.ROOT / "pothead.py"), *ports, *words)
+    return subprocess.run(command, capture_output=True, text=True, timeout=wire.DEADLINE_S)
+
+
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_token_for_all_without_a_token_is_refused(check: list[str]) -> None:
+    ended = run_hub(*check, "--admin-token-for", "all")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "pothead: --admin-token-for all needs --admin-token-file\n"
+
+
+def test_check_tells_the_file_of_the_token_and_not_the_token(token_file: Path) -> None:
+    ended = run_hub("--check", "--admin-token-file", str(token_file))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"--admin-token-file {token_file} (--admin-token-file)\n" in ended.stdout
+    assert "--admin-token-for orders (default)\n" in ended.stdout
+    assert TOKEN.decode() not in ended.stdout
+
+
+def test_program_around_a_hub_has_the_token_read_again(token_file: Path) -> None:
+    options = pothead.Options(main_port=0, worker_port=0, admin_port=0, admin_token_file=str(token_file))
+    hub = pothead.Hub(options)
+    old = hub.token_digest
+    token_file.write_bytes(b"new")
+    thread = threading.Thread(target=hub.run)
+    thread.start()
+    hub.reload()
+    hub.stop()
+    thread.join()
+    assert hub.token_digest not in (old, None)
 
 
 # ---- The page ----------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ GIVEN: dict[str, tuple[str, object]] = {
     "admin_host": ("127.0.0.2", "127.0.0.2"),
     "admin_port": ("1", 1),
     "admin_allowed_hosts": ("hub.example, hub", ("hub.example", "hub")),
+    "admin_token_file": ("/run/token", "/run/token"),
+    "admin_token_for": ("All", "all"),
     "max_queue": ("1", 1),
     "queue_timeout": ("250ms", 0.25),
     "retry_after": ("2m", 120.0),
@@ -169,6 +171,7 @@ SENSELESS_OF_THE_HUB = [
     ("--worker-port", "http"),
     ("--admin-port", "65536"),
     ("--admin-port", "on"),
+    ("--admin-token-for", "nobody"),
     *[("--max-queue", text) for text in ("0", "-1", "+1", "1_000", "many", "9" * 20)],
     ("--max-attempts", "0"),
     *[
@@ -1287,6 +1290,7 @@ def test_options_of_a_program_are_checked_as_those_of_the_command_line_are() -> 
         {"graceful_timeout": -1},
         {"spool_memory": -1},
         {"spool_dir": "/nonexistent"},
+        {"admin_token_for": "nobody"},
         {"forwarded_allow_ips": ("x",)},
         {"forwarded_allow_ips": ("10.0.0.0/33",)},
     ]

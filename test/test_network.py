@@ -8,7 +8,6 @@ import json
 import re
 import select
 import signal
-import socket
 import ssl
 import subprocess
 import threading
@@ -18,11 +17,13 @@ from pathlib import Path
 import pytest
 
 import wire
-from pothead import ProtocolError, is_origin, read_permits, take_request_head, Inbuf, read_offer, register
+from pothead import Inbuf, ProtocolError, is_origin, read_offer, read_permits, register, take_request_head
 from wire import HubProcess, Peer, hub_process
 
 API, IMG = "https://api.example", "https://img.example:8443"
-SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
+SWITCHED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
+)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 PATH = b"/.well-known/ptth/https%3A%2F%2Fapi.example/"
 WORKERS = f"""
@@ -172,7 +173,7 @@ REFUSED = {
     "no token": (handshake(PATH, b"Bearer "), 401, b'error="invalid_token"'),
     "two tokens": (handshake(PATH, b"Bearer x, Bearer s3cr3t-of-alpha"), 401, b'error="invalid_token"'),
     "two fields": (
-        handshake(PATH, b"Bearer s3cr3t-of-alpha", b"Authorization: Bearer s3cr3t-of-alpha"), 400, b""
+        handshake(PATH, b"Bearer s3cr3t-of-alpha", b"Authorization: Bearer s3cr3t-of-alpha"), 401, b""
     ),
     "an origin that is not its own": (handshake(scope("https://evil.example")), 403, b"evil.example"),
     "one of them": (handshake(scope(API, "https://evil.example")), 403, b"evil.example"),
@@ -360,7 +361,7 @@ def test_worker_whose_line_has_gone_gets_no_other_request(tmp_path: Path) -> Non
             assert busy.read_request().target == b"/running"
             stays = join(hub, b"/ptth", b"Bearer s3cr3t-of-beta")
             (tmp_path / "workers").write_text(WORKERS.replace("s3cr3t-of-alpha", "n3w-of-alpha"))
-            reload(hub, "workers file reloaded")
+            reload(hub, "workers has been read again")
             idle.expect_eof()
             busy.send(OK)
             assert consumer.read_response().body == b"ok"
@@ -377,7 +378,7 @@ def test_worker_whose_line_has_gone_gets_no_other_request(tmp_path: Path) -> Non
 def test_worker_whose_origins_have_gone_is_gone(tmp_path: Path) -> None:
     with network_hub(tmp_path) as hub, join(hub) as slot, join(hub, scope(IMG)) as other:
         (tmp_path / "workers").write_text(WORKERS.replace(f" {API} {IMG}", f" {IMG}"))
-        reload(hub, "workers file reloaded")
+        reload(hub, "workers has been read again")
         slot.expect_eof()
         serve_one(hub, other, b"/other")
 
@@ -385,7 +386,7 @@ def test_worker_whose_origins_have_gone_is_gone(tmp_path: Path) -> None:
 def test_broken_workers_file_changes_nothing(tmp_path: Path) -> None:
     with network_hub(tmp_path) as hub, join(hub) as slot:
         (tmp_path / "workers").write_text(WORKERS + "broken\n")
-        reload(hub, "not reloaded")
+        reload(hub, "the old one stays")
         assert f"{tmp_path / 'workers'}, line 6: " in hub.stderr
         assert "Traceback" not in hub.stderr
         serve_one(hub, slot, b"/old")
@@ -641,9 +642,9 @@ def test_certificate_and_token_are_rotated_under_load(files: Path, tmp_path: Pat
             for suffix in ("pem", "key"):
                 (tmp_path / f"hub.{suffix}").write_bytes((files / f"{name}.{suffix}").read_bytes())
             (tmp_path / "workers").write_text(WORKERS.replace("s3cr3t-of-alpha", f"s3cr3t-{turn}"))
-            reload(hub, "workers file reloaded")
+            reload(hub, "workers has been read again")
             count = len(seen)
-            hub.until(lambda _: len(seen) > count + 5)
+            hub.until(lambda _, count=count: len(seen) > count + 5)
             with Peer.connect(hub.main, wire.trusting(files)) as peer:
                 der = peer.sock.tls.getpeercert()["subject"]  # type: ignore[attr-defined]
             assert name in str(der)
@@ -661,7 +662,7 @@ def test_broken_certificate_changes_nothing(files: Path, tmp_path: Path) -> None
         (tmp_path / name).write_bytes((files / name).read_bytes())
     with network_hub(tmp_path, *tls_options(tmp_path)) as hub:
         (tmp_path / "hub.key").write_bytes((files / "other.key").read_bytes())
-        reload(hub, "not reloaded")
+        reload(hub, "the old one stays")
         assert "does not belong" in hub.stderr
         with join(hub, context=wire.trusting(files)):
             pass

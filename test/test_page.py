@@ -6,8 +6,10 @@ The pictures are kept in .ci/artefacts, to be looked at.
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,14 +55,14 @@ def stats(hub: HubProcess) -> dict[str, Any]:
     return hub.stats()
 
 
-def look(page: Browser, hub: HubProcess, *, in_a_hurry: bool = True) -> None:
-    """Open the page, as it is on a large screen, and wait for its first numbers."""
+def look(page: Browser, hub: HubProcess, *, in_a_hurry: bool = True, until: str = "#queue-length:0") -> None:
+    """Open the page, as it is on a large screen, and wait for its first numbers, or what else it shows."""
     page.open("about:blank")  # so that the page of the test before complains of nothing any more
     page.wait_for("location.href == 'about:blank'")
     page.messages.clear()
     page.resize(1920, 1080)
     page.open(f"http://127.0.0.1:{hub.admin[1]}/")
-    page.wait_for(f"location.port == {hub.admin[1]} && {shows('#queue-length', '0')}")
+    page.wait_for(f"location.port == {hub.admin[1]} && {shows(*until.split(':'))}")
     if in_a_hurry:
         page.evaluate("setInterval(refresh, 100)")
 
@@ -207,6 +209,12 @@ def test_cancel_button_is_that_of_the_request_which_is_shown(
         assert consumer.read_response().status == 503
 
 
+def test_page_tells_why_an_order_was_refused(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    page.evaluate("act('requests/none/cancel')")
+    assert page.text("#notice") == "no such request, or it has ended"
+
+
 def test_drain_button_asks_first_and_the_page_tells_when_the_hub_is_gone(
     page: Browser, hub: HubProcess, slot: Peer
 ) -> None:
@@ -307,6 +315,229 @@ def test_page_warns_of_another_hub_on_the_port(page: Browser, hub: HubProcess, s
     assert page.text("#banner").startswith(
         "Another hub listens on the same port, and gets a part of the requests"
     )
+
+
+# ---- The token -------------------------------------------------------------------------------------------
+
+TOKEN, NEW_TOKEN = "aZ09-._~+/==", "another"
+ENTER, ESCAPE, TAB = ("Enter", 13, "\r"), ("Escape", 27), ("Tab", 9)
+IS_OPEN = "document.querySelector('dialog').open"
+WANTS_TOKEN = f"{IS_OPEN} && document.activeElement.id == 'token' && {says('#question', 'token')}"
+IS_WRONG = f"{WANTS_TOKEN} && {shows('#wrong', 'The hub did not accept that token.')}"
+IS_FIRST = f"{WANTS_TOKEN} && document.querySelector('#wrong').hidden"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    return path
+
+
+@pytest.fixture
+def orders_hub(token_file: Path) -> Iterator[HubProcess]:
+    """A hub that wants a token for orders."""
+    with hub_process("--admin-token-file", str(token_file)) as hub:
+        yield hub
+
+
+@pytest.fixture
+def closed_hub(token_file: Path) -> Iterator[HubProcess]:
+    """A hub that wants a token for all, with a slot."""
+    with (
+        hub_process("--admin-token-file", str(token_file), "--admin-token-for", "all") as hub,
+        Peer.connect(hub.worker),
+    ):
+        yield hub
+
+
+# Notes whether the page is going to look again by itself.
+NOTE_TIMER = """(set => {
+    window.isTimed = false;
+    window.setTimeout = (what, ...how) => {
+        window.isTimed ||= what === refresh;
+        return set(what, ...how);
+    };
+})(window.setTimeout)"""
+
+
+def change_token(hub: HubProcess, token_file: Path) -> None:
+    token_file.write_text(NEW_TOKEN)
+    hub.send_signal(signal.SIGHUP)
+    hub.wait_for_error(lambda line: "has been read again" in line)
+
+
+def complaints(page: Browser) -> list[str]:
+    """Return the messages but for those about answers with 401, which the browser tells by itself."""
+    return [each for each in page.messages if "status of 401" not in each]
+
+
+def test_order_asks_for_the_token_once_and_says_if_it_is_wrong(page: Browser, orders_hub: HubProcess) -> None:
+    look(page, orders_hub)
+    page.click("#pause")
+    page.wait_for(IS_FIRST)
+    assert page.evaluate("document.querySelector('#token').labels[0].innerText") == "Token"
+    page.write("wrong")
+    page.click("#yes")
+    page.wait_for(IS_WRONG)
+    assert stats(orders_hub)["paused"] is False
+    page.write(f" {TOKEN} ")
+    page.click("#yes")
+    page.wait_for(says("#state", "Paused"))
+    assert page.evaluate(f"document.querySelector('#notice').hidden && !{IS_OPEN}") is True
+    page.wait_for(shows("#pause", "Resume"))
+    page.click("#pause")
+    page.wait_for(shows("#pause", "Pause"))
+    assert page.evaluate(IS_OPEN) is False
+    assert complaints(page) == []
+
+
+def test_token_is_kept_nowhere_but_in_the_page(page: Browser, orders_hub: HubProcess) -> None:
+    look(page, orders_hub)
+    page.click("#pause")
+    page.wait_for(WANTS_TOKEN)
+    page.write(TOKEN)
+    page.press(*ENTER)
+    page.wait_for(says("#state", "Paused"))
+    url = f"http://127.0.0.1:{orders_hub.admin[1]}/"
+    places = "[location.href, localStorage.length, sessionStorage.length, document.cookie, history.state]"
+    assert page.evaluate(places) == [url, 0, 0, "", None]
+    asked_for = page.evaluate("performance.getEntriesByType('resource').map(each => each.name)")
+    assert set(asked_for) <= {f"{url}stats", f"{url}pause"}
+    assert page.evaluate("document.querySelector('#token').value") == ""
+    assert TOKEN not in page.evaluate("document.documentElement.outerHTML")
+    page.open(url)
+    page.wait_for("document.querySelector('#pause').innerText == 'Resume'")
+    page.click("#pause")
+    page.wait_for(IS_FIRST)
+
+
+def test_token_is_entered_and_declined_by_keyboard(page: Browser, orders_hub: HubProcess) -> None:
+    look(page, orders_hub)
+    page.evaluate("document.querySelector('#pause').focus()")
+    page.press(*ENTER)
+    page.wait_for(IS_FIRST)
+    page.press(*ESCAPE)
+    page.wait_for(shows("#notice", "Nothing was done: the hub wants its token for that."))
+    assert page.evaluate("document.activeElement.id") == "pause"
+    page.press(*ENTER)
+    page.wait_for(IS_FIRST)
+    for name in ("no", "yes"):
+        page.press(*TAB)
+        assert page.evaluate("document.activeElement.id") == name
+    page.press(*ENTER)  # an empty field is not sent
+    assert page.evaluate(f"{IS_OPEN} && document.querySelector('#token').validity.valueMissing") is True
+    page.evaluate("document.querySelector('#token').focus()")
+    page.write("€")  # nor is what no token has: no field of HTTP could carry it
+    page.press(*ENTER)
+    assert page.evaluate(f"{IS_FIRST} && document.querySelector('#token').validity.patternMismatch") is True
+    page.evaluate("document.querySelector('#token').select()")
+    page.write(TOKEN)
+    page.press(*ENTER)
+    page.wait_for(says("#state", "Paused"))
+    assert complaints(page) == []
+
+
+def test_drain_is_confirmed_once_and_needs_the_token(page: Browser, orders_hub: HubProcess) -> None:
+    look(page, orders_hub)
+    page.click("#drain")
+    page.wait_for(says("#question", "Drain the hub?"))
+    assert page.evaluate("document.querySelector('#entry').hidden") is True
+    page.click("#yes")
+    page.wait_for(IS_FIRST)
+    assert stats(orders_hub)["draining"] is False
+    page.write(TOKEN)
+    page.press(*ENTER)
+    assert orders_hub.wait() == 0
+
+
+def test_closed_hub_is_shown_to_those_who_have_the_token(page: Browser, closed_hub: HubProcess) -> None:
+    look(page, closed_hub, in_a_hurry=False, until="#state:■ Locked")
+    page.wait_for(IS_FIRST)
+    page.evaluate(NOTE_TIMER)
+    page.click("#no")
+    page.wait_for(f"!{IS_OPEN}")
+    assert page.evaluate("isTimed") is False
+    assert page.text("#banner") == "This hub tells how it is doing only to those who have its token."
+    assert page.evaluate("document.querySelector('#pause').disabled") is True
+    page.click("#unlock")
+    page.wait_for(IS_FIRST)
+    page.write("wrong")
+    page.press(*ENTER)
+    page.wait_for(IS_WRONG)
+    page.write(TOKEN)
+    page.press(*ENTER)
+    page.wait_for(says("#state", "Serving"))
+    page.wait_for("isTimed")
+    assert page.text("#slots") == "of 1"
+    assert page.evaluate("document.querySelector('#unlock').hidden") is True
+    page.click("#pause")
+    page.wait_for(says("#state", "Paused"))
+    assert complaints(page) == []
+
+
+def test_page_asks_again_when_the_token_has_changed(
+    page: Browser, closed_hub: HubProcess, token_file: Path
+) -> None:
+    look(page, closed_hub, until="#state:■ Locked")
+    page.wait_for(IS_FIRST)
+    page.write(TOKEN)
+    page.press(*ENTER)
+    page.wait_for(says("#state", "Serving"))
+    change_token(closed_hub, token_file)
+    page.wait_for(IS_WRONG)
+    assert page.text("#state") == "■ Locked"
+    page.write(NEW_TOKEN)
+    page.press(*ENTER)
+    page.wait_for(f"{says('#state', 'Serving')} && !{IS_OPEN}")
+
+
+@pytest.mark.parametrize("answer", ["no", "yes"])
+def test_another_question_is_answered_before_the_token_is_asked_for(
+    page: Browser, closed_hub: HubProcess, token_file: Path, answer: str
+) -> None:
+    look(page, closed_hub, until="#state:■ Locked")
+    page.wait_for(IS_FIRST)
+    page.write(TOKEN)
+    page.press(*ENTER)
+    page.wait_for(says("#state", "Serving"))
+    page.click("#drain")
+    page.wait_for(says("#question", "Drain the hub?"))
+    change_token(closed_hub, token_file)
+    page.wait_for(says("#state", "Locked"))
+    assert page.text("#question") == "Drain the hub?"
+    page.click(f"#{answer}")
+    page.wait_for(IS_WRONG)
+    page.write(NEW_TOKEN)
+    page.press(*ENTER)
+    if answer == "yes":
+        assert closed_hub.wait() == 0
+    else:
+        page.wait_for(says("#state", "Serving"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", ["laptop", "phone"])
+def test_question_for_the_token_fits_every_screen(
+    page: Browser, closed_hub: HubProcess, screen: str, scheme: str
+) -> None:
+    look(page, closed_hub, until="#state:■ Locked")
+    width, height = SCREENS[screen]
+    page.resize(width, height, scheme=scheme, mobile=screen == "phone")
+    page.wait_for(IS_FIRST)
+    page.write("wrong")
+    page.press(*ENTER)
+    page.wait_for(IS_WRONG)
+    page.screenshot(PICTURES / f"token-{screen}-{scheme}.png")
+    box = page.evaluate("document.querySelector('dialog').getBoundingClientRect().toJSON()")
+    assert box["left"] >= 8 and box["right"] <= width - 8
+    assert box["bottom"] <= height / 2 + 200  # a keyboard on the screen takes the rest
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    inputs = page.evaluate("(field => [field.type, field.autocomplete])(document.querySelector('#token'))")
+    assert inputs == ["password", "off"]
+
+
+# ---- Every screen ----------------------------------------------------------------------------------------
 
 
 def tops(page: Browser, *names: str) -> list[float]:
