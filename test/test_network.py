@@ -166,7 +166,7 @@ REFUSED = {
     "a token cut short": (handshake(PATH, b"Bearer s3cr3t-of-alph"), 401, b'error="invalid_token"'),
     "a token with more": (handshake(PATH, b"Bearer s3cr3t-of-alphaa"), 401, b'error="invalid_token"'),
     "a token in other case": (handshake(PATH, b"Bearer S3cr3t-of-alpha"), 401, b'error="invalid_token"'),
-    "a token as Basic": (handshake(PATH, b"Basic s3cr3t-of-alpha"), 401, b'error="invalid_token"'),
+    "a token as Basic": (handshake(PATH, b"Basic s3cr3t-of-alpha"), 401, b"Bearer realm"),
     "its digest": (
         handshake(PATH, b"Bearer " + hashlib.sha256(b"s3cr3t-of-alpha").hexdigest().encode()), 401, b""
     ),
@@ -248,7 +248,6 @@ def test_name_and_origins_of_a_worker_are_shown(network: HubProcess) -> None:
         assert (machine["name"], machine["address"]) == ("alpha", "127.0.0.1")
     line = network.wait_for_line(lambda line: "path=/shown " in line)
     assert " worker_name=alpha " in line
-    assert network.stats()["failures"] == []
 
 
 def test_secrets_are_told_to_nobody(network: HubProcess) -> None:
@@ -509,15 +508,20 @@ def test_both_versions_carry_bodies_of_any_size(
         sender.join()
 
 
-def test_older_tls_and_no_forward_secrecy_are_refused(common_tls: HubProcess, files: Path) -> None:
-    for change in ({"maximum_version": ssl.TLSVersion.TLSv1_1}, {"maximum_version": ssl.TLSVersion.TLSv1_2}):
-        context = wire.trusting(files)
-        context.set_ciphers("AES128-GCM-SHA256:@SECLEVEL=0")
-        with pytest.warns() if "1_1" in str(change) else contextlib.nullcontext():
-            context.minimum_version = ssl.TLSVersion.TLSv1
-            context.maximum_version = change["maximum_version"]
-        with pytest.raises(ssl.SSLError):
-            Peer.connect(common_tls.main, context)
+@pytest.mark.parametrize(
+    ("version", "ciphers"),
+    [(ssl.TLSVersion.TLSv1_1, "ALL:@SECLEVEL=0"), (ssl.TLSVersion.TLSv1_2, "AES128-GCM-SHA256")],
+    ids=["older", "without forward secrecy"],
+)
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_weak_tls_is_refused(
+    common_tls: HubProcess, files: Path, version: ssl.TLSVersion, ciphers: str
+) -> None:
+    context = wire.trusting(files)
+    context.set_ciphers(ciphers)
+    context.minimum_version = context.maximum_version = version
+    with pytest.raises(ssl.SSLError):
+        Peer.connect(common_tls.main, context)
 
 
 @pytest.mark.parametrize("port", ["main", "ptth", "admin"])
@@ -590,14 +594,16 @@ def test_cut_connection_is_not_the_end_of_a_response(common_tls: HubProcess, tru
                 slot.close()
             else:
                 slot.sock.below.close()  # type: ignore[attr-defined]  # FIN, and no close_notify
-            assert consumer.read_to_end() == (b"0\r\n\r\n" if ends_well else b"")
+            if ends_well:
+                consumer.expect(b"0\r\n\r\n")
+            else:
+                consumer.expect_eof()
 
 
 def test_drain_says_goodbye_to_waiting_slots(files: Path, tmp_path: Path) -> None:
     trust = wire.trusting(files)
     with network_hub(tmp_path, *tls_options(files)) as hub, join(hub, context=trust) as slot:
         hub.terminate()
-        assert slot.sock.tls.read if slot.sock else None  # type: ignore[attr-defined]
         assert read_goodbye(slot)
         assert hub.wait() == 0
 
@@ -633,7 +639,10 @@ def test_certificate_and_token_are_rotated_under_load(files: Path, tmp_path: Pat
                         slot.send(OK)
 
     with network_hub(tmp_path, *tls_options(tmp_path, "main,ptth")) as hub:
-        threads = [threading.Thread(target=each, args=(hub,)) for each in (consume, consume, work, work)]
+        consumers, workers = (
+            [threading.Thread(target=each, args=(hub,)) for _ in range(2)] for each in (consume, work)
+        )
+        threads = consumers + workers
         for thread in threads:
             thread.start()
         hub.wait_for_line(lambda line: "path=/load " in line)
@@ -649,9 +658,10 @@ def test_certificate_and_token_are_rotated_under_load(files: Path, tmp_path: Pat
                 der = peer.sock.tls.getpeercert()["subject"]  # type: ignore[attr-defined]
             assert name in str(der)
         stop.set()
-        hub.until(lambda stats: stats["demand"] == 0)
+        for thread in consumers:
+            thread.join(wire.DEADLINE_S)
         hub.terminate()
-        for thread in threads:
+        for thread in workers:
             thread.join(wire.DEADLINE_S)
         assert set(seen) == {200}
         assert hub.wait() == 0
@@ -674,7 +684,7 @@ def test_key_update_of_a_waiting_worker_is_no_breach(files: Path, tmp_path: Path
         host, port = hub.ptth
         command = ["openssl", "s_client", "-connect", f"{host}:{port}", "-CAfile", str(files / "ca.pem")]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as worker:
             assert worker.stdin and worker.stdout
             worker.stdin.write(handshake())
@@ -725,7 +735,7 @@ def test_random_handshakes_never_get_a_byte_of_a_request(network: HubProcess) ->
             if request is not None:
                 register(request, read_offer(request), None, permits)
                 let_in += 1
-                assert b"Bearer s3cr3t-of-alpha\r\n" in head
+                assert re.search(rb"\n(?i:authorization):[ \t]*(?i:bearer) +s3cr3t-of-alpha[ \t]*\r\n", head)
         except ProtocolError as error:
             assert 400 <= error.status < 600
     assert 100 < let_in < 9_000

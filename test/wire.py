@@ -88,7 +88,11 @@ class TlsSocket:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, is_hub, None if is_hub else name)
         self.unsent = b""
         self.is_reset = False
-        self._until_done(self.tls.do_handshake)
+        try:
+            self._until_done(self.tls.do_handshake)
+        except BaseException:
+            sock.close()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.below, name)
