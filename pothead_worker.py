@@ -1300,6 +1300,14 @@ class Exchange:
         for action in self._on_cancel:
             action()
 
+    def disregard(self) -> None:
+        """From now on it does not matter whether anybody waits.
+
+        What was to be done then mostly refers to this exchange: kept, it would be a cycle, which only the
+        collector of garbage can free.
+        """
+        self._on_cancel.clear()
+
 
 class Keeper(Protocol):
     """Who has requests answered: a slot, or a request's own process."""
@@ -3795,6 +3803,7 @@ class Slot:
             return Ending.CUT
         finally:
             link.disregard()
+            exchange.disregard()
             self._exchange = None
             link.free_since = time.monotonic()
 
