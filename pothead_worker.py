@@ -492,6 +492,11 @@ class Intake:
                 return None
         return self.take_head(limit_bytes)
 
+    def add(self, data: bytes) -> bool:
+        """Have this understood after what has come before it; False if it is the end of the connection."""
+        self._buffer += data
+        return bool(data)
+
     def take_received(self) -> bytes:
         """Return what has come already, for somebody else to understand."""
         received, self._buffer = self._buffer, b""
@@ -548,9 +553,7 @@ class Intake:
 
     def _receive(self) -> bool:
         """Receive once; False at the end of the connection."""
-        data = self._sock.recv(RECEIVE_BYTES)
-        self._buffer += data
-        return bool(data)
+        return self.add(self._sock.recv(RECEIVE_BYTES))
 
 
 class RequestBody(io.RawIOBase):
@@ -718,6 +721,15 @@ class Link:
             return b""
 
     # -- its thread
+
+    def take_in(self) -> bool | None:
+        """Receive what has come, for the intake; None if nothing has, False if there will be no more."""
+        try:
+            return self.intake.add(self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return None
+        except OSError:
+            return False
 
     def recv(self, size: int, /) -> bytes:
         return self._sock.recv(size)
@@ -3391,7 +3403,8 @@ class Lobby:
 
     What it does for each slot is a Seat. What other threads want they order; nothing else of it is theirs. It
     is only here that links are opened, and closed, at the end of a turn: what somebody else closed might be
-    another connection by the time that it is looked at.
+    another connection by the time that it is looked at. A link that goes on is given back without an order,
+    where there is epoll: see `Seat.give_back`.
 
     A FIN hides behind unread bytes from `recv`, but not from POLLRDHUP. Where there is none, what is not
     waited with is looked at often, and an end behind an unread body is not seen.
@@ -3404,8 +3417,10 @@ class Lobby:
         self._address = address
         self._halt = halt
         self._on_end = on_end
-        self._poller = select.poll()
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poller: select.epoll | select.poll = self._epoll or select.poll()
         self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; they are given its events
+        self._deadline = math.inf  # the earliest of the seats', or one that has moved since
         self._watched: set[Link] = set()
         self._closing: list[Link | socket.socket] = []
         self._is_resolving = False
@@ -3431,8 +3446,7 @@ class Lobby:
 
     def watch(self, link: Link) -> None:
         """Tell the link when its other end closes."""
-        self._watched.add(link)
-        self.listen(link.fileno(), self.hang_up, functools.partial(self._on_watched, link))
+        self.watch_for(link, functools.partial(self.on_watched, link))
 
     def dismiss(self, link: Link) -> None:
         """Watch it no longer, and close it."""
@@ -3443,11 +3457,25 @@ class Lobby:
         """End the thread, when there are no slots any more."""
         self._is_over = True
 
+    # -- for a slot's thread
+
+    def wait_again(self, link: Link) -> bool:
+        """Have the action of a link that is watched be done when something comes; return whether it will be.
+
+        The thread need not be woken for it, which would cost a third of a request. Only epoll can do that.
+        """
+        if self._epoll:
+            self._epoll.modify(link.fileno(), select.POLLIN | self.hang_up)
+        return self._epoll is not None
+
+    def is_halting(self) -> bool:
+        return self._halt.is_set()
+
     # -- its thread
 
     def _run(self) -> None:
         while not self._is_over:
-            for fd, events in self._poller.poll(self._wait_ms()):
+            for fd, events in self._poll():
                 if action := self._actions.get(fd):  # it may be gone since this turn began
                     self._do(action, events)
             self._do(self._on_time)
@@ -3456,7 +3484,13 @@ class Lobby:
             self._closing.clear()
         self._reader.close()
         self._writer.close()
+        if self._epoll:
+            self._epoll.close()
         self._on_end()
+
+    def _poll(self) -> list[tuple[int, int]]:
+        wait_s = self._wait_s()
+        return self._epoll.poll(wait_s) if self._epoll else self._poller.poll(wait_s * 1000)
 
     def _do(self, action: Callable[..., None], *arguments: object) -> None:
         try:
@@ -3470,34 +3504,29 @@ class Lobby:
         for _ in range(self._orders.qsize()):  # those that come meanwhile have a turn of their own
             self._do(self._orders.get())
 
-    def _wait_ms(self) -> float:
-        deadline = min([seat.deadline for seat in self.seats], default=math.inf)
-        wait_s = min(LONGEST_POLL_S, max(0.0, deadline - time.monotonic()))
+    def _wait_s(self) -> float:
+        wait_s = LONGEST_POLL_S
         if self._watched and not self.hang_up:
-            wait_s = min(wait_s, PEEK_INTERVAL_S)
-        return wait_s * 1000 + 1
+            wait_s = PEEK_INTERVAL_S
+        if self._deadline < math.inf:
+            wait_s = min(wait_s, max(0.0, self._deadline - time.monotonic()))
+        return wait_s + 0.001
 
     def _on_time(self) -> None:
         now = time.monotonic()
-        for seat in [seat for seat in self.seats if seat.deadline <= now]:
-            seat.on_deadline()
+        if now >= self._deadline:
+            for seat in [seat for seat in self.seats if seat.deadline <= now]:
+                seat.on_deadline()
+            self._deadline = min([seat.deadline for seat in self.seats], default=math.inf)
         if not self.hang_up:
             for link in [link for link in self._watched if link.peek() == b""]:
-                self._on_hang_up(link)
+                self.on_watched(link, select.POLLHUP)
 
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
         self.is_halted = True
         for seat in list(self.seats):
             seat.on_halt()
-
-    def _on_watched(self, link: Link, events: int) -> None:
-        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
-            self._on_hang_up(link)
-
-    def _on_hang_up(self, link: Link) -> None:
-        self.forget(link)
-        link.on_gone()
 
     def forget(self, link: Link) -> None:
         """Watch it no longer."""
@@ -3506,9 +3535,33 @@ class Lobby:
 
     # -- for its seats
 
+    def wake_by(self, deadline: float) -> None:
+        """Have seats told of deadlines then."""
+        self._deadline = min(self._deadline, deadline)
+
+    def watch_for(self, link: Link, action: Callable[[int], None]) -> None:
+        """Have this done when the link's other end closes: once, or again after `wait_again`."""
+        self._watched.add(link)
+        self.listen(link.fileno(), self.hang_up | (select.EPOLLET if self._epoll else 0), action)
+
+    def wait_with(self, link: Link, action: Callable[[int], None]) -> None:
+        """Have this done when something comes, or the end."""
+        self._watched.discard(link)
+        self.listen(link.fileno(), select.POLLIN | self.hang_up, action)
+
+    def on_watched(self, link: Link, events: int) -> None:
+        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
+            self._watched.discard(link)
+            if not self._epoll:  # poll would say so again and again
+                self.ignore(link.fileno())
+            link.on_gone()
+
     def listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
         """Have this done about the descriptor's events, in place of what was."""
-        self._poller.register(fd, events)
+        if fd in self._actions:
+            self._poller.modify(fd, events)
+        else:
+            self._poller.register(fd, events)
         self._actions[fd] = action
 
     def ignore(self, fd: int) -> None:
@@ -3548,6 +3601,7 @@ class Stage(enum.Enum):
     RESTING = enum.auto()  # the next try
     WAITING = enum.auto()  # a request
     SERVING = enum.auto()  # the slot, which has the link
+    LEFT = enum.auto()  # nothing more
 
 
 class Seat:
@@ -3577,7 +3631,19 @@ class Seat:
         return self._inbox.get()
 
     def give_back(self, ending: Ending) -> None:
-        self._lobby.order(self._on_given_back, ending)
+        """End SERVING, during which the seat was the slot's.
+
+        The lobby may be told of the link before it is WAITING, and is then told again until it is.
+        """
+        assert self.link is not None
+        if ending is not Ending.KEEP:
+            self._lobby.order(self._end_link)
+        elif not self._lobby.wait_again(self.link):
+            self._lobby.order(self._wait)
+        else:
+            self.stage = Stage.WAITING
+            if self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
+                self._lobby.order(self.on_halt)
 
     # -- for the lobby
 
@@ -3593,7 +3659,7 @@ class Seat:
             self._wait_no_longer()
         elif self._dialled and wait_ready(self._dialled, select.POLLOUT, None, 0):
             self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
-        elif self.stage is not Stage.SERVING:
+        elif self.stage not in (Stage.SERVING, Stage.LEFT):
             self._leave()
 
     def on_deadline(self) -> None:
@@ -3613,7 +3679,13 @@ class Seat:
     # -- reaching the hub, whose name is looked up each time
 
     def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
-        self.stage, self.deadline = stage, time.monotonic() + seconds
+        self.stage, self.deadline = stage, math.inf
+        if seconds < math.inf:
+            self._set_deadline(time.monotonic() + seconds)
+
+    def _set_deadline(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._lobby.wake_by(deadline)
 
     def _look_up(self) -> None:
         self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
@@ -3679,6 +3751,7 @@ class Seat:
 
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
+        self._wait_for(Stage.LEFT)
         if self._dialled:
             self._lobby.close(self._dialled)
         self._lobby.seats.discard(self)
@@ -3689,7 +3762,7 @@ class Seat:
     def _wait(self) -> None:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
-        self._lobby.listen(self.link.fileno(), select.POLLIN | self._lobby.hang_up, self._on_arrival)
+        self._lobby.wait_with(self.link, self._on_event)
         if self._lobby.is_halted:
             self._wait_no_longer()
 
@@ -3699,29 +3772,28 @@ class Seat:
         The hub, which did not know of the halt, may have sent it on the heels of the last response.
         """
         assert self.link is not None
-        self.deadline = self.link.free_since + CROSSING_S
+        self._set_deadline(self.link.free_since + CROSSING_S)
         self._on_arrival(0)
+
+    def _on_event(self, events: int) -> None:
+        assert self.link is not None
+        if self.stage is Stage.WAITING:
+            self._on_arrival(events)
+        else:
+            self._lobby.on_watched(self.link, events)
 
     def _on_arrival(self, events: int) -> None:
         """A request has come, or the end."""
         link = self.link
         assert link is not None
-        first = link.peek()
-        if first == b"":
+        has_come = link.take_in()
+        if has_come is False:
             self._end_link()
-        elif first:  # else the event was of a moment ago
+        elif has_come:  # else the event was of a moment ago
             self._wait_for(Stage.SERVING)
             link.is_gone = bool(self._lobby.hang_up & events)
-            self._lobby.watch(link)
+            self._lobby.watch_for(link, self._on_event)
             self._inbox.put(link)
-
-    def _on_given_back(self, ending: Ending) -> None:
-        if ending is Ending.KEEP:
-            assert self.link is not None
-            self._lobby.forget(self.link)
-            self._wait()
-        else:
-            self._end_link()
 
     def _end_link(self) -> None:
         link, now = self.link, time.monotonic()
@@ -3759,7 +3831,7 @@ class Slot:
         self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
-        self._poller = select.poll()
+        self._poller: select.poll | None = None  # of a link with which it waits itself
 
     def run(self) -> None:
         try:
@@ -3771,10 +3843,15 @@ class Slot:
             self._pool.on_slot_end(self)
 
     def _serve(self, link: Link) -> Ending:
-        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer."""
-        self._poller = select.poll()
-        self._poller.register(self._halt, select.POLLIN)
-        self._poller.register(link, select.POLLIN)
+        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer.
+
+        When none was soon after the one before, none is expected to be, and the link is given back at once.
+        """
+        self._poller = None
+        if time.monotonic() - link.free_since < HAND_BACK_S:
+            self._poller = select.poll()
+            self._poller.register(self._halt, select.POLLIN)
+            self._poller.register(link, select.POLLIN)
         try:
             ending = RequestHandler(link, self).ending
         except Exception:
@@ -3787,9 +3864,12 @@ class Slot:
     # -- as the keeper of its requests
 
     def has_next(self, link: Link) -> bool:
+        if not link.intake.is_empty:
+            return True
+        if self._poller is None:
+            return False
         fd = link.fileno()
-        is_there = not link.intake.is_empty
-        return is_there or any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
+        return any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
 
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
