@@ -843,6 +843,7 @@ def build_environ(head: RequestHead, hub_host: str) -> WSGIEnvironment:
         "REMOTE_PORT": "0",  # of which only the first proxy knows; some apps need a number there
         "REQUEST_ID": fields.get("X_REQUEST_ID", "-"),
         "pothead.queue_seconds": matched(SECONDS, fields.get("POTHEAD_QUEUE_SECONDS"), float, 0.0),
+        "wsgi.url_scheme": scheme,
         "pothead.attempt": matched(ATTEMPT, fields.get("POTHEAD_ATTEMPT"), int, 1),
     }
     if "CONTENT_TYPE" in fields:
@@ -1046,7 +1047,7 @@ class Response(BaseHandler):
         return sys.stderr
 
     def get_scheme(self) -> str:
-        return forwarded_scheme(self.request.fields)
+        return str(self.environ["wsgi.url_scheme"])
 
     def finish_response(self) -> None:
         if isinstance(self.result, (str, bytes)) or not hasattr(self.result, "__iter__"):
@@ -1455,7 +1456,7 @@ def parse_forward(text: str) -> Address:
 
 def connection_options(fields: Mapping[str, str]) -> list[str]:
     """Return what the Connection field says, in lower case; `fields` is by CGI name."""
-    return re.split(r"[ \t]*,[ \t]*", fields.get("CONNECTION", "").lower())
+    return [option.strip(" \t") for option in fields.get("CONNECTION", "").lower().split(",")]
 
 
 def is_forwarded(name: str, options: Sequence[str]) -> bool:
