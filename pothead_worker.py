@@ -369,15 +369,14 @@ class Halt:
         self._writer.close()
 
 
-def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
-    """Return whether `sock` became ready for `event` before timeout or halt. Ready wins over halted."""
+def wait_ready(fd: int, event: int, timeout_s: float | None = None, halt: Halt | None = None) -> bool:
+    """Return whether `fd` became ready for `event` before timeout or halt. Ready wins over halted."""
     poller = select.poll()
-    poller.register(sock, event)
+    poller.register(fd, event)
     if halt is not None:
         poller.register(halt, select.POLLIN)
     ready = poller.poll(None if timeout_s is None else timeout_s * 1000)
-    sock_fd = sock.fileno()
-    return any(fd == sock_fd for fd, _ in ready)
+    return any(each == fd for each, _ in ready)
 
 
 # ---- Request heads -----------------------------------------------------------------------------------
@@ -1857,7 +1856,7 @@ class SidePort(ThreadingHTTPServer):
 
     def _run(self) -> None:
         while not self._over.is_set():
-            if wait_ready(self.socket, select.POLLIN, self._over, self._interval_s):
+            if wait_ready(self.fileno(), select.POLLIN, self._interval_s, self._over):
                 self.handle_request()
             self.on_interval()
 
@@ -2765,7 +2764,7 @@ class Forker:
                     is_over = not self._obey()
                 elif fd == self._reader.fileno():
                     self._reap()
-                elif fd in self._forked and is_hung_up(fd):  # and not one that had this number before
+                elif fd in self._forked and wait_ready(fd, select.POLLRDHUP, 0):  # not an earlier one
                     self._poller.unregister(fd)
                     self._kill_at[fd] = time.monotonic() + CANCEL_GRACE_S
             self._kill_overdue()
@@ -2869,9 +2868,7 @@ class Forker:
         for forked in self._forked.values():
             kill_group(forked.pid)
         while (self._forked or self._kill_strays()) and time.monotonic() < ends_at:
-            poller = select.poll()
-            poller.register(self._reader, select.POLLIN)
-            poller.poll(PEEK_INTERVAL_S * 1000)
+            wait_ready(self._reader.fileno(), select.POLLIN, PEEK_INTERVAL_S)
             self._reap()
         for sock in (self._reader, self._writer):
             sock.close()
@@ -2887,12 +2884,6 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     for _, _, content in ancillary:
         fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     return data, list(fds)
-
-
-def is_hung_up(fd: int) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLRDHUP)
-    return bool(poller.poll(0))
 
 
 def is_of_our_session(pid: int) -> bool:
@@ -2937,11 +2928,8 @@ class CancelledEvent(threading.Event):
         return super().is_set() or self.wait(0)
 
     def wait(self, timeout: float | None = None) -> bool:
-        if not super().is_set():
-            poller = select.poll()
-            poller.register(self._sock, select.POLLRDHUP)
-            if poller.poll(None if timeout is None else timeout * 1000):
-                self.set()
+        if not super().is_set() and wait_ready(self._sock.fileno(), select.POLLRDHUP, timeout):
+            self.set()
         return super().is_set()
 
 
@@ -3658,7 +3646,7 @@ class Seat:
     def on_halt(self) -> None:
         if self.stage is Stage.WAITING:
             self._wait_no_longer()
-        elif self._dialled and wait_ready(self._dialled, select.POLLOUT, None, 0):
+        elif self._dialled and wait_ready(self._dialled.fileno(), select.POLLOUT, 0):
             self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
         elif self.stage not in (Stage.SERVING, Stage.LEFT):
             self._leave()
@@ -4249,7 +4237,7 @@ class WorkerPool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
         try:
             assert self._halt is not None
-            return self._is_stopping or not wait_ready(sock, select.POLLIN, self._halt)
+            return self._is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
         except ValueError:  # it has ended meanwhile, and with it the halt
             return True
 
@@ -5165,7 +5153,7 @@ class Signals:
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal of any kind, or END, also when the time is over."""
-        has_come = wait_ready(self._reader, select.POLLIN, None, timeout_s)
+        has_come = wait_ready(self._reader.fileno(), select.POLLIN, timeout_s)
         return self._reader.recv(1)[0] if has_come else self.END
 
     def wait_for_impatience(self) -> None:
