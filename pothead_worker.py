@@ -3600,6 +3600,7 @@ class Seat:
         self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
     ) -> None:
         self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # held while a link is given back
         self.link: Link | None = None
         self.is_good = False  # or the last link was good for nothing
         self.stage = Stage.RESTING
@@ -3620,19 +3621,19 @@ class Seat:
         return self._inbox.get()
 
     def give_back(self, ending: Ending) -> None:
-        """End SERVING, during which the seat was the slot's.
-
-        The lobby may be told of the link before it is WAITING, and is then told again until it is.
-        """
+        """End SERVING, during which the seat was the slot's."""
         assert self.link is not None
         if ending is not Ending.KEEP:
             self._lobby.order(self._end_link)
-        elif not self._lobby.wait_again(self.link):
+            return
+        with self._lock:
+            is_waiting = self._lobby.wait_again(self.link)
+            if is_waiting:
+                self.stage = Stage.WAITING
+        if not is_waiting:
             self._lobby.order(self._wait)
-        else:
-            self.stage = Stage.WAITING
-            if self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
-                self._lobby.order(self.on_halt)
+        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
+            self._lobby.order(self.on_halt)
 
     # -- for the lobby
 
@@ -3766,7 +3767,9 @@ class Seat:
 
     def _on_event(self, events: int) -> None:
         assert self.link is not None
-        if self.stage is Stage.WAITING:
+        with self._lock:  # the link may just be given back, and the event be the one that is waited for
+            is_waiting = self.stage is Stage.WAITING
+        if is_waiting:
             self._on_arrival(events)
         else:
             self._lobby.on_watched(self.link, events)

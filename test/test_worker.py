@@ -1373,24 +1373,24 @@ def test_connection_that_a_slot_has_given_back_is_waited_with_and_used_again(
 
 
 @pytest.mark.usefixtures("kernel")
-def test_connection_that_ends_while_it_is_given_back_is_replaced(
+def test_connection_that_is_given_back_after_its_end_was_seen_is_replaced(
     serving: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_again = pothead_worker.Lobby.wait_again
+    give_back = pothead_worker.Seat.give_back
     is_read = threading.Event()
 
-    def end_meanwhile(lobby: pothead_worker.Lobby, link: pothead_worker.Link) -> bool:
-        is_waiting = wait_again(lobby, link)
+    def end_before(seat: pothead_worker.Seat, ending: pothead_worker.Ending) -> None:
+        assert seat.link is not None and ending is pothead_worker.Ending.KEEP
         is_gone = threading.Event()
-        link.when_gone(is_gone.set)
+        seat.link.when_gone(is_gone.set)
         assert is_read.wait(wire.DEADLINE_S)
         served.peer.close()
         assert is_gone.wait(wire.DEADLINE_S)
-        return is_waiting
+        give_back(seat, ending)
 
     served = serving(hello)
     with monkeypatch.context() as patch:
-        patch.setattr(pothead_worker.Lobby, "wait_again", end_meanwhile)
+        patch.setattr(pothead_worker.Seat, "give_back", end_before)
         assert ask(served.peer).body == b"hello"
         is_read.set()
         served.accept_again()
