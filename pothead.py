@@ -231,30 +231,33 @@ class Options:
         _check(not lacks_it, "reuse_port", "is not possible: this platform has no SO_REUSEPORT")
         for name in self.admin_allowed_hosts:
             _check(_HOST_NAME.fullmatch(name) is not None, "admin_allowed_hosts", f"is no host name: {name}")
-        self._check_network()
-        _check(self.admin_token_for in TOKEN_USES, "admin_token_for", f"is one of {', '.join(TOKEN_USES)}")
-        _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
-        _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
-
-    def _check_network(self) -> None:
-        """What is said of TLS and of the PTTH port must have a use: a typing error would leave it open."""
         for name in self.tls:
             _check(name in TLS_PORTS, "tls", f"names no port: {name} (it is one of {', '.join(TLS_PORTS)})")
         for name in self.ptth_compat:
             _check(name in COMPATIBLE, "ptth_compat", f"is one of {', '.join(COMPATIBLE)}")
-        _check(not (self.certfile is None and self.tls), "tls", "needs --certfile")
-        _check(not (self.certfile is None and self.keyfile), "keyfile", "needs --certfile")
-        _check("admin" not in self.tls or self.admin_port is not None, "tls", "names a port that is off")
-        if self.ptth_port is None:
-            _check("ptth" not in self.tls, "tls", "names a port that is off: --ptth-port")
-            idle = self.certfile is not None and not self.tls
-            _check(not idle, "certfile", "is for no port: --ptth-port is off; for others there is --tls")
-            for name in ("workers_file", "workers_ca", "ptth_compat"):
-                _check(not getattr(self, name), name, "needs --ptth-port")
-        lacks_tls = self.workers_ca is not None and "ptth" not in self.tls_ports
-        _check(not lacks_tls, "workers_ca", "needs TLS on the PTTH port: --certfile")
+        _check(self.admin_token_for in TOKEN_USES, "admin_token_for", f"is one of {', '.join(TOKEN_USES)}")
+        _check(self.log_format in LOG_FORMATS, "log_format", f"is one of {', '.join(LOG_FORMATS)}")
+        _check(self.log_level in LOG_LEVELS, "log_level", f"is one of {', '.join(LOG_LEVELS)}")
+
+    def check_together(self) -> None:
+        """Checks that what is said of TLS and workers has a use: a typing error would leave a port open."""
+        lacks = {"certfile": self.certfile is None, "ptth_port": self.ptth_port is None}
+        needs = (
+            ("tls", "certfile"), ("keyfile", "certfile"), ("workers_file", "ptth_port"),
+            ("workers_ca", "ptth_port"), ("workers_ca", "certfile"), ("ptth_compat", "ptth_port"),
+        )  # fmt: skip
+        for name, needed in needs:
+            complaint = f"needs --{needed.replace('_', '-')}"
+            _check(not (getattr(self, name) and lacks[needed]), name, complaint)
+        is_off = {"ptth": self.ptth_port is None, "admin": self.admin_port is None}
+        for port in self.tls:
+            _check(not is_off.get(port, False), "tls", f"names a port that is off: --{port}-port")
+        is_idle = self.certfile is not None and self.ptth_port is None and not self.tls
+        _check(not is_idle, "certfile", "is for no port: --ptth-port is off; for others there is --tls")
         lacks_file = self.workers_ca is not None and self.workers_file is None
         _check(not lacks_file, "workers_ca", "needs --workers-file, which says whose certificates are meant")
+        lacks_token = self.admin_token_for == "all" and self.admin_token_file is None
+        _check(not lacks_token, "admin_token_for", "all needs --admin-token-file")
 
     @property
     def tls_ports(self) -> tuple[str, ...]:
@@ -4267,6 +4270,7 @@ class Hub:
         }  # fmt: skip
         accept = {name: functools.partial(self._accept, name, begin[name]) for name in begin}
         try:
+            options.check_together()
             # Who may be a worker, by credentials; without a file, anybody.
             self.permits = None if options.workers_file is None else load_permits(options.workers_file)
             self.certificate = None if options.certfile is None else Certificate(options)
@@ -5036,7 +5040,6 @@ def read_token(options: Options) -> str | None:
     """
     path = options.admin_token_file
     if path is None:
-        _check(options.admin_token_for != "all", "admin_token_for", "all needs --admin-token-file")
         return None
     try:
         with open(path, "rb") as file:
@@ -5316,11 +5319,11 @@ class MetricsCollector:
         yield spools
         disk_limit = hub.budget.disk_limit
         yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk_limit)
+        text = "When the certificate expires."
+        expiry = Gauge("pothead_hub_certificate_expiry_timestamp_seconds", text, labels=[])
         if hub.certificate is not None:
-            yield Gauge(
-                "pothead_hub_certificate_expiry_timestamp_seconds", "When the certificate expires.",
-                hub.certificate.expires_at,
-            )  # fmt: skip
+            expiry.add_metric([], hub.certificate.expires_at)
+        yield expiry
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.core import HistogramMetricFamily as Histogram
@@ -5677,8 +5680,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "certfile": ("security", str, "FILE", "the certificate and its chain (PEM), read again on SIGHUP"),
     "keyfile": ("security", str, "FILE", "its key, unless that is in the same file"),
     "tls": (
-        "security", parse_list, "PORTS", f"which ports speak TLS: {', '.join(TLS_PORTS)} "
-        "(default: ptth, if there is a certificate)"
+        "security", parse_list, "PORTS", f"which ports speak TLS: {', '.join(TLS_PORTS)}; "
+        "if nothing is said, ptth does with a certificate"
     ),
     "workers_file": (
         "security", str, "FILE", "who may be a worker on the PTTH port: a name, a credential, perhaps "
@@ -5919,6 +5922,7 @@ def check_line(text: str, log_format: str) -> str:
 def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
     """Tells what would run.  Raises what a start would raise; nothing listens, so that nobody connects."""
     options = given.options
+    options.check_together()
     read_token(options)
     wanted = {
         "consumers": (options.main_host, options.main_port),

@@ -593,6 +593,9 @@ def test_durations_are_put_into_buckets_and_the_last_are_summed_up() -> None:
 
 
 NAMES = {
+    "pothead_hub_certificate_expiry_timestamp_seconds": "gauge",
+    "pothead_hub_worker_requests": "counter",
+    "pothead_hub_refused_workers": "counter",
     "pothead_hub_queue_length": "gauge",
     "pothead_hub_queue_oldest_seconds": "gauge",
     "pothead_hub_requests_in_flight": "gauge",

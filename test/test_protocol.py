@@ -72,7 +72,7 @@ class Replay:
     def _connect(self, who: str) -> None:
         if who in self._peers:
             self._peers[who].close()
-        self._peers[who] = wire.Peer.connect(self._hub.main if who == "C" else self._hub.worker)
+        self._peers[who] = wire.Peer.connect(self._hub.main if who == "C" else self._hub.slots)
 
     def _play_event(self, direction: str, peer: wire.Peer, text: str) -> None:
         if direction[0] != "H":
@@ -106,6 +106,8 @@ def test_transcript_is_what_the_hub_says(number: int) -> None:
     command, *lines = blocks("text")[number].splitlines()
     program, *options = command.removeprefix("$ python3 ").split()
     assert program == "pothead.py"
+    if "--ptth-port" in options:
+        options[options.index("--ptth-port") + 1] = "0"
     with wire.hub_process(*options) as hub:
         replay = Replay(hub)
         try:
@@ -371,3 +373,21 @@ def test_worker_of_the_document_comes_back_when_the_hub_is_restarted(
                 with wire.Peer.connect(hub.main) as consumer:
                     ask(consumer, b"is there anybody?")
                 hub.kill()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+def test_worker_of_the_document_works_over_tls(tmp_path: Path) -> None:
+    (tmp_path / "worker.js").write_text(blocks("js")[1])
+    (tmp_path / "workers").write_text("node token:hYkT5bNw0qzJ8mR3\n")
+    ca, key = (wire.authority() / name for name in ("hub.pem", "hub.key"))
+    options = ("--certfile", str(ca), "--keyfile", str(key), "--workers-file", str(tmp_path / "workers"))
+    with wire.hub_process("--ptth-port", "0", *options) as hub:
+        command = ["node", "worker.js", f"https://localhost:{hub.ptth[1]}", str(wire.authority() / "ca.pem")]
+        with wire.running(wire.Program(command, tmp_path, {"TOKEN": "hYkT5bNw0qzJ8mR3"})):
+            with wire.Peer.connect(hub.main) as consumer:
+                for body in (b"first", b"second", random.Random(3).randbytes(300_000)):
+                    ask(consumer, body)
+            (worker,) = hub.stats()["workers"]
+            assert (worker["served"], worker["name"]) == (3, "node")
+        with wire.running(wire.Program(command, tmp_path, {"TOKEN": "another"})) as refused:
+            refused.wait_for_error(lambda line: "refused: 401" in line)

@@ -564,6 +564,11 @@ class HubProcess(Program):
         if has_admin:
             self.admin = self._read_address("admin")
 
+    @property
+    def slots(self) -> Address:
+        """Where workers connect: to the PTTH port, if there is one."""
+        return self.ptth if self.ptth[1] else self.worker
+
     def _read_address(self, role: str) -> Address:
         matches = map(
             self.LISTENING.fullmatch, [self.wait_for_line(lambda line: self._is_address(role, line))]
