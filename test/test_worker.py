@@ -1326,6 +1326,42 @@ def test_request_whose_consumer_left_before_it_began_is_not_run(
     assert not lines.having("was run")
 
 
+def test_event_of_a_link_that_was_closed_in_this_turn_reaches_no_other() -> None:
+    """A number is free again only after the turn, so no event of this one is taken for another link's."""
+    has_ended = threading.Event()
+    told: list[str] = []
+    with contextlib.ExitStack() as stack:
+        halt = stack.enter_context(contextlib.closing(pothead_worker.Halt()))
+        lobby = pothead_worker.Lobby(("127.0.0.1", 1), halt, has_ended.set)
+        pairs = [[stack.enter_context(sock) for sock in socket.socketpair()] for _ in range(21)]
+        (old_sock, old_peer), *others = pairs
+        old = pothead_worker.Link(old_sock)
+        old.when_gone(lambda: told.append("old"))
+
+        def watch_another(sock: socket.socket, name: str) -> None:
+            """With the lowest number that is free: of so many, one has the old number, if that is free."""
+            link = pothead_worker.Link(stack.enter_context(sock.dup()))
+            link.when_gone(lambda: told.append(name))
+            lobby.watch(link)
+
+        def replace() -> None:
+            lobby.dismiss(old)
+            for number, (sock, _) in enumerate(others):
+                watch_another(sock, f"number {number}")
+            others[-1][1].shutdown(socket.SHUT_WR)
+            lobby.order(lobby.end)  # in the next turn, where the end of the last link is found, too
+
+        def begin() -> None:
+            lobby.watch(old)
+            old_peer.close()
+            lobby.order(replace)  # in the next turn, where the end of the old link is found, too
+
+        lobby.order(begin)
+        lobby.start()
+        assert has_ended.wait(wire.DEADLINE_S)
+    assert told == ["number 19"]
+
+
 # ---- Slots and their connections ---------------------------------------------------------------------
 
 
