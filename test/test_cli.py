@@ -28,8 +28,8 @@ import pothead
 import pothead_worker
 import wire
 
-HUB = str(wire.ROOT / "pothead.py")
-WORKER = str(wire.ROOT / "pothead_worker.py")
+HUB = wire.compiled("pothead")
+WORKER = wire.compiled("pothead_worker")
 FREE_PORTS = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 

@@ -32,6 +32,7 @@ from wire import (
     ROOT,
     HubProcess,
     Peer,
+    compiled,
     cpu_ticks,
     hub_process,
     python,
@@ -549,7 +550,7 @@ def test_wall_clock_that_jumps_changes_dates_alone(
 def test_hub_serves_on_when_the_disk_of_its_log_is_full(tmp_path: Path) -> None:
     """H8: lines are lost and requests are not."""
     log = tmp_path / "log"
-    command = python(str(ROOT / "pothead.py"), "--main-port", "0", "--worker-port", "0", "--admin-port", "0")
+    command = python(compiled("pothead"), "--main-port", "0", "--worker-port", "0", "--admin-port", "0")
     script = 'log=$1; shift; ulimit -f 8; exec "$@" >"$log" 2>&1'
     hub = HubProcess(["sh", "-c", script, "sh", str(log), *command], ROOT)
     with running(hub):

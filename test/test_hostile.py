@@ -31,6 +31,7 @@ from wire import (
     ROOT,
     HubProcess,
     Peer,
+    compiled,
     cpu_ticks,
     descriptors,
     hub_process,
@@ -627,7 +628,7 @@ def test_second_response_is_nobodys_response(hub: HubProcess) -> None:
 def limited_hub(limit: int) -> Iterator[HubProcess]:
     """Run a hub that may not have more than `limit` open files."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
-    command = python(str(ROOT / "pothead.py"), *ports)
+    command = python(compiled("pothead"), *ports)
     hub = HubProcess(["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *command], ROOT)
     with running(hub):
         hub.wait_until_ready()

@@ -1386,7 +1386,7 @@ def test_memory_budget_bounds_all_spools_together() -> None:
 def hub_with_small_files(*options: str) -> Iterator[HubProcess]:
     """Run a hub whose files may not grow beyond some 50 kB, as on a disk that is almost full."""
     ports = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
-    program = wire.python(str(wire.ROOT / "pothead.py"), *ports)
+    program = wire.python(wire.compiled("pothead"), *ports)
     limited = ["sh", "-c", 'ulimit -S -f 50 && exec "$0" "$@"', *program, *options]
     with wire.running(HubProcess(limited, wire.ROOT)) as hub:
         hub.wait_until_ready()

@@ -86,7 +86,7 @@ class Manager:
 
 def command_with_sockets(sockets: list[socket.socket], *options: str) -> list[str]:
     fds = ",".join(str(sock.fileno()) for sock in sockets)
-    return wire.python("-c", EXEC_WITH_SOCKETS, fds, *wire.python(str(wire.ROOT / "pothead.py"), *options))
+    return wire.python("-c", EXEC_WITH_SOCKETS, fds, *wire.python(wire.compiled("pothead"), *options))
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def ports_of(hub: HubProcess) -> list[str]:
 
 
 def test_port_cannot_be_shared_with_a_hub_that_does_not_want_to(hub: HubProcess) -> None:
-    program = wire.Program(wire.python(str(wire.ROOT / "pothead.py"), *ports_of(hub)), wire.ROOT)
+    program = wire.Program(wire.python(wire.compiled("pothead"), *ports_of(hub)), wire.ROOT)
     program.may_have_ended = True
     with wire.running(program):
         assert program.wait() == 2

@@ -1834,7 +1834,7 @@ def test_demo_stops_compressing_for_nobody() -> None:
 
 def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a worker that is to end by itself; return its exit status and what it wrote to stderr."""
-    program = wire.Program(wire.python(str(wire.ROOT / "pothead_worker.py"), *arguments), cwd, environment)
+    program = wire.Program(wire.python(wire.compiled("pothead_worker"), *arguments), cwd, environment)
     status = program.wait()
     with contextlib.suppress(AssertionError):
         program.stop()
@@ -2161,7 +2161,7 @@ def test_programs_that_the_app_starts_ignore_sighup_only_if_the_worker_was_told_
         "    start_response('200 OK', [])\n"
         "    return [subprocess.check_output(['grep', 'SigIgn', '/proc/self/status'])]\n"
     )
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "{}:{}".format(*listener.worker))
+    command = wire.python(wire.compiled("pothead_worker"), "--connect", "{}:{}".format(*listener.worker))
     nohup = ["nohup"] if is_ignored else []
     with wire.running(wire.WorkerProcess([*nohup, *command, *mode, "starting:app"], tmp_path)) as worker:
         with listener.accept() as peer:

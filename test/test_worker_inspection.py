@@ -117,7 +117,7 @@ def test_worker_that_has_never_reached_its_hub_lives_but_is_not_ready() -> None:
         nobody.bind(("127.0.0.1", 0))
         arguments = ["--connect", f"127.0.0.1:{nobody.getsockname()[1]}", "--inspection-port", "0"]
         worker = wire.WorkerProcess(
-            wire.python(str(wire.ROOT / "pothead_worker.py"), *arguments), wire.ROOT / "test"
+            wire.python(wire.compiled("pothead_worker"), *arguments), wire.ROOT / "test"
         )
         with wire.running(worker):
             line = worker.wait_for_error(lambda text: "listening inspection=" in text)

@@ -124,7 +124,7 @@ def start(tmp_path: Path, directory: Path, listener: wire.Listener) -> Iterator[
     """Run a worker with metrics and further options."""
     (tmp_path / "counting.py").write_text(textwrap.dedent(APP))
     # What prometheus_client leaves open until the end is not the worker's.
-    command = [*wire.python("-W", "ignore::ResourceWarning"), str(wire.ROOT / "pothead_worker.py")]
+    command = [*wire.python("-W", "ignore::ResourceWarning"), wire.compiled("pothead_worker")]
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(directory), "PROMETHEUS_PORT": "0"}
     with contextlib.ExitStack() as stack:
 
@@ -336,7 +336,7 @@ def test_directory_of_a_worker_that_runs_is_refused_and_left_alone(
 ) -> None:
     metered = start()
     metered.ask()
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "127.0.0.1:1")
+    command = wire.python(wire.compiled("pothead_worker"), "--connect", "127.0.0.1:1")
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(directory), "PROMETHEUS_PORT": "0"}
     for options, status in ((["--check"], 0), ([], 2)):
         second = wire.Program([*command, *options, "counting:app"], tmp_path, environment)

@@ -530,7 +530,7 @@ def test_location_has_the_host_that_was_given(
 
 
 def test_port_is_closed_when_the_app_cannot_be_loaded(tmp_path: Path) -> None:
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--redirect-response", "0", "missing:app")
+    command = wire.python(wire.compiled("pothead_worker"), "--redirect-response", "0", "missing:app")
     program = wire.Program(command, tmp_path)
     assert program.wait() == 3
     program.stop()

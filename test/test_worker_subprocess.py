@@ -560,7 +560,7 @@ def test_fork_server_that_cannot_start_again_is_tried_again(
 
 
 def run_worker(cwd: Path, *arguments: str) -> tuple[int, list[str]]:
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--use-request-subprocess", *arguments)
+    command = wire.python(wire.compiled("pothead_worker"), "--use-request-subprocess", *arguments)
     program = wire.Program(command, cwd)
     status = program.wait()
     with contextlib.suppress(AssertionError):
