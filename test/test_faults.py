@@ -325,20 +325,8 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
 
 CLONE_NEWNET = 0x40000000
 # The limits that find a dead peer, a tenth of what they are: with half a minute there is nothing to learn.
-IMPATIENT_HUB = """
-import dataclasses, sys
-import pothead
-pothead.LIMITS = dataclasses.replace(
-    pothead.LIMITS, keepalive_idle_s=1, keepalive_interval_s=1, unacknowledged_s=2.0)
-sys.exit(pothead.main())
-"""
-IMPATIENT_WORKER = """
-import sys
-import pothead_worker
-pothead_worker.KEEP_ALIVE_IDLE_S = pothead_worker.KEEP_ALIVE_INTERVAL_S = 1
-pothead_worker.CONNECT_TIMEOUT_S = 1.0
-sys.exit(pothead_worker.main())
-"""
+IMPATIENT_HUB = {"keepalive_idle_s": 1, "keepalive_interval_s": 1, "unacknowledged_s": 2.0}
+IMPATIENT_WORKER = {"KEEP_ALIVE_IDLE_S": 1, "KEEP_ALIVE_INTERVAL_S": 1, "CONNECT_TIMEOUT_S": 1.0}
 
 
 class Namespace:
@@ -413,21 +401,16 @@ class Cable:
 @linux_only
 def test_cut_network_is_noticed_at_both_ends_and_costs_a_post_at_most(folder: Path) -> None:
     """W8, W9, W10: no FIN comes, and nothing is acknowledged any more."""
-    (folder / "impatient_hub.py").write_text(IMPATIENT_HUB)
-    (folder / "impatient_worker.py").write_text(IMPATIENT_WORKER)
-    ports = ("--main-port", "0", "--worker-host", "192.0.2.1", "--worker-port", "0", "--admin-port", "0")
-    environment = {"PYTHONPATH": str(ROOT)}
+    options = ("--worker-host", "192.0.2.1", "--allow-anonymous-workers")
     with contextlib.ExitStack() as stack:
         cable = Cable(stack)
         here, there = cable.ends
         stack.enter_context(here)
-        command = python("impatient_hub.py", *ports, "--allow-anonymous-workers")
-        hub = stack.enter_context(running(HubProcess(command, folder, environment)))
-        hub.wait_until_ready()
+        hub = stack.enter_context(hub_process(*options, limits=IMPATIENT_HUB))
         connect = ("--connect", f"192.0.2.1:{hub.worker[1]}", "--workers", "3")
         with there:
-            command = python("impatient_worker.py", *connect, "fault_apps:echoes")
-            worker = wire.WorkerProcess(command, folder, environment)
+            command = [*wire.program("pothead_worker", IMPATIENT_WORKER), *connect, "fault_apps:echoes"]
+            worker = wire.WorkerProcess(command, folder)
         stack.enter_context(running(worker))
         until(hub, slots={"idle": 3, "busy": 0})
         # 1. Two slots are sent a request that never comes, and one waits.

@@ -441,7 +441,11 @@ def test_new_connections_wait_in_a_passed_socket_while_no_hub_accepts_them(manag
 
 
 def test_drain_can_be_watched_to_its_end_if_nobody_takes_over_the_port() -> None:
-    with wire.hub_process(REUSE) as hub, Peer.connect(hub.worker) as slot, Peer.connect(hub.main) as consumer:
+    with (
+        wire.hub_process(REUSE, limits=IMPATIENT) as hub,
+        Peer.connect(hub.worker) as slot,
+        Peer.connect(hub.main) as consumer,
+    ):
         consumer.send(get(b"/"))
         slot.read_request()
         hub.terminate()
@@ -498,31 +502,17 @@ def test_drain_on_a_shared_port_without_a_successor_accepts_what_comes_for_a_mom
         assert hub.wait() == 0
 
 
-# The minute for which two hubs may share a port, cut short.
-IMPATIENT_HUB = """
-import dataclasses, sys
-import pothead
-pothead.LIMITS = dataclasses.replace(pothead.LIMITS, neighbour_check_s=0.05)
-sys.exit(pothead.main())
-"""
-
-
-@contextlib.contextmanager
-def impatient_hub(*options: str) -> Iterator[HubProcess]:
-    command = wire.python("-c", IMPATIENT_HUB, "--worker-port", "0", "--admin-port", "0", *options)
-    environment = {"PYTHONPATH": str(wire.ROOT)}
-    with wire.running(HubProcess(command, wire.ROOT, environment)) as hub:
-        hub.wait_until_ready()
-        yield hub
+# The minute for which two hubs may share a port, and the second that a handover takes, cut short.
+IMPATIENT = {"neighbour_check_s": 0.05, "handover_s": 0.2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_two_hubs_that_share_a_port_for_good_warn_of_each_other(host: str) -> None:
-    with impatient_hub(REUSE, "--main-host", host, "--main-port", "0") as one:
+    with wire.hub_process(REUSE, "--main-host", host, "--main-port", "0", limits=IMPATIENT) as one:
         assert one.stats()["has_rival"] is False
         port = str(one.main[1])
-        with impatient_hub(REUSE, "--main-host", host, "--main-port", port) as other:
+        with wire.hub_process(REUSE, "--main-host", host, "--main-port", port, limits=IMPATIENT) as other:
             for hub in (one, other):
                 hub.until(lambda stats: stats["has_rival"])
                 hub.wait_for_error(lambda line: "another hub listens on" in line and f":{port}, too" in line)
@@ -534,13 +524,15 @@ def test_two_hubs_that_share_a_port_for_good_warn_of_each_other(host: str) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
-    with impatient_hub(REUSE, "--main-port", "0") as old, Peer.connect(old.worker) as slot:
+    with wire.hub_process(REUSE, limits=IMPATIENT) as old, Peer.connect(old.worker) as slot:
         with Peer.connect(old.main) as consumer, contextlib.ExitStack() as stack:
             consumer.send(get(b"/runs"))
             slot.read_request()
             old.terminate()
             wait_until(lambda: refuses(old.main))  # it has left the port, and still has work
-            new = stack.enter_context(impatient_hub(REUSE, "--main-port", str(old.main[1])))
+            new = stack.enter_context(
+                wire.hub_process(REUSE, "--main-port", str(old.main[1]), limits=IMPATIENT)
+            )
             with pytest.raises(AssertionError, match="nothing in"):
                 new.wait_for_error(lambda line: "another hub" in line, 1.0)
             assert [hub.stats()["has_rival"] for hub in (old, new)] == [False, False]
@@ -551,8 +543,10 @@ def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 def test_hub_on_the_same_port_of_another_address_is_no_rival() -> None:
-    with impatient_hub(REUSE, "--main-port", "0") as one:
-        with impatient_hub(REUSE, "--main-host", "127.0.0.2", "--main-port", str(one.main[1])) as other:
+    with wire.hub_process(REUSE, limits=IMPATIENT) as one:
+        with wire.hub_process(
+            REUSE, "--main-host", "127.0.0.2", "--main-port", str(one.main[1]), limits=IMPATIENT
+        ) as other:
             with pytest.raises(AssertionError, match="nothing in"):
                 other.wait_for_error(lambda line: "another hub" in line, 1.0)
             assert [hub.stats()["has_rival"] for hub in (one, other)] == [False, False]

@@ -79,6 +79,7 @@ def running_pool(
         yield pool
     finally:
         pool.stop_now()
+        listener.turn_away()
         pool.join()
         for thread in threading.enumerate():
             if thread.name.startswith(("pothead-slot", "pothead-lobby", "Thread-")):
@@ -1074,14 +1075,17 @@ def test_worker_that_shall_connect_to_a_port_that_is_usually_another_warns_at_on
         assert line in stderr
 
 
-@pytest.mark.parametrize("port", ["main", "admin"])
-def test_worker_at_another_port_of_the_hub_is_told_so(port: str) -> None:
-    with wire.hub_process("--keep-alive", "1200ms") as hub:
-        hub.worker = getattr(hub, port)
-        with wire.worker_process(hub, "--workers", "2") as worker:
+def test_worker_at_another_port_of_the_hub_is_told_so() -> None:
+    with wire.hub_process("--keep-alive", "1200ms") as hub, contextlib.ExitStack() as stack:
+        workers = []
+        for port in (hub.main, hub.admin):
+            hub.worker = port
+            workers.append(stack.enter_context(wire.worker_process(hub, "--workers", "2")))
+        for worker in workers:
             line = worker.wait_for_error(is_line("WARNING"))
-    assert "closes what has waited for 1 s" in line and "--connect" in line
-    assert len([line for line in worker.errors if "WARNING" in line]) == 1
+            assert "closes what has waited for 1 s" in line and "--connect" in line
+    for worker in workers:
+        assert len([line for line in worker.errors if "WARNING" in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -2270,7 +2274,8 @@ def test_process_does_not_wait_for_threads_that_the_app_left_behind(
         "threading.Thread(target=threading.Event().wait, args=(60,), name='left-behind').start()\n"
         "def app(environ, start_response): pass\n"
     )
-    with wire.worker_process(listener, "leaky:app", cwd=tmp_path) as worker, listener.accept():
+    with wire.worker_process(listener, "leaky:app", cwd=tmp_path, limits=IMPATIENT) as worker:
+        listener.accept().close()
         worker.terminate()
         worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
         assert worker.wait() == 0
@@ -2321,14 +2326,8 @@ STAYING_APP = """
         return []
 """
 
-# With more patience than a test has, and an output that is buffered, as it is for users.
-PATIENT_WORKER = """
-import sys
-sys.path.insert(0, {root!r})
-import pothead_worker
-pothead_worker.EXIT_GRACE_S = 3600.0
-sys.exit(pothead_worker.main())
-"""
+# What an ended worker grants to the app that still does something, cut short.
+IMPATIENT = {"EXIT_GRACE_S": 0.2}
 
 
 @pytest.fixture
@@ -2347,12 +2346,13 @@ def staying_app(tmp_path: Path) -> Path:
 def test_drained_process_ends_whatever_the_app_still_does(
     listener: wire.Listener, staying_app: Path, path: str, told: str
 ) -> None:
-    with wire.worker_process(listener, "staying:app", cwd=staying_app) as worker, listener.accept() as peer:
-        assert ask(peer, f"GET {path}").status == 200
-        worker.terminate()
-        peer.expect_eof()
-        worker.wait_for_error(is_line(told))
-        assert worker.wait() == 0
+    with wire.worker_process(listener, "staying:app", cwd=staying_app, limits=IMPATIENT) as worker:
+        with listener.accept() as peer:
+            assert ask(peer, f"GET {path}").status == 200
+            worker.terminate()
+            peer.expect_eof()
+            worker.wait_for_error(is_line(told))
+            assert worker.wait() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -2360,10 +2360,10 @@ def test_drained_process_ends_whatever_the_app_still_does(
 def test_process_that_is_told_once_more_waits_for_nothing_of_the_app(
     listener: wire.Listener, staying_app: Path, path: str, number: signal.Signals
 ) -> None:
-    code = PATIENT_WORKER.format(root=str(wire.ROOT))
-    arguments = ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
-    program = wire.Program([sys.executable, "-W", "error", "-c", code, *arguments], staying_app)
-    with wire.running(program) as worker, listener.accept() as peer:
+    command = wire.program("pothead_worker", {"EXIT_GRACE_S": 3600.0})
+    command.remove("-u")  # its output is buffered, as it is for users
+    command += ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
+    with wire.running(wire.Program(command, staying_app)) as worker, listener.accept() as peer:
         assert ask(peer, f"GET {path}").status == 200
         worker.terminate()
         peer.expect_eof()
@@ -2430,8 +2430,9 @@ def handling_app(tmp_path: Path) -> Callable[[str], str]:
 def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
     listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str, told: str
 ) -> None:
-    arguments = [handling_app(handler)]
-    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+    app = handling_app(handler)
+    process = wire.worker_process(listener, app, cwd=tmp_path, limits=IMPATIENT)
+    with process as worker, listener.accept() as peer:
         peer.send(request("POST /", "Content-Length: 4"))
         worker.wait_for_line(is_line("running"))
         worker.terminate()
@@ -2449,8 +2450,9 @@ def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
 def test_process_whose_app_handles_signals_can_be_ended_at_once(
     listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str
 ) -> None:
-    arguments = [handling_app(handler)]
-    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+    app = handling_app(handler)
+    process = wire.worker_process(listener, app, cwd=tmp_path, limits=IMPATIENT)
+    with process as worker, listener.accept() as peer:
         peer.send(request("POST /", "Content-Length: 4"))
         worker.wait_for_line(is_line("running"))
         for _ in range(2):

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -238,6 +238,13 @@ class Listener:
     def accept(self) -> Peer:
         return Peer(self.sock.accept()[0])
 
+    def turn_away(self) -> None:
+        """Close the connections that wait for being accepted: a worker need not wait for requests there."""
+        with contextlib.suppress(OSError):  # there are no more, or the test has closed it
+            self.sock.settimeout(0)
+            while True:
+                self.accept().close()
+
     def close(self) -> None:
         self.sock.close()
 
@@ -442,6 +449,13 @@ class HubProcess(Program):
 class WorkerProcess(Program):
     """A worker that dials the given hub."""
 
+    stand_in: Listener | None = None
+
+    def _interrupt(self) -> None:
+        super()._interrupt()
+        if self.stand_in:
+            self.stand_in.turn_away()
+
 
 def python(*arguments: str) -> list[str]:
     """Return the command of an interpreter like this one that reports every warning as an error."""
@@ -464,13 +478,30 @@ def compiled(name: str) -> str:
     return str(target)
 
 
+def program(name: str, limits: Mapping[str, float] | None = None) -> list[str]:
+    """Return the command of a program, perhaps with other `limits`: half a minute teaches nothing.
+
+    They are fields of the hub's LIMITS, and constants of the worker.
+    """
+    if not limits:
+        return python(compiled(name))
+    change = f"vars(program).update({dict(limits)})"
+    if name == "pothead":
+        change = f"program.LIMITS = dataclasses.replace(program.LIMITS, **{dict(limits)})"
+    load = f"import dataclasses, sys; sys.path.insert(0, {str(ROOT)!r}); import {name} as program"
+    return python("-c", f"{load}; {change}; sys.exit(program.main())")
+
+
 @contextlib.contextmanager
 def hub_process(
-    *options: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+    *options: str,
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Iterator[HubProcess]:
     """Run pothead.py on free ports with further `options`, which a `-- command …` may end; it is ready."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
-    hub = HubProcess(python(compiled("pothead"), *ports, *options), cwd, environment)
+    hub = HubProcess([*program("pothead", limits), *ports, *options], cwd, environment)
     with running(hub):
         hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
         yield hub
@@ -482,11 +513,14 @@ def worker_process(
     *arguments: str,
     cwd: Path = ROOT / "test",
     environment: dict[str, str] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Iterator[WorkerProcess]:
     """Run pothead_worker.py against `hub`. Applications are looked up in `cwd`."""
     host, port = hub.worker
-    command = python(compiled("pothead_worker"), "--connect", f"{host}:{port}", *arguments)
-    with running(WorkerProcess(command, cwd, environment)) as worker:
+    command = [*program("pothead_worker", limits), "--connect", f"{host}:{port}", *arguments]
+    worker = WorkerProcess(command, cwd, environment)
+    worker.stand_in = hub if isinstance(hub, Listener) else None
+    with running(worker):
         yield worker
 
 
