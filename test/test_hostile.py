@@ -751,7 +751,7 @@ def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() ->
 @linux_only
 def test_hostile_peers_together_hold_up_nobody() -> None:
     """A short run on a machine that has other things to do; bench/README.md tells the figures."""
-    command = python(str(ROOT / "bench" / "hostile.py"), "--seconds", "4")
+    command = python(str(ROOT / "bench" / "hostile.py"), "--seconds", "2")
     run = subprocess.run(command, capture_output=True, timeout=60, check=True)
     figures = re.fullmatch(
         r"/livez: median ([\d.]+) ms, worst ([\d.]+) ms of \d+; requests of a consumer: (.+);"
@@ -767,7 +767,7 @@ def test_hostile_peers_together_hold_up_nobody() -> None:
 @pytest.mark.parametrize("part", ["pure", "hub"])
 def test_random_damage_is_read_one_way_or_refused(part: str) -> None:
     """A short run; the figures of longer ones are in docs/reliability.md."""
-    command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "4", "--seed", "4")
+    command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "2", "--seed", "4")
     fuzz = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert fuzz.returncode == 0, fuzz.stderr.decode()
     cases = re.fullmatch(part + r": (\d+) cases: .*forward \d+.*\n", fuzz.stdout.decode())

@@ -1233,27 +1233,26 @@ def test_requeue_is_told_on_stderr_with_the_request_id(hub: HubProcess) -> None:
 # ---- A consumer that leaves --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["close", "reset", "finish_sending"])
 @pytest.mark.parametrize("behind", [b"", get(b"/behind"), b"x" * 100_000], ids=["", "pipelined", "unread"])
-def test_consumer_that_leaves_the_queue_is_seen_by_no_worker(
-    hub: HubProcess, how: str, behind: bytes
-) -> None:
-    path = b"/left/%d" % next(counter)
-    with ask(hub, get(path)) as leaving:
-        until_queued(hub, 1)
-        if behind:
-            leaving.sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                leaving.sock.send(behind)
-            leaving.sock.settimeout(wire.DEADLINE_S)
-        getattr(leaving, how)()
+def test_consumers_that_leave_the_queue_are_seen_by_no_worker(hub: HubProcess, behind: bytes) -> None:
+    ways = {b"/left/%d" % next(counter): leave for leave in (Peer.close, Peer.reset, Peer.finish_sending)}
+    with contextlib.ExitStack() as stack:
+        consumers = [stack.enter_context(ask(hub, get(path))) for path in ways]
+        until_queued(hub, len(ways))
+        for leaving, leave in zip(consumers, ways.values(), strict=True):
+            if behind:
+                leaving.sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    leaving.sock.send(behind)
+                leaving.sock.settimeout(wire.DEADLINE_S)
+            leave(leaving)
         until_queued(hub, 0)
-        if how == "finish_sending":
-            leaving.expect_eof()
+        consumers[-1].expect_eof()
     with dial(hub) as slot:
         assert forwarded(hub, slot, get(b"/stays")).target == b"/stays"
-    entry = logged(hub, path=path.decode())
-    assert (entry["status"], entry["code"], entry["attempts"]) == ("499", "CQ", "0")
+    for path in ways:
+        entry = logged(hub, path=path.decode())
+        assert (entry["status"], entry["code"], entry["attempts"]) == ("499", "CQ", "0")
 
 
 def test_consumer_that_leaves_during_its_upload_is_forgotten(hub: HubProcess, slot: Peer) -> None:

@@ -19,6 +19,7 @@ from wire import HubProcess, Peer, hub_process
 
 pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="chromium is not installed")
 
+HURRY = "setInterval(refresh, 100)"
 PICTURES = wire.ROOT / ".ci" / "artefacts"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 # Everything that a request line may hold and HTML, JavaScript or CSS might take for its own.
@@ -62,7 +63,7 @@ def look(page: Browser, hub: HubProcess, *, in_a_hurry: bool = True) -> None:
     page.open(f"http://127.0.0.1:{hub.admin[1]}/")
     page.wait_for(f"location.port == {hub.admin[1]} && {shows('#queue-length', '0')}")
     if in_a_hurry:
-        page.evaluate("setInterval(refresh, 100)")
+        page.evaluate(HURRY)
 
 
 def cells(page: Browser, selector: str) -> list[str]:
@@ -89,6 +90,7 @@ def test_numbers_change_by_themselves_when_requests_are_queued(page: Browser, hu
         assert page.text("#banner") == "No worker is connected: 2 requests cannot start."
         assert [page.text(f"#waiting tr:nth-child({n}) .grow p") for n in (1, 2)] == ["GET /a", "GET /b"]
         assert page.text("#waiting tr:nth-child(2) td") == "2"
+        page.evaluate(HURRY)  # that they change without it has been seen
         with Peer.connect(hub.worker) as slot:
             slot.read_request()
             page.wait_for(f"{shows('#queue-length', '1')} && {shows('#busy', '1')}")

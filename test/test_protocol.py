@@ -366,7 +366,7 @@ def test_worker_of_the_document_comes_back_when_the_hub_is_restarted(
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = sock.getsockname()[:2]
     with wire.running(ForeignWorker(command, address, tmp_path)):
-        for _ in range(3):
+        for _ in range(2):
             with wire.hub_process("--worker-port", str(address[1])) as hub:
                 with wire.Peer.connect(hub.main) as consumer:
                     ask(consumer, b"is there anybody?")

@@ -181,7 +181,7 @@ def test_running_request_is_on_the_page(start: Callable[..., Metered], mode: tup
 
 @needs_prometheus
 def test_consumer_that_leaves_and_process_that_dies_have_a_status_too(start: Callable[..., Metered]) -> None:
-    metered = start(PROCESSES, "--request-timeout", "2s")
+    metered = start(PROCESSES, "--request-timeout", "1s")
     metered.ask("/")
     for path in (b"/exit", b"/quit"):
         metered.peer.send(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % path)

@@ -436,15 +436,16 @@ def hello(environ: Any, start_response: Any) -> Iterable[bytes]:
     return [b"hello"]
 
 
-@pytest.fixture
-def port(listener: wire.Listener) -> Iterator[wire.Address]:
-    """A pickup port that is served in this process."""
-    pool = WorkerPool(hello, listener.worker, pickups=(pickups := PickupPort(0)))
-    pool.start()
-    with listener.accept():
-        yield "127.0.0.1", pickups.port
-        pool.stop()
-        assert pool.join()
+@pytest.fixture(scope="module")
+def port() -> Iterator[wire.Address]:
+    """A pickup port that is served in this process, for all tests here."""
+    with wire.Listener() as listener:
+        pool = WorkerPool(hello, listener.worker, pickups=(pickups := PickupPort(0)))
+        pool.start()
+        with listener.accept():
+            yield "127.0.0.1", pickups.port
+            pool.stop()
+            assert pool.join()
 
 
 @pytest.mark.parametrize(
