@@ -13,7 +13,6 @@ import itertools
 import random
 import re
 import resource
-import select
 import socket
 import subprocess
 import sys
@@ -34,7 +33,9 @@ from wire import (
     compiled,
     cpu_ticks,
     descriptors,
+    get,
     hub_process,
+    post,
     python,
     resident_kib,
     running,
@@ -56,16 +57,6 @@ numbers = itertools.count(1)
 # ---- Helpers -----------------------------------------------------------------------------------------
 
 
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
-    """Return a request without a body; `lines` are further field lines."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: pothead.test", *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n"
-
-
-def post(path: bytes, body: bytes, *lines: bytes) -> bytes:
-    return get(path, b"Content-Length: %d" % len(body), *lines, method=b"POST") + body
-
-
 def ok(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
@@ -83,10 +74,6 @@ def send(peer: Peer, pieces: list[bytes]) -> None:
 
 def until_idle(hub: HubProcess) -> None:
     hub.until(lambda stats: not stats["demand"] and not stats["workers"], 2 * wire.DEADLINE_S)
-
-
-def has_bytes(peer: Peer) -> bool:
-    return bool(peer.received) or bool(select.select([peer.sock], [], [], 0)[0])
 
 
 @pytest.fixture
@@ -153,7 +140,7 @@ def test_refused_request_gets_its_status_and_reaches_no_worker(pair: Pair, case:
             assert (response.status, response.value(b"Connection")) == (status, b"close"), pieces
             assert response.values(b"Content-Length") == [b"%d" % len(response.body)]
             consumer.expect_eof()
-        assert not has_bytes(pair.slot)
+        assert not pair.slot.has_bytes()
     pair.probe()
 
 
@@ -411,7 +398,7 @@ def test_slow_heads_are_408_and_hold_up_nobody() -> None:
             consumer.send(b"GET /slow HTTP/1.1\r\nHost: a\r\nX: ")
         pair = stack.enter_context(contextlib.closing(Pair(hub)))
         served = 0
-        while not has_bytes(slow[0]):
+        while not slow[0].has_bytes():
             for consumer in slow[:20]:
                 consumer.send(b"x")
             pair.probe()

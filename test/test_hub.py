@@ -22,9 +22,8 @@ import pytest
 
 import pothead
 import wire
-from wire import HubProcess, Peer, hub_process
+from wire import OK, HubProcess, Peer, chunked, get, hub_process, post, serve
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 DATE = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
 MIB = 1 << 20
 
@@ -34,21 +33,6 @@ several_loopback_addresses = pytest.mark.skipif(
 
 
 # ---- Helpers -----------------------------------------------------------------------------------------
-
-
-def get(path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"pothead.test") -> bytes:
-    """Return a request without a body; `lines` are further field lines."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n"
-
-
-def post(path: bytes, body: bytes, *lines: bytes, method: bytes = b"POST") -> bytes:
-    """Return a request with a body of known length."""
-    return get(path, b"Content-Length: %d" % len(body), *lines, method=method) + body
-
-
-def chunked(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
 
 
 def noise(size: int) -> bytes:
@@ -92,13 +76,6 @@ def paused(hub: HubProcess) -> Iterator[None]:
         yield
     finally:
         hub.process.send_signal(signal.SIGCONT)
-
-
-def serve(slot: Peer, response: bytes = OK) -> wire.Request:
-    """Take the next request and answer it."""
-    request = slot.read_request()
-    slot.send(response)
-    return request
 
 
 LOG_LINE = re.compile(

@@ -15,13 +15,12 @@ import pytest
 import browser
 import wire
 from browser import Browser
-from wire import HubProcess, Peer, hub_process
+from wire import OK, HubProcess, Peer, get, hub_process
 
 pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="chromium is not installed")
 
 HURRY = "setInterval(refresh, 100)"
 PICTURES = wire.ROOT / ".ci" / "artefacts"
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 # Everything that a request line may hold and HTML, JavaScript or CSS might take for its own.
 HOSTILE = b"/<script>alert(1)</script><img/src=x/onerror=alert(2)>\"'`${alert(3)}&lt;%F0%9F%8D%B2\\"
 
@@ -31,10 +30,6 @@ def page() -> Iterator[Browser]:
     """One browser for all tests: it takes seconds to start."""
     with browser.chromium() as process:
         yield process
-
-
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
-    return b"\r\n".join((b"%b %b HTTP/1.1" % (method, path), b"Host: page.test", *lines)) + b"\r\n\r\n"
 
 
 @contextlib.contextmanager

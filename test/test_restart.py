@@ -19,9 +19,8 @@ import pytest
 
 import pothead
 import wire
-from wire import HubProcess, Peer
+from wire import OK, HubProcess, Peer, get
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 ROLES = ("consumers", "workers", "admin")
 
 # Becomes the program named after the descriptors, with those as 3, 4, 5 ... and as the process they are for.
@@ -34,10 +33,6 @@ os.closerange(3 + len(fds), 100)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-def get(path: bytes, extra: bytes = b"") -> bytes:
-    return b"GET %b HTTP/1.1\r\nHost: a\r\n%b\r\n" % (path, extra)
 
 
 # ---- The service manager -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 import pothead_worker
 import wire
 from pothead_worker import WorkerPool
+from wire import ask, is_line, request
 
 Environ = dict[str, Any]
 App = Callable[[Environ, Any], Iterable[bytes]]
@@ -123,19 +124,6 @@ def serving(listener: wire.Listener) -> Iterator[Callable[..., Serving]]:
             return served
 
         yield serve
-
-
-def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
-    """Return a request's bytes; `start` is its first line without the version."""
-    if body:
-        fields = (*fields, f"Content-Length: {len(body)}")
-    lines = [f"{start} HTTP/1.1", "Host: example.org", "X-Request-Id: r1", *fields, "", ""]
-    return "\r\n".join(lines).encode("latin-1") + body
-
-
-def ask(peer: wire.Peer, start: str = "GET /", *fields: str, body: bytes = b"") -> wire.Response:
-    peer.send(request(start, *fields, body=body))
-    return peer.read_response(start.split()[0].encode())
 
 
 def app_returning(
@@ -1838,11 +1826,10 @@ def test_demo_stops_compressing_for_nobody() -> None:
 
 def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a worker that is to end by itself; return its exit status and what it wrote to stderr."""
-    program = wire.Program(wire.python(wire.compiled("pothead_worker"), *arguments), cwd, environment)
-    status = program.wait()
-    with contextlib.suppress(AssertionError):
-        program.stop()
-    return status, program.stderr
+    ended = wire.run_to_end(
+        [*wire.program("pothead_worker"), *arguments], cwd, environment, may_complain=True
+    )
+    return ended.status, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -2135,10 +2122,6 @@ SLOW_APP = """
 def slow_app(tmp_path: Path) -> Path:
     (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW_APP))
     return tmp_path
-
-
-def is_line(text: str) -> Callable[[str], bool]:
-    return lambda line: text in line
 
 
 def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_worker import ask, is_line
 
 import wire
+from wire import ask, is_line
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="descriptors are looked up in /proc, as Linux has them"

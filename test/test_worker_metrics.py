@@ -82,18 +82,14 @@ class Metered:
         self.peer = listener.accept()
 
     def ask(self, path: str = "/", **fields: str) -> wire.Response:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        self.peer.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode())
-        return self.peer.read_response()
+        return wire.ask(self.peer, f"GET {path}", *(f"{name}: {value}" for name, value in fields.items()))
 
     def reconnect(self) -> None:
         self.peer.close()
         self.peer = self.listener.accept()
 
     def scrape(self) -> dict[str, float]:
-        with wire.Peer.connect(("127.0.0.1", self.port)) as visitor:
-            visitor.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
-            response = visitor.read_response()
+        response = wire.fetch(("127.0.0.1", self.port), wire.get(b"/metrics"))
         assert response.status == 200
         assert response.value(b"content-type").startswith(b"text/plain; version=")
         return samples(response.body.decode())
@@ -184,12 +180,12 @@ def test_consumer_that_leaves_and_process_that_dies_have_a_status_too(start: Cal
     metered = start(PROCESSES, "--request-timeout", "1s")
     metered.ask("/")
     for path in (b"/exit", b"/quit"):
-        metered.peer.send(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+        metered.peer.send(wire.get(path))
         metered.peer.expect_eof()
         metered.reconnect()
     assert metered.ask("/hang").status == 504
     metered.reconnect()
-    metered.peer.send(b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n")
+    metered.peer.send(wire.get(b"/hang"))
     metered.wait_for("pothead_worker_slots_busy", 1)
     metered.reconnect()
     page = metered.wait_for('pothead_worker_requests_total{status="499"}', 1)

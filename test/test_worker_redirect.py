@@ -21,6 +21,7 @@ from test_worker import running_pool
 import pothead_worker
 import wire
 from pothead_worker import PickupPort, WorkerPool
+from wire import ask, is_line, request
 
 APP = """
     import os, time
@@ -116,21 +117,6 @@ def start(tmp_path: Path, listener: wire.Listener) -> Iterator[Callable[..., wir
             )
 
         yield start
-
-
-def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
-    if body:
-        fields = (*fields, f"Content-Length: {len(body)}")
-    return "\r\n".join([f"{start} HTTP/1.1", "Host: a", "X-Request-Id: r1", *fields, "", ""]).encode() + body
-
-
-def ask(peer: wire.Peer, start: str = "GET /", body: bytes = b"") -> wire.Response:
-    peer.send(request(start, body=body))
-    return peer.read_response(start.split()[0].encode())
-
-
-def is_line(text: str) -> Callable[[str], bool]:
-    return lambda line: text in line
 
 
 class Key:

@@ -29,6 +29,7 @@ from typing import IO, Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 Address = tuple[str, int]
 Fields = list[tuple[bytes, bytes]]
@@ -73,6 +74,38 @@ class Response(Message):
     minor_version: int
 
 
+# ---- Messages that tests send ------------------------------------------------------------------------
+
+
+def get(path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"pothead.test") -> bytes:
+    """Return a consumer's request without a body; `lines` are further field lines."""
+    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
+    return b"\r\n".join(head) + b"\r\n\r\n"
+
+
+def post(path: bytes, body: bytes, *lines: bytes, method: bytes = b"POST", **options: bytes) -> bytes:
+    """Return a consumer's request with a body of known length; see `get`."""
+    return get(path, b"Content-Length: %d" % len(body), *lines, method=method, **options) + body
+
+
+def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
+    """Return a request as a hub passes it on; `start` is its first line without the version."""
+    if body:
+        fields = (*fields, f"Content-Length: {len(body)}")
+    lines = [f"{start} HTTP/1.1", "Host: example.org", "X-Request-Id: r1", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def chunked(*pieces: bytes) -> bytes:
+    """Return a chunked body, whole."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+
+
+def is_line(text: str) -> Callable[[str], bool]:
+    """Return the predicate of a program's line that has `text` in it."""
+    return lambda line: text in line
+
+
 # ---- A peer that speaks raw bytes --------------------------------------------------------------------
 
 
@@ -105,6 +138,11 @@ class Peer:
     def send(self, data: bytes | memoryview) -> None:
         self.sock.sendall(data)
 
+    def ask(self, data: bytes) -> Response:
+        """Send a request and return the response to it."""
+        self.send(data)
+        return self.read_response(data.partition(b" ")[0])
+
     def finish_sending(self) -> None:
         """Send FIN and keep reading."""
         self.sock.shutdown(socket.SHUT_WR)
@@ -118,6 +156,16 @@ class Peer:
         self.sock.close()
 
     # -- expecting bytes
+
+    def has_bytes(self) -> bool:
+        """Whether something has come that was not read."""
+        self.sock.setblocking(False)
+        try:
+            return bool(self.received or self.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+        finally:
+            self.sock.settimeout(DEADLINE_S)
 
     def expect(self, wanted: bytes) -> None:
         """Read as many bytes as `wanted` has, and compare; a difference shows as soon as it arrives."""
@@ -225,6 +273,24 @@ class Peer:
         data = bytes(memoryview(self.received)[:count])
         del self.received[:count]
         return data
+
+
+def ask(peer: Peer, start: str = "GET /", *fields: str, body: bytes = b"") -> Response:
+    """Ask a worker as a hub does; see `request`."""
+    return peer.ask(request(start, *fields, body=body))
+
+
+def fetch(address: Address, data: bytes) -> Response:
+    """Ask on a connection of its own."""
+    with Peer.connect(address) as peer:
+        return peer.ask(data)
+
+
+def serve(slot: Peer, response: bytes = OK) -> Request:
+    """Take the next request as a worker, and answer it."""
+    taken = slot.read_request()
+    slot.send(response)
+    return taken
 
 
 class Listener:
@@ -429,11 +495,12 @@ class HubProcess(Program):
         match = self.LISTENING.fullmatch(line)
         return match is not None and match[1] == role
 
+    def ask_admin(self, path: bytes, *lines: bytes, method: bytes = b"GET") -> Response:
+        return fetch(self.admin, get(path, *lines, method=method, host=b"localhost"))
+
     def stats(self) -> Stats:
         """Return the admin port's `/stats`."""
-        with Peer.connect(self.admin) as peer:
-            peer.send(b"GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            response = peer.read_response()
+        response = self.ask_admin(b"/stats")
         assert response.status == 200, response
         stats: Stats = json.loads(response.body)
         return stats
@@ -455,6 +522,31 @@ class WorkerProcess(Program):
         super()._interrupt()
         if self.stand_in:
             self.stand_in.turn_away()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a process."""
+
+    status: int
+    lines: list[str]
+    stderr: str
+
+
+def run_to_end(
+    command: list[str],
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    may_complain: bool = False,
+) -> Ended:
+    """Run a program to its end, which must come by itself and, unless it may complain, with no traceback."""
+    program = Program(command, cwd, environment)
+    program.may_have_ended = True
+    with running(program):
+        ended = Ended(program.wait(), list(program.lines), program.stderr)
+        if may_complain:
+            program.errors.clear()
+    return ended
 
 
 def python(*arguments: str) -> list[str]:
