@@ -668,8 +668,7 @@ def test_program_around_a_hub_pauses_cancels_and_resumes() -> None:
         hub.pause()
         with Peer.connect(worker) as slot, Peer.connect(main) as consumer:
             consumer.send(get(b"/", b"X-Request-Id: one"))
-            while not hub.policy.waiting:
-                pass
+            wire.until(lambda: hub.policy.waiting)
             hub.cancel("one")
             assert consumer.read_response().status == 503
             consumer.send(get(b"/"))

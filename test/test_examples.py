@@ -10,10 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pytest
 
@@ -25,7 +24,6 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 ON_PATH = os.pathsep.join([str(EXAMPLES), str(wire.ROOT)])
 WAVE_S = 20
 
-T = TypeVar("T")
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no /proc here")
@@ -57,17 +55,8 @@ def example(name: str, directory: Path, *options: str, hub_options: Iterable[str
             yield Service(hub, worker)
 
 
-def wait_for(find: Callable[[], T | None]) -> T:
-    """Return what `find` finds, once it finds something. For what cannot be waited for otherwise."""
-    ends_at_s = time.monotonic() + wire.DEADLINE_S
-    while time.monotonic() < ends_at_s:
-        if (found := find()) is not None:
-            return found
-    raise AssertionError(f"{find} found nothing in {wire.DEADLINE_S} s")
-
-
 def wait_until_busy(hub: wire.HubProcess) -> None:
-    wait_for(lambda: hub.stats()["running"] or None)
+    hub.until(lambda stats: stats["running"])
 
 
 # ---- All of them -------------------------------------------------------------------------------------
@@ -114,7 +103,7 @@ def test_cancellable_stops_when_its_consumer_leaves(tmp_path: Path) -> None:
             consumer.send(request("GET /?digits=999"))
             wait_until_busy(hub)
             ticks = wire.cpu_ticks(worker.pid)
-            wait_for(lambda: wire.cpu_ticks(worker.pid) > ticks + 5 or None)  # or it had not even begun
+            wire.until(lambda: wire.cpu_ticks(worker.pid) > ticks + 5)  # or it had not even begun
         worker.wait_for_error(re.compile(r"cancelled after [0-9.]+ s, [0-9]+ candidates").fullmatch)
         assert fetch(hub.main, request("GET /?digits=2")).status == 200
 
@@ -128,10 +117,8 @@ def test_memory_hungry_sorts_lines(tmp_path: Path, options: tuple[str, ...]) -> 
         pytest.skip(f"this worker has no {options[0]}")
     with example("memory_hungry", tmp_path, *options) as (hub, _worker):
         for _ in range(3):
-            assert (
-                fetch(hub.main, request("PUT /", body=b"pear\napple\nquince\n")).body
-                == b"apple\npear\nquince\n"
-            )
+            response = fetch(hub.main, request("PUT /", body=b"pear\napple\nquince\n"))
+            assert response.body == b"apple\npear\nquince\n"
         assert fetch(hub.main, request("POST /", "Content-Length: 0")).body == b""
 
 
@@ -197,7 +184,7 @@ def test_transcode_kills_ffmpeg_when_the_consumer_leaves(
             consumer.send(message[: len(message) * 3 // 4] if has_answered else message[:1000])
             if has_answered:
                 consumer.read_head()
-            process = os.pidfd_open(wait_for(lambda: find_child(worker.pid)))
+            process = os.pidfd_open(wire.until(lambda: find_child(worker.pid)) or 0)
         try:
             assert select.select([process], [], [], wire.DEADLINE_S)[0]
         finally:

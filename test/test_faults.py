@@ -150,10 +150,7 @@ def until(hub: HubProcess, **wanted: object) -> wire.Stats:
 
 
 def until_started(folder: Path, count: int) -> list[tuple[str, str, int]]:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while len(events := journal(folder)) < count:
-        assert time.monotonic() < ends_at, events
-    return events
+    return wire.until(lambda: journal(folder), lambda events: len(events) >= count)
 
 
 # ---- Workers that are killed -------------------------------------------------------------------------
@@ -533,9 +530,7 @@ def test_hub_serves_on_when_the_disk_of_its_log_is_full(tmp_path: Path) -> None:
     script = 'log=$1; shift; ulimit -f 8; exec "$@" >"$log" 2>&1'
     hub = HubProcess(["sh", "-c", script, "sh", str(log), *command], ROOT)
     with running(hub):
-        ends_at = time.monotonic() + wire.DEADLINE_S
-        while not log.exists() or log.read_text().count("listening ") < 3:
-            assert time.monotonic() < ends_at
+        wire.until(lambda: log.exists() and log.read_text(), lambda text: str(text).count("listening ") >= 3)
         hub.lines += log.read_text().splitlines()
         hub.wait_until_ready()
         with echoing_slots(hub, 1), Peer.connect(hub.main) as consumer:

@@ -445,10 +445,7 @@ def test_half_closed_consumers_leave_nothing_behind(hub: HubProcess, stage: str)
 
 
 def until_descriptors(hub: HubProcess, count: int) -> None:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while descriptors(hub.pid) > count:
-        assert time.monotonic() < ends_at, (descriptors(hub.pid), count)
-        hub.stats()
+    wire.until(lambda: descriptors(hub.pid), lambda number: number <= count)
 
 
 @linux_only

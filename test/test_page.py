@@ -40,8 +40,7 @@ def asked(hub: HubProcess, *requests: bytes) -> Iterator[list[Peer]]:
         for number, request in enumerate(requests, stats(hub)["demand"] + 1):
             consumers.append(stack.enter_context(Peer.connect(hub.main)))
             consumers[-1].send(request)
-            while stats(hub)["demand"] < number:
-                pass
+            hub.until(lambda stats, number=number: stats["demand"] >= number)
         yield consumers
 
 

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -379,7 +379,7 @@ def test_slot_is_kept_for_a_request_that_is_still_coming(way: str, manager: Mana
         slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(3)]
         slow = stack.enter_context(Peer.connect(hub.main))
         slow.send(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n12")
-        wait_until(lambda: len(slots_of(hub)) == 3)
+        wire.until(lambda: len(slots_of(hub)) == 3)
         hub.terminate()
         left = wait_for_close(slots, count=2)
         slow.send(b"34")
@@ -394,12 +394,6 @@ def slots_of(hub: HubProcess) -> list[object]:
     slots = hub.stats()["workers"]
     assert isinstance(slots, list)
     return slots
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while not holds():
-        assert time.monotonic() < ends_at
 
 
 def wait_for_close(peers: list[Peer], count: int) -> list[Peer]:
@@ -444,7 +438,7 @@ def test_drain_can_be_watched_to_its_end_if_nobody_takes_over_the_port() -> None
         consumer.send(get(b"/"))
         slot.read_request()
         hub.terminate()
-        wait_until(lambda: refuses(hub.main))  # what follows is after the handover
+        wire.until(lambda: refuses(hub.main))  # what follows is after the handover
         stats = hub.stats()
         assert (stats["draining"], stats["demand"]) == (True, 1)
         slot.send(OK)
@@ -486,7 +480,7 @@ def test_draining_hub_on_a_shared_port_leaves_new_connections_to_its_successor()
 
 def test_drain_on_a_shared_port_without_a_successor_accepts_what_comes_for_a_moment() -> None:
     with wire.hub_process(REUSE) as hub, Peer.connect(hub.worker) as waiting:
-        wait_until(lambda: len(slots_of(hub)) == 1)
+        wire.until(lambda: len(slots_of(hub)) == 1)
         hub.terminate()
         waiting.expect_eof()
         with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
@@ -524,7 +518,7 @@ def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
             consumer.send(get(b"/runs"))
             slot.read_request()
             old.terminate()
-            wait_until(lambda: refuses(old.main))  # it has left the port, and still has work
+            wire.until(lambda: refuses(old.main))  # it has left the port, and still has work
             new = stack.enter_context(
                 wire.hub_process(REUSE, "--main-port", str(old.main[1]), limits=IMPATIENT)
             )

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,10 +62,8 @@ class Inspected:
         self.wait_for("requests_pending", 1)
 
     def wait_for(self, name: str, number: int) -> None:
-        """Look until it is so; each look takes a moment, so this is no busy loop."""
-        ends_at = time.monotonic() + wire.DEADLINE_S
-        while (found := self.inspect())[name] != number:
-            assert time.monotonic() < ends_at, found
+        """Look until it is so."""
+        wire.until(self.inspect, lambda found: found[name] == number)
 
     def end_request(self) -> None:
         self.peer.send(b"x")

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,11 +94,8 @@ class Metered:
         return samples(response.body.decode())
 
     def wait_for(self, name: str, value: float) -> dict[str, float]:
-        """Return the first page that says so. Each look at it takes a moment, so this is no busy loop."""
-        deadline = time.monotonic() + wire.DEADLINE_S
-        while (page := self.scrape()).get(name) != value:
-            assert time.monotonic() < deadline, (name, value, page)
-        return page
+        """Return the first page that says so."""
+        return wire.until(self.scrape, lambda page: page.get(name) == value)
 
 
 def samples(page: str) -> dict[str, float]:

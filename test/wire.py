@@ -1,7 +1,7 @@
 """A raw peer: send these bytes, expect those. And the programs under test as processes.
 
-Both ends of an exchange are scripted in bytes, since an HTTP library hides what matters. Nothing here
-sleeps: every wait ends with its event or fails at a generous deadline.
+Both ends of an exchange are scripted in bytes, since an HTTP library hides what matters. Every wait ends with
+its event or fails at a generous deadline. What no event tells of is looked for again and again, by `until`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 Address = tuple[str, int]
 Fields = list[tuple[bytes, bytes]]
+T = TypeVar("T")
 ProgramT = TypeVar("ProgramT", bound="Program")
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -456,6 +457,20 @@ class Program:
             pipe.close()
 
 
+def until(look: Callable[[], T], holds: Callable[[T], object] = bool, deadline_s: float = DEADLINE_S) -> T:
+    """Look until what is seen is as wanted, and return that: for what nobody tells of.
+
+    After a look in vain the processor is left to those who shall bring it about, longer each time.
+    """
+    ends_at = time.monotonic() + deadline_s
+    pause_s = 0.001
+    while not holds(seen := look()):
+        assert time.monotonic() < ends_at, seen
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.02)
+    return seen
+
+
 Stats = dict[str, Any]  # what the hub's /stats says
 
 
@@ -507,10 +522,7 @@ class HubProcess(Program):
 
     def until(self, holds: Callable[[Stats], object], deadline_s: float = DEADLINE_S) -> Stats:
         """Ask for `/stats` until they are as wanted."""
-        ends_at = time.monotonic() + deadline_s
-        while not holds(stats := self.stats()):
-            assert time.monotonic() < ends_at, stats
-        return stats
+        return until(self.stats, holds, deadline_s)
 
 
 class WorkerProcess(Program):
