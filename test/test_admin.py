@@ -60,8 +60,8 @@ def logged(hub: HubProcess, code: str) -> str:
 @pytest.mark.parametrize(
     "host", [b"127.0.0.1", b"10.1.2.3:4041", b"[::1]:4041", b"localhost:1", b"LocalHost.", b""]
 )
-def test_admin_port_may_be_called_by_address_and_as_localhost(hub: HubProcess, host: bytes) -> None:
-    with Peer.connect(hub.admin) as admin:
+def test_admin_port_may_be_called_by_address_and_as_localhost(common_hub: HubProcess, host: bytes) -> None:
+    with Peer.connect(common_hub.admin) as admin:
         admin.send(get(b"/livez", host=host))
         assert admin.read_response().status == 200
 
@@ -70,19 +70,21 @@ def test_admin_port_may_be_called_by_address_and_as_localhost(hub: HubProcess, h
     "host", [b"evil.example", b"127.0.0.1.evil.example", b"localhost.evil.example:80", b"2130706433"]
 )
 @pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/nowhere"])
-def test_admin_port_refuses_a_name_that_it_was_not_told(hub: HubProcess, host: bytes, path: bytes) -> None:
-    with Peer.connect(hub.admin) as admin:
+def test_admin_port_refuses_a_name_that_it_was_not_told(
+    common_hub: HubProcess, host: bytes, path: bytes
+) -> None:
+    with Peer.connect(common_hub.admin) as admin:
         admin.send(get(path, host=host))
         response = admin.read_response()
         assert response.status == 421
         assert response.body == b"this name is not among --admin-allowed-hosts: %b\n" % host
 
 
-def test_action_by_a_foreign_name_is_refused(hub: HubProcess) -> None:
-    with Peer.connect(hub.admin) as admin:
+def test_action_by_a_foreign_name_is_refused(common_hub: HubProcess) -> None:
+    with Peer.connect(common_hub.admin) as admin:
         admin.send(get(b"/pause", YES, method=b"POST", host=b"evil.example"))
         assert admin.read_response().status == 421
-    assert hub.stats()["paused"] is False
+    assert common_hub.stats()["paused"] is False
 
 
 def test_admin_port_may_be_called_by_the_names_that_it_was_told() -> None:
@@ -100,28 +102,28 @@ def test_allowed_hosts_are_names_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/readyz"])
-def test_what_can_be_looked_at_takes_get_and_head(hub: HubProcess, path: bytes) -> None:
-    got, head = hub.ask_admin(path), hub.ask_admin(path, method=b"HEAD")
+def test_what_can_be_looked_at_takes_get_and_head(common_hub: HubProcess, path: bytes) -> None:
+    got, head = common_hub.ask_admin(path), common_hub.ask_admin(path, method=b"HEAD")
     assert got.status == head.status
     assert got.body and not head.body
     for method in (b"POST", b"PUT", b"DELETE", b"OPTIONS", b"BREW"):
-        response = hub.ask_admin(path, YES, method=method)
+        response = common_hub.ask_admin(path, YES, method=method)
         assert (response.status, response.value(b"Allow")) == (405, b"GET, HEAD")
 
 
 @pytest.mark.parametrize("path", [b"/drain", b"/pause", b"/resume", b"/requests/x/cancel"])
-def test_actions_take_post_alone_and_only_on_purpose(hub: HubProcess, path: bytes) -> None:
+def test_actions_take_post_alone_and_only_on_purpose(common_hub: HubProcess, path: bytes) -> None:
     for method in (b"GET", b"HEAD", b"PUT", b"OPTIONS"):
-        response = hub.ask_admin(path, YES, method=method)
+        response = common_hub.ask_admin(path, YES, method=method)
         assert (response.status, response.value(b"Allow")) == (405, b"POST")
-    assert act(hub, path, b"X-Nothing: 1") == (403, b"this needs the field Pothead-Action: yes\n")
+    assert act(common_hub, path, b"X-Nothing: 1") == (403, b"this needs the field Pothead-Action: yes\n")
     for lines in (
         [b"Pothead-Action: no"],
         [YES, b"Sec-Fetch-Site: cross-site"],
         [YES, b"Sec-Fetch-Site: same-site"],
     ):
-        assert act(hub, path, *lines)[0] == 403
-    stats = hub.stats()
+        assert act(common_hub, path, *lines)[0] == 403
+    stats = common_hub.stats()
     assert (stats["paused"], stats["draining"]) == (False, False)
 
 
@@ -135,9 +137,9 @@ def test_action_takes_no_body(hub: HubProcess) -> None:
 
 @pytest.mark.parametrize(("path", "method"), [(b"/stats", b"GET"), (b"/nowhere", b"GET"), (b"/", b"TRACE")])
 def test_every_answer_forbids_guessing_keeping_and_telling(
-    hub: HubProcess, path: bytes, method: bytes
+    common_hub: HubProcess, path: bytes, method: bytes
 ) -> None:
-    response = hub.ask_admin(path, method=method)
+    response = common_hub.ask_admin(path, method=method)
     assert response.value(b"X-Content-Type-Options") == b"nosniff"
     assert response.value(b"Cache-Control") == b"no-store"
     assert response.value(b"Referrer-Policy") == b"no-referrer"
