@@ -33,6 +33,7 @@ from wire import (
     compiled,
     cpu_ticks,
     descriptors,
+    dial,
     get,
     hub_process,
     post,
@@ -303,17 +304,6 @@ def serve_all(slot: Peer) -> None:
 
 
 # ---- Consumers that mean no good ---------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
-    """Connect a slot; the hub knows of it."""
-    with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
-        address = f"{host}:{slot.address[1]}"
-        hub.until(
-            lambda stats: address in [each["address"] for each in stats["workers"]], 2 * wire.DEADLINE_S
-        )
-        yield slot
 
 
 def forwarded(hub: HubProcess, request: bytes, host: str) -> wire.Request:

@@ -22,7 +22,7 @@ import pytest
 
 import pothead
 import wire
-from wire import OK, HubProcess, Peer, chunked, get, hub_process, post, serve
+from wire import OK, HubProcess, Peer, chunked, dial, get, hub_process, post, serve
 
 DATE = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
 MIB = 1 << 20
@@ -50,14 +50,6 @@ def until_running(hub: HubProcess, count: int) -> None:
 
 def text(address: wire.Address) -> str:
     return f"{address[0]}:{address[1]}"
-
-
-@contextlib.contextmanager
-def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
-    """Connect a slot from the loopback address `host`; the hub knows of it."""
-    with Peer(socket.create_connection(hub.worker, wire.DEADLINE_S, (host, 0))) as slot:
-        hub.until(lambda stats: text(slot.address) in [each["address"] for each in stats["workers"]])
-        yield slot
 
 
 @contextlib.contextmanager

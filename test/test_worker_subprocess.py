@@ -549,12 +549,6 @@ def test_fork_server_that_cannot_start_again_is_tried_again(
 # ---- Importing the app -------------------------------------------------------------------------------
 
 
-def run_worker(cwd: Path, *arguments: str) -> tuple[int, list[str]]:
-    command = [*wire.program("pothead_worker"), "--use-request-subprocess", *arguments]
-    ended = wire.run_to_end(command, cwd, may_complain=True)
-    return ended.status, ended.stderr.splitlines()
-
-
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [
@@ -566,7 +560,9 @@ def run_worker(cwd: Path, *arguments: str) -> tuple[int, list[str]]:
 )
 def test_import_that_fails_ends_the_worker_with_3(tmp_path: Path, source: str, wanted: str) -> None:
     (tmp_path / "mod.py").write_text(source)
-    status, errors = run_worker(tmp_path, "mod:app")
+    command = [*wire.program("pothead_worker"), "--use-request-subprocess", "mod:app"]
+    ended = wire.run_to_end(command, tmp_path, may_complain=True)
+    status, errors = ended.status, ended.stderr.splitlines()
     assert (status, errors[-1]) == (3, f"pothead-worker: cannot load 'mod:app': {wanted}")
     if source == "1 / 0":
         assert errors[0] == "Traceback (most recent call last):"

@@ -527,6 +527,15 @@ class HubProcess(Program):
         return until(self.stats, holds, deadline_s)
 
 
+@contextlib.contextmanager
+def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
+    """Connect a slot from the loopback address `host`; the hub knows of it."""
+    with Peer(socket.create_connection(hub.worker, DEADLINE_S, (host, 0))) as slot:
+        address = f"{host}:{slot.address[1]}"
+        hub.until(lambda stats: address in [each["address"] for each in stats["workers"]], 2 * DEADLINE_S)
+        yield slot
+
+
 class WorkerProcess(Program):
     """A worker that dials the given hub."""
 
