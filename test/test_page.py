@@ -6,7 +6,6 @@ The pictures are kept in .ci/artefacts, to be looked at.
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -234,14 +233,13 @@ def test_drain_without_workers_says_so(page: Browser, hub: HubProcess) -> None:
 
 
 def test_page_recovers_by_itself_when_the_hub_is_back(page: Browser) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = str(sock.getsockname()[1])
-    with hub_process("--admin-port", port) as hub:
-        look(page, hub)
-    page.wait_for(says("#state", "No answer"))
-    with hub_process("--admin-port", port):
-        page.wait_for(says("#state", "No workers"))
-        assert page.evaluate("document.querySelector('#banner').hidden") is True
+    with wire.reserved_port() as port:
+        with hub_process("--reuse-port", "--admin-port", port) as hub:
+            look(page, hub)
+        page.wait_for(says("#state", "No answer"))
+        with hub_process("--reuse-port", "--admin-port", port):
+            page.wait_for(says("#state", "No workers"))
+            assert page.evaluate("document.querySelector('#banner').hidden") is True
 
 
 def test_long_queue_stays_a_short_table(page: Browser, hub: HubProcess) -> None:

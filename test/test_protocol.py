@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,11 +354,12 @@ def test_worker_of_the_document_survives_a_request_that_breaks_off(
 def test_worker_of_the_document_comes_back_when_the_hub_is_restarted(
     command: list[str], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        address = sock.getsockname()[:2]
-    with wire.running(ForeignWorker(command, address, tmp_path)):
+    with (
+        wire.reserved_port() as port,
+        wire.running(ForeignWorker(command, ("127.0.0.1", int(port)), tmp_path)),
+    ):
         for _ in range(2):
-            with wire.hub_process("--worker-port", str(address[1])) as hub:
+            with wire.hub_process("--reuse-port", "--worker-port", port) as hub:
                 with wire.Peer.connect(hub.main) as consumer:
                     turn_round(consumer, b"is there anybody?")
                 hub.kill()

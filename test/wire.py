@@ -324,6 +324,15 @@ class Listener:
         self.close()
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[str]:
+    """Yield a port for hubs with --reuse-port, one after the other: in between, nobody else is given it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))  # and does not listen: who dials it is refused
+        yield str(sock.getsockname()[1])
+
+
 def parse_fields(lines: list[bytes]) -> Fields:
     fields = []
     for line in lines:
