@@ -1,4 +1,4 @@
-"""Fixtures only; what they yield is explained in wire.py."""
+"""Fixtures; what they yield is explained in wire.py. And pytest's options of halves.py."""
 
 import subprocess
 import sys
@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+import halves
 import wire
+
+pytest_addoption = halves.add_options
+pytest_configure = halves.configure
 
 
 @pytest.fixture

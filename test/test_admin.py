@@ -17,33 +17,17 @@ import pytest
 
 import pothead
 import wire
-from wire import HubProcess, Peer, hub_process
+from wire import OK, HubProcess, Peer, get, hub_process, post, serve
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 YES = b"Pothead-Action: yes"
 
 
 # ---- Helpers -----------------------------------------------------------------------------------------
 
 
-def request(
-    path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"localhost", body: bytes = b""
-) -> bytes:
-    if body:
-        lines = (*lines, b"Content-Length: %d" % len(body))
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n" + body
-
-
-def ask_admin(hub: HubProcess, path: bytes, *lines: bytes, method: bytes = b"GET") -> wire.Response:
-    with Peer.connect(hub.admin) as admin:
-        admin.send(request(path, *lines, method=method))
-        return admin.read_response(method)
-
-
 def act(hub: HubProcess, path: bytes, *lines: bytes) -> tuple[int, bytes]:
     """Post to an action; return status and body."""
-    response = ask_admin(hub, path, *(lines or (YES,)), method=b"POST")
+    response = hub.ask_admin(path, *(lines or (YES,)), method=b"POST")
     return response.status, response.body
 
 
@@ -67,12 +51,6 @@ def runs(hub: HubProcess, slot: Peer, data: bytes) -> Iterator[Peer]:
         yield consumer
 
 
-def serve(slot: Peer, response: bytes = OK) -> wire.Request:
-    taken = slot.read_request()
-    slot.send(response)
-    return taken
-
-
 def logged(hub: HubProcess, code: str) -> str:
     return hub.wait_for_line(lambda line: f" code={code}" in line)
 
@@ -83,9 +61,9 @@ def logged(hub: HubProcess, code: str) -> str:
 @pytest.mark.parametrize(
     "host", [b"127.0.0.1", b"10.1.2.3:4041", b"[::1]:4041", b"localhost:1", b"LocalHost.", b""]
 )
-def test_admin_port_may_be_called_by_address_and_as_localhost(hub: HubProcess, host: bytes) -> None:
-    with Peer.connect(hub.admin) as admin:
-        admin.send(request(b"/livez", host=host))
+def test_admin_port_may_be_called_by_address_and_as_localhost(common_hub: HubProcess, host: bytes) -> None:
+    with Peer.connect(common_hub.admin) as admin:
+        admin.send(get(b"/livez", host=host))
         assert admin.read_response().status == 200
 
 
@@ -93,26 +71,28 @@ def test_admin_port_may_be_called_by_address_and_as_localhost(hub: HubProcess, h
     "host", [b"evil.example", b"127.0.0.1.evil.example", b"localhost.evil.example:80", b"2130706433"]
 )
 @pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/nowhere"])
-def test_admin_port_refuses_a_name_that_it_was_not_told(hub: HubProcess, host: bytes, path: bytes) -> None:
-    with Peer.connect(hub.admin) as admin:
-        admin.send(request(path, host=host))
+def test_admin_port_refuses_a_name_that_it_was_not_told(
+    common_hub: HubProcess, host: bytes, path: bytes
+) -> None:
+    with Peer.connect(common_hub.admin) as admin:
+        admin.send(get(path, host=host))
         response = admin.read_response()
         assert response.status == 421
         assert response.body == b"this name is not among --admin-allowed-hosts: %b\n" % host
 
 
-def test_action_by_a_foreign_name_is_refused(hub: HubProcess) -> None:
-    with Peer.connect(hub.admin) as admin:
-        admin.send(request(b"/pause", YES, method=b"POST", host=b"evil.example"))
+def test_action_by_a_foreign_name_is_refused(common_hub: HubProcess) -> None:
+    with Peer.connect(common_hub.admin) as admin:
+        admin.send(get(b"/pause", YES, method=b"POST", host=b"evil.example"))
         assert admin.read_response().status == 421
-    assert hub.stats()["paused"] is False
+    assert common_hub.stats()["paused"] is False
 
 
 def test_admin_port_may_be_called_by_the_names_that_it_was_told() -> None:
     with hub_process("--admin-allowed-hosts", "hub.example, Hub") as hub:
         for host, status in ((b"HUB.example.:80", 200), (b"hub", 200), (b"hub.example.org", 421)):
             with Peer.connect(hub.admin) as admin:
-                admin.send(request(b"/livez", host=host))
+                admin.send(get(b"/livez", host=host))
                 assert admin.read_response().status == status
 
 
@@ -123,44 +103,44 @@ def test_allowed_hosts_are_names_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [b"/", b"/stats", b"/metrics", b"/livez", b"/readyz"])
-def test_what_can_be_looked_at_takes_get_and_head(hub: HubProcess, path: bytes) -> None:
-    got, head = ask_admin(hub, path), ask_admin(hub, path, method=b"HEAD")
+def test_what_can_be_looked_at_takes_get_and_head(common_hub: HubProcess, path: bytes) -> None:
+    got, head = common_hub.ask_admin(path), common_hub.ask_admin(path, method=b"HEAD")
     assert got.status == head.status
     assert got.body and not head.body
     for method in (b"POST", b"PUT", b"DELETE", b"OPTIONS", b"BREW"):
-        response = ask_admin(hub, path, YES, method=method)
+        response = common_hub.ask_admin(path, YES, method=method)
         assert (response.status, response.value(b"Allow")) == (405, b"GET, HEAD")
 
 
 @pytest.mark.parametrize("path", [b"/drain", b"/pause", b"/resume", b"/requests/x/cancel"])
-def test_actions_take_post_alone_and_only_on_purpose(hub: HubProcess, path: bytes) -> None:
+def test_actions_take_post_alone_and_only_on_purpose(common_hub: HubProcess, path: bytes) -> None:
     for method in (b"GET", b"HEAD", b"PUT", b"OPTIONS"):
-        response = ask_admin(hub, path, YES, method=method)
+        response = common_hub.ask_admin(path, YES, method=method)
         assert (response.status, response.value(b"Allow")) == (405, b"POST")
-    assert act(hub, path, b"X-Nothing: 1") == (403, b"this needs the field Pothead-Action: yes\n")
+    assert act(common_hub, path, b"X-Nothing: 1") == (403, b"this needs the field Pothead-Action: yes\n")
     for lines in (
         [b"Pothead-Action: no"],
         [YES, b"Sec-Fetch-Site: cross-site"],
         [YES, b"Sec-Fetch-Site: same-site"],
     ):
-        assert act(hub, path, *lines)[0] == 403
-    stats = hub.stats()
+        assert act(common_hub, path, *lines)[0] == 403
+    stats = common_hub.stats()
     assert (stats["paused"], stats["draining"]) == (False, False)
 
 
 def test_action_takes_no_body(hub: HubProcess) -> None:
     with Peer.connect(hub.admin) as admin:
-        admin.send(request(b"/pause", YES, method=b"POST", body=b"a=b"))
+        admin.send(post(b"/pause", b"a=b", YES, host=b"localhost"))
         assert admin.read_response().status == 413
     assert hub.stats()["paused"] is False
     assert act(hub, b"/pause", YES, b"Content-Length: 0", b"Sec-Fetch-Site: same-origin")[0] == 200
 
 
-@pytest.mark.parametrize("data", [request(b"/stats"), request(b"/nowhere"), request(b"/", method=b"TRACE")])
-def test_every_answer_forbids_guessing_keeping_and_telling(hub: HubProcess, data: bytes) -> None:
-    with Peer.connect(hub.admin) as admin:
-        admin.send(data)
-        response = admin.read_response()
+@pytest.mark.parametrize(("path", "method"), [(b"/stats", b"GET"), (b"/nowhere", b"GET"), (b"/", b"TRACE")])
+def test_every_answer_forbids_guessing_keeping_and_telling(
+    common_hub: HubProcess, path: bytes, method: bytes
+) -> None:
+    response = common_hub.ask_admin(path, method=method)
     assert response.value(b"X-Content-Type-Options") == b"nosniff"
     assert response.value(b"Cache-Control") == b"no-store"
     assert response.value(b"Referrer-Policy") == b"no-referrer"
@@ -193,7 +173,7 @@ def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
 
 def refusal(hub: HubProcess, path: bytes, *lines: bytes, method: bytes = b"POST") -> bytes:
     """Return the challenge of a request that is refused for its token."""
-    response = ask_admin(hub, path, *lines, method=method)
+    response = hub.ask_admin(path, *lines, method=method)
     assert response.status == 401, response
     assert b"Bearer TOKEN" in response.body
     (challenge,) = response.values(b"WWW-Authenticate")
@@ -209,7 +189,7 @@ def test_order_needs_the_token_and_looking_does_not(token_file: Path) -> None:
         stats = hub.stats()
         assert (stats["paused"], stats["draining"]) == (False, False)
         for path in (b"/", b"/metrics", b"/livez", b"/readyz"):
-            assert ask_admin(hub, path).status in (200, 501)
+            assert hub.ask_admin(path).status in (200, 501)
         assert act(hub, b"/pause", YES, BEARER) == (200, b"paused\n")
         assert hub.stats()["paused"] is True
         assert act(hub, b"/resume", YES, BEARER) == (200, b"resumed\n")
@@ -254,19 +234,20 @@ def test_token_for_all_leaves_the_probes_and_the_bare_page_free(token_file: Path
     with hub_process("--admin-token-file", str(token_file), "--admin-token-for", "all") as hub:
         for path in (b"/stats", b"/metrics"):
             for method in (b"GET", b"HEAD"):
-                assert ask_admin(hub, path, method=method).status == 401
+                assert hub.ask_admin(path, method=method).status == 401
             assert refusal(hub, path, b"Authorization: Bearer x", method=b"GET") == WRONG
-            assert ask_admin(hub, path, BEARER).status in (200, 501)
+            assert hub.ask_admin(path, BEARER).status in (200, 501)
         for path in (b"/", b"/livez", b"/readyz"):
-            assert ask_admin(hub, path).status == 200
-            assert ask_admin(hub, path, b"Authorization: Bearer x").status == 200
+            assert hub.ask_admin(path).status == 200
+            assert hub.ask_admin(path, b"Authorization: Bearer x").status == 200
         assert refusal(hub, b"/pause", YES) == PLAIN
         assert act(hub, b"/pause", YES, BEARER)[0] == 200
 
 
 def test_connection_goes_on_after_a_refusal(token_file: Path) -> None:
     with hub_process("--admin-token-file", str(token_file)) as hub, Peer.connect(hub.admin) as admin:
-        admin.send(request(b"/pause", YES, method=b"POST") + request(b"/pause", YES, BEARER, method=b"POST"))
+        for lines in ((YES,), (YES, BEARER)):
+            admin.send(get(b"/pause", *lines, method=b"POST", host=b"localhost"))
         assert [admin.read_response().status for _ in range(2)] == [401, 200]
 
 
@@ -276,7 +257,7 @@ def test_token_is_neither_logged_nor_shown(token_file: Path) -> None:
         for lines in ([BEARER], [BEARER, BEARER]):
             act(hub, b"/pause", YES, *lines)
         for path in (b"/", b"/stats", b"/metrics"):
-            assert TOKEN not in ask_admin(hub, path, BEARER).body
+            assert TOKEN not in hub.ask_admin(path, BEARER).body
         hub.send_signal(signal.SIGHUP)
         hub.wait_for_error(lambda line: "has been read again" in line)
     assert TOKEN.decode() not in hub.stderr + "".join(hub.lines)
@@ -284,7 +265,7 @@ def test_token_is_neither_logged_nor_shown(token_file: Path) -> None:
 
 def test_authorization_of_a_consumer_is_for_the_worker(tokened: HubProcess) -> None:
     with Peer.connect(tokened.worker) as slot, Peer.connect(tokened.main) as consumer:
-        consumer.send(request(b"/", BEARER, b"Authorization: Basic eDp5"))
+        consumer.send(get(b"/", BEARER, b"Authorization: Basic eDp5"))
         assert serve(slot).values(b"Authorization") == [b"Bearer " + TOKEN, b"Basic eDp5"]
         assert consumer.read_response().status == 200
 
@@ -379,7 +360,7 @@ def test_program_around_a_hub_has_the_token_read_again(token_file: Path) -> None
 
 
 def test_page_lets_in_its_own_style_and_script_and_nothing_else(hub: HubProcess) -> None:
-    response = ask_admin(hub, b"/")
+    response = hub.ask_admin(b"/")
     assert (response.status, response.value(b"Content-Type")) == (200, b"text/html; charset=utf-8")
     policy = dict(
         part.strip().partition(" ")[::2]
@@ -403,11 +384,11 @@ def test_page_lets_in_its_own_style_and_script_and_nothing_else(hub: HubProcess)
 
 def test_waiting_requests_have_their_place_and_the_time_until_they_start(hub: HubProcess, slot: Peer) -> None:
     with Peer.connect(hub.main) as first:
-        first.send(request(b"/first"))
+        first.send(get(b"/first"))
         serve(slot)
         first.read_response()
         mean_s = hub.until(lambda stats: stats["mean_service_seconds"])["mean_service_seconds"]
-        with runs(hub, slot, request(b"/a")), waits(hub, request(b"/b")), waits(hub, request(b"/c")):
+        with runs(hub, slot, get(b"/a")), waits(hub, get(b"/b")), waits(hub, get(b"/c")):
             rows = hub.stats()["waiting"]
             assert [(row["position"], row["path"]) for row in rows] == [(1, "/b"), (2, "/c")]
             assert rows[1]["starts_in_seconds"] == pytest.approx(2 * mean_s, abs=0.01)
@@ -422,7 +403,7 @@ def test_long_tables_and_paths_are_cut(hub: HubProcess) -> None:
         slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(rows + 5)]
         hub.until(lambda stats: stats["slots"]["idle"] == len(slots))
         for _ in range(2 * rows + 12):
-            stack.enter_context(Peer.connect(hub.main)).send(request(path))
+            stack.enter_context(Peer.connect(hub.main)).send(get(path))
         stats = hub.until(lambda stats: stats["demand"] == 2 * rows + 12)
     for name, left in (("waiting", 7), ("running", 5), ("workers", 5)):
         assert (len(stats[name]), stats[f"{name}_not_listed"]) == (rows, left)
@@ -431,7 +412,7 @@ def test_long_tables_and_paths_are_cut(hub: HubProcess) -> None:
 
 def test_failures_are_told_in_plain_words_and_counted_for_their_machine(hub: HubProcess) -> None:
     with Peer.connect(hub.worker) as slot:
-        with runs(hub, slot, request(b"/fails?secret", b"X-Request-Id: f1", method=b"POST")) as consumer:
+        with runs(hub, slot, get(b"/fails?secret", b"X-Request-Id: f1", method=b"POST")) as consumer:
             slot.close()
             assert consumer.read_response().status == 502
     with Peer.connect(hub.main) as consumer:
@@ -455,7 +436,7 @@ def test_errors_of_the_app_are_counted_and_told_as_failures(hub: HubProcess, slo
     statuses = (b"200 OK", b"404 Not Found", b"500 Oops", b"504 Gateway Timeout", b"500 Oops")
     with Peer.connect(hub.main) as consumer:
         for number, status in enumerate(statuses):
-            consumer.send(request(b"/%d" % number))
+            consumer.send(get(b"/%d" % number))
             serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
             consumer.read_response()
     stats = hub.until(lambda stats: stats["outcomes"]["OK"] == len(statuses))
@@ -467,12 +448,12 @@ def test_errors_of_the_app_are_counted_and_told_as_failures(hub: HubProcess, slo
 
 
 def test_consumers_who_leave_do_not_push_out_the_real_failures(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/lost", method=b"POST")) as consumer:
+    with runs(hub, slot, get(b"/lost", method=b"POST")) as consumer:
         slot.close()
         assert consumer.read_response().status == 502
     count = 2 * pothead.LIMITS.listed_failures
     for number in range(1, count + 1):
-        with waits(hub, request(b"/leaves-%d" % number)):
+        with waits(hub, get(b"/leaves-%d" % number)):
             pass
         hub.until(lambda stats, number=number: stats["outcomes"]["CQ"] == number)
     *left, lost = hub.stats()["failures"]
@@ -482,7 +463,7 @@ def test_consumers_who_leave_do_not_push_out_the_real_failures(hub: HubProcess, 
 
 
 def test_failures_of_a_machine_after_which_a_request_was_tried_again_are_told_apart(hub: HubProcess) -> None:
-    with Peer.connect(hub.worker) as first, runs(hub, first, request(b"/again")) as consumer:
+    with Peer.connect(hub.worker) as first, runs(hub, first, get(b"/again")) as consumer:
         first.close()
         with Peer.connect(hub.worker) as second:
             second.read_request()
@@ -498,7 +479,7 @@ def test_only_the_last_failures_of_each_code_are_kept(hub: HubProcess) -> None:
     count = pothead.LIMITS.listed_failures + 3
     with Peer.connect(hub.main) as consumer:
         for number in range(count):
-            consumer.send(request(b"/%d" % number, b"Content-Length: 2g", method=b"PUT"))
+            consumer.send(get(b"/%d" % number, b"Content-Length: 2g", method=b"PUT"))
             consumer.read_to_end()
             consumer.close()
             consumer = Peer.connect(hub.main)
@@ -508,7 +489,7 @@ def test_only_the_last_failures_of_each_code_are_kept(hub: HubProcess) -> None:
 
 
 def test_history_tells_the_peak_of_a_burst_that_is_over(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/a")) as first, waits(hub, request(b"/b")) as second:
+    with runs(hub, slot, get(b"/a")) as first, waits(hub, get(b"/b")) as second:
         slot.send(OK)
         serve(slot)
         first.read_response()
@@ -569,7 +550,7 @@ def test_stats_tell_requests_a_second_and_what_bodies_take(hub: HubProcess) -> N
     with Peer.connect(hub.main) as consumer:
         consumer.send(b"garbage\r\n\r\n")
         consumer.read_to_end()
-    with waits(hub, request(b"/", method=b"PUT", body=b"x" * 1000)):
+    with waits(hub, post(b"/", b"x" * 1000, method=b"PUT")):
         stats = hub.until(lambda stats: stats["requests_per_second"])
         assert 0 < stats["requests_per_second"] <= 1 / STEP_S
         assert stats["spool_memory_bytes"] == 1000
@@ -643,7 +624,7 @@ PROCESS = {
 
 def scrape(hub: HubProcess) -> Metrics:
     pytest.importorskip("prometheus_client")
-    response = ask_admin(hub, b"/metrics")
+    response = hub.ask_admin(b"/metrics")
     assert response.status == 200, response
     assert (response.value(b"Content-Type") or b"").startswith(b"text/plain; version=")
     return Metrics(response.body.decode())
@@ -664,7 +645,7 @@ def test_metrics_tell_who_is_connected_and_what_bodies_take(hub: HubProcess) -> 
     with Peer.connect(hub.main), Peer.connect(hub.worker), Peer.connect(hub.worker):
         hub.until(lambda stats: stats["slots"]["idle"] == 2)
         act(hub, b"/pause")
-        with waits(hub, request(b"/", method=b"PUT", body=b"x" * 1000)):
+        with waits(hub, post(b"/", b"x" * 1000, method=b"PUT")):
             metrics = scrape(hub)
     kinds = ("consumers", "workers", "admin")
     assert [metrics[f"pothead_hub_connections{{kind={kind}}}"] for kind in kinds] == [2, 2, 1]
@@ -673,11 +654,11 @@ def test_metrics_tell_who_is_connected_and_what_bodies_take(hub: HubProcess) -> 
 
 
 def test_metrics_tell_what_waits_and_what_runs(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/a")), waits(hub, request(b"/b")), Peer.connect(hub.worker) as other:
+    with runs(hub, slot, get(b"/a")), waits(hub, get(b"/b")), Peer.connect(hub.worker) as other:
         with other:
             serve(other)
         act(hub, b"/pause")
-        with waits(hub, request(b"/c")):
+        with waits(hub, get(b"/c")):
             metrics = scrape(hub)
     assert metrics["pothead_hub_queue_length"] == metrics["pothead_hub_requests_in_flight"] == 1
     assert metrics["pothead_hub_queue_oldest_seconds"] >= 0
@@ -689,7 +670,7 @@ def test_metrics_tell_what_waits_and_what_runs(hub: HubProcess, slot: Peer) -> N
 def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot: Peer) -> None:
     with Peer.connect(hub.main) as consumer:
         for method in (b"GET", b"PUT", b"BREW", b"x-any-word"):
-            consumer.send(request(b"/", method=method, body=b"1234"))
+            consumer.send(post(b"/", b"1234", method=method))
             serve(slot, b"HTTP/1.1 418 Short\r\nContent-Length: 2\r\n\r\nok")
             consumer.read_response()
     with Peer.connect(hub.main) as consumer:
@@ -716,7 +697,7 @@ def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot:
 def test_metrics_count_errors_of_the_app_by_status(hub: HubProcess, slot: Peer) -> None:
     with Peer.connect(hub.main) as consumer:
         for status in (b"200 OK", b"503 Busy", b"500 Oops", b"503 Busy"):
-            consumer.send(request(b"/"))
+            consumer.send(get(b"/"))
             serve(slot, b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
             consumer.read_response()
     hub.until(lambda stats: stats["outcomes"]["OK"] == 4)
@@ -729,8 +710,8 @@ def test_metrics_count_errors_of_the_app_by_status(hub: HubProcess, slot: Peer) 
 
 
 def test_histograms_count_what_was_queued_and_what_was_worked(slot: Peer, hub: HubProcess) -> None:
-    with runs(hub, slot, request(b"/a")) as consumer:
-        with waits(hub, request(b"/gives-up")):
+    with runs(hub, slot, get(b"/a")) as consumer:
+        with waits(hub, get(b"/gives-up")):
             pass
         hub.until(lambda stats: stats["outcomes"]["CQ"])
         slot.send(OK)
@@ -757,10 +738,10 @@ def test_promtool_finds_nothing_to_complain_of(hub: HubProcess, slot: Peer) -> N
         pytest.skip("promtool (Debian: prometheus) is not installed")
     pytest.importorskip("prometheus_client")
     with Peer.connect(hub.main) as consumer:
-        consumer.send(request(b"/"))
+        consumer.send(get(b"/"))
         serve(slot)
         consumer.read_response()
-    text = ask_admin(hub, b"/metrics").body
+    text = hub.ask_admin(b"/metrics").body
     result = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=30)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
@@ -772,10 +753,10 @@ def test_paused_hub_starts_nothing_until_it_is_resumed(hub: HubProcess, slot: Pe
     hub.until(lambda stats: stats["slots"]["idle"] == 1)
     assert act(hub, b"/pause") == (200, b"paused\n")
     assert act(hub, b"/pause") == (200, b"paused\n")
-    with waits(hub, request(b"/a")) as consumer:
+    with waits(hub, get(b"/a")) as consumer:
         stats = hub.stats()
         assert (stats["paused"], stats["slots"]) == (True, {"idle": 1, "busy": 0})
-        assert ask_admin(hub, b"/readyz").status == 200
+        assert hub.ask_admin(b"/readyz").status == 200
         assert act(hub, b"/resume") == (200, b"resumed\n")
         assert serve(slot).target == b"/a"
         assert consumer.read_response().status == 200
@@ -783,7 +764,7 @@ def test_paused_hub_starts_nothing_until_it_is_resumed(hub: HubProcess, slot: Pe
 
 
 def test_pause_lets_running_requests_go_on(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/a")) as first, waits(hub, request(b"/b")) as second:
+    with runs(hub, slot, get(b"/a")) as first, waits(hub, get(b"/b")) as second:
         act(hub, b"/pause")
         slot.send(OK)
         assert first.read_response().status == 200
@@ -797,7 +778,7 @@ def test_requests_time_out_while_the_hub_is_paused() -> None:
     with hub_process("--queue-timeout", "200ms") as hub, Peer.connect(hub.worker):
         act(hub, b"/pause")
         with Peer.connect(hub.main) as consumer:
-            consumer.send(request(b"/"))
+            consumer.send(get(b"/"))
             assert consumer.read_response().status == 503
         logged(hub, "QT")
 
@@ -805,15 +786,15 @@ def test_requests_time_out_while_the_hub_is_paused() -> None:
 def test_full_queue_of_a_paused_hub_refuses_more() -> None:
     with hub_process("--max-queue", "1") as hub, Peer.connect(hub.worker):
         act(hub, b"/pause")
-        with waits(hub, request(b"/")), Peer.connect(hub.main) as consumer:
-            consumer.send(request(b"/"))
+        with waits(hub, get(b"/")), Peer.connect(hub.main) as consumer:
+            consumer.send(get(b"/"))
             assert consumer.read_response().status == 503
             logged(hub, "QF")
 
 
 def test_drain_by_the_admin_port_finishes_what_there_is_even_if_paused(hub: HubProcess, slot: Peer) -> None:
     act(hub, b"/pause")
-    with waits(hub, request(b"/")) as consumer:
+    with waits(hub, get(b"/")) as consumer:
         assert act(hub, b"/drain") == (202, b"draining\n")
         assert act(hub, b"/pause") == (409, b"draining: too late for a pause\n")
         serve(slot)
@@ -827,7 +808,7 @@ def test_drain_of_an_idle_hub_is_answered_before_it_ends(hub: HubProcess) -> Non
 
 
 def test_cancelled_request_that_waits_gets_503_and_no_worker_sees_it(hub: HubProcess) -> None:
-    with waits(hub, request(b"/a", b"X-Request-Id: a1")) as consumer, waits(hub, request(b"/b")) as other:
+    with waits(hub, get(b"/a", b"X-Request-Id: a1")) as consumer, waits(hub, get(b"/b")) as other:
         assert act(hub, b"/requests/a1/cancel") == (200, b"cancelled 1\n")
         response = consumer.read_response()
         assert response.status == 503
@@ -837,14 +818,14 @@ def test_cancelled_request_that_waits_gets_503_and_no_worker_sees_it(hub: HubPro
         with Peer.connect(hub.worker) as slot:
             assert serve(slot).target == b"/b"
             assert other.read_response().status == 200
-            consumer.send(request(b"/again"))
+            consumer.send(get(b"/again"))
             serve(slot)
             assert consumer.read_response().status == 200
         assert act(hub, b"/requests/a1/cancel") == (404, b"no such request, or it has ended\n")
 
 
 def test_cancelled_request_that_runs_gets_503_and_its_worker_is_told(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/", b"X-Request-Id: r1", method=b"POST")) as consumer:
+    with runs(hub, slot, get(b"/", b"X-Request-Id: r1", method=b"POST")) as consumer:
         assert act(hub, b"/requests/r1/cancel")[0] == 200
         assert consumer.read_response().status == 503
         slot.expect_eof()
@@ -852,7 +833,7 @@ def test_cancelled_request_that_runs_gets_503_and_its_worker_is_told(hub: HubPro
 
 
 def test_cancelled_request_whose_response_has_begun_is_cut(hub: HubProcess, slot: Peer) -> None:
-    with runs(hub, slot, request(b"/", b"X-Request-Id: r1")) as consumer:
+    with runs(hub, slot, get(b"/", b"X-Request-Id: r1")) as consumer:
         slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n1234")
         consumer.read_until(b"1234")
         act(hub, b"/requests/r1/cancel")
@@ -863,9 +844,7 @@ def test_cancelled_request_whose_response_has_begun_is_cut(hub: HubProcess, slot
 
 def test_request_whose_body_is_still_coming_can_be_cancelled(hub: HubProcess) -> None:
     with Peer.connect(hub.main) as consumer:
-        head = request(
-            b"/", b"X-Request-Id: r1", b"Content-Length: 100", b"Expect: 100-continue", method=b"PUT"
-        )
+        head = get(b"/", b"X-Request-Id: r1", b"Content-Length: 100", b"Expect: 100-continue", method=b"PUT")
         consumer.send(head)
         consumer.expect(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert act(hub, b"/requests/r1/cancel")[0] == 200
@@ -877,7 +856,7 @@ def test_all_requests_with_the_same_id_are_cancelled_whatever_it_looks_like(hub:
     for given in (b"../../drain", b"a/b=c+d@e:f~", b"%b" % (b"x" * 128)):
         lines = (b"X-Request-Id: %b" % given,)
         path = b"/requests/%b/cancel" % b"".join(b"%%%02X" % byte for byte in given)
-        with waits(hub, request(b"/", *lines)) as first, waits(hub, request(b"/", *lines)) as second:
+        with waits(hub, get(b"/", *lines)) as first, waits(hub, get(b"/", *lines)) as second:
             assert act(hub, path) == (200, b"cancelled 2\n")
             assert first.read_response().status == second.read_response().status == 503
     assert hub.stats()["draining"] is False
@@ -887,7 +866,7 @@ def test_all_requests_with_the_same_id_are_cancelled_whatever_it_looks_like(hub:
     "path", [b"/requests/%FF%00/cancel", b"/requests//cancel", b"/requests/x", b"/cancel"]
 )
 def test_nonsense_cancels_nothing(hub: HubProcess, path: bytes) -> None:
-    with waits(hub, request(b"/")):
+    with waits(hub, get(b"/")):
         assert act(hub, path)[0] == 404
         assert hub.stats()["queue_length"] == 1
 
@@ -903,12 +882,11 @@ def test_program_around_a_hub_pauses_cancels_and_resumes() -> None:
         main, worker = ((host, int(port)) for host, _, port in (addresses["consumers"], addresses["workers"]))
         hub.pause()
         with Peer.connect(worker) as slot, Peer.connect(main) as consumer:
-            consumer.send(request(b"/", b"X-Request-Id: one"))
-            while not hub.policy.waiting:
-                pass
+            consumer.send(get(b"/", b"X-Request-Id: one"))
+            wire.until(lambda: hub.policy.waiting)
             hub.cancel("one")
             assert consumer.read_response().status == 503
-            consumer.send(request(b"/"))
+            consumer.send(get(b"/"))
             hub.resume()
             serve(slot)
             assert consumer.read_response().status == 200

@@ -27,33 +27,17 @@ import pytest
 import pothead
 import pothead_worker
 import wire
+from wire import Ended
 
-HUB = str(wire.ROOT / "pothead.py")
-WORKER = str(wire.ROOT / "pothead_worker.py")
+HUB = wire.compiled("pothead")
+WORKER = wire.compiled("pothead_worker")
 FREE_PORTS = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
-GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """What is left of a process."""
-
-    status: int
-    lines: list[str]
-    stderr: str
+GET = wire.get(b"/")
 
 
 def run(*command: str, environment: dict[str, str] | None = None, cwd: Path = wire.ROOT) -> Ended:
     """Run a program of Python to its end, which must come by itself."""
-    program = wire.Program(wire.python(*command), cwd, environment)
-    program.may_have_ended = True
-    with wire.running(program):
-        return Ended(program.wait(), program.lines, program.stderr)
-
-
-def ask(peer: wire.Peer) -> wire.Response:
-    peer.send(GET)
-    return peer.read_response()
+    return wire.run_to_end(wire.python(*command), cwd, environment)
 
 
 # ---- Options of the hub ------------------------------------------------------------------------------
@@ -691,11 +675,11 @@ def test_work_that_outlasts_the_graceful_timeout_is_cut_off_and_gives_1() -> Non
 
 def test_hub_survives_a_hangup_of_its_terminal(hub: wire.HubProcess, worker: wire.WorkerProcess) -> None:
     with wire.Peer.connect(hub.main) as consumer:
-        assert ask(consumer).status == 200
+        assert consumer.ask(GET).status == 200
         for program in (hub, worker):
             program.process.send_signal(signal.SIGHUP)
-        assert ask(consumer).status == 200
-        assert ask(consumer).status == 200
+        assert consumer.ask(GET).status == 200
+        assert consumer.ask(GET).status == 200
 
 
 # ---- Logs that nobody reads --------------------------------------------------------------------------
@@ -770,7 +754,7 @@ def test_worker_serves_on_when_nobody_reads_its_log(listener: wire.Listener) -> 
     with Unread(WORKER, "--connect", address, "--log-level", "debug") as worker:
         with listener.accept() as hub:
             for _ in range(100):  # lines of 60 bytes
-                assert ask(hub).status == 200
+                assert hub.ask(GET).status == 200
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(wire.DEADLINE_S) == 0
 
@@ -796,7 +780,7 @@ def test_worker_serves_on_when_its_log_is_closed(listener: wire.Listener) -> Non
         worker.stderr.close()
         with listener.accept() as hub:
             for _ in range(3):
-                assert ask(hub).status == 200
+                assert hub.ask(GET).status == 200
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(wire.DEADLINE_S) == 0
 
@@ -1000,7 +984,7 @@ def test_times_of_hub_and_worker_are_in_utc_whatever_the_app_does_to_the_zone(
     command = [*wire.python(WORKER), *mode, "elsewhere:app"]
     with wire.hub_process("--", *command, cwd=tmp_path, environment=environment) as hub:
         with wire.Peer.connect(hub.main) as consumer:
-            assert ask(consumer).status == 500
+            assert consumer.ask(GET).status == 500
         hub.wait_for_error(lambda line: "two" in line)
         hub.terminate()
         hub.wait()

@@ -65,20 +65,14 @@ def flags_of(program: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]+", text)) | {"--help"}
 
 
-def ask_admin(hub: wire.HubProcess, path: str) -> wire.Response:
-    with wire.Peer.connect(hub.admin) as peer:
-        peer.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        return peer.read_response()
-
-
 def endpoints_of(hub: wire.HubProcess) -> set[str]:
     """The page for what is not there tells what is there."""
-    return set(re.findall(r"(?<!\S)/\S*", ask_admin(hub, "/nowhere").body.decode()))
+    return set(re.findall(r"(?<!\S)/\S*", hub.ask_admin(b"/nowhere").body.decode()))
 
 
 def metrics_of_hub(hub: wire.HubProcess) -> set[str]:
     """None at all if this hub has no metrics, or not the package for them."""
-    response = ask_admin(hub, "/metrics")
+    response = hub.ask_admin(b"/metrics")
     page = response.body.decode() if response.status == 200 else ""
     return {
         name for name in re.findall(r"^# TYPE (\S+)", page, re.MULTILINE) if not name.endswith("_created")

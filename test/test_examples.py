@@ -10,21 +10,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pytest
 
 import wire
+from wire import fetch, request
 
 EXAMPLES = wire.ROOT / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 ON_PATH = os.pathsep.join([str(EXAMPLES), str(wire.ROOT)])
 WAVE_S = 20
 
-T = TypeVar("T")
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no /proc here")
@@ -56,28 +55,8 @@ def example(name: str, directory: Path, *options: str, hub_options: Iterable[str
             yield Service(hub, worker)
 
 
-def request(method: str, target: str, body: bytes | None = None) -> bytes:
-    length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
-    return f"{method} {target} HTTP/1.1\r\nHost: example\r\n".encode() + length + b"\r\n" + (body or b"")
-
-
-def ask(hub: wire.HubProcess, method: str, target: str, body: bytes | None = None) -> wire.Response:
-    with wire.Peer.connect(hub.main) as consumer:
-        consumer.send(request(method, target, body))
-        return consumer.read_response(method.encode())
-
-
-def wait_for(find: Callable[[], T | None]) -> T:
-    """Return what `find` finds, once it finds something. For what cannot be waited for otherwise."""
-    ends_at_s = time.monotonic() + wire.DEADLINE_S
-    while time.monotonic() < ends_at_s:
-        if (found := find()) is not None:
-            return found
-    raise AssertionError(f"{find} found nothing in {wire.DEADLINE_S} s")
-
-
 def wait_until_busy(hub: wire.HubProcess) -> None:
-    wait_for(lambda: hub.stats()["running"] or None)
+    hub.until(lambda stats: stats["running"])
 
 
 # ---- All of them -------------------------------------------------------------------------------------
@@ -94,15 +73,15 @@ def test_example_is_short_and_runs_as_its_docstring_says(name: str) -> None:
     hub = wire.HubProcess(shlex.split(line.replace("python3", sys.executable)), EXAMPLES, ports)
     with wire.running(hub):
         hub.wait_until_ready()
-        assert ask(hub, "GET", "/?digits=9").status in (200, 405)
+        assert fetch(hub.main, request("GET /?digits=9")).status in (200, 405)
 
 
 @pytest.mark.parametrize("name", ["transcode", "memory_hungry"])
 def test_example_refuses_other_methods(name: str, tmp_path: Path) -> None:
     with example(name, tmp_path) as (hub, _worker):
-        response = ask(hub, "GET", "/")
+        response = fetch(hub.main, request("GET /"))
         assert (response.status, response.value(b"Allow")) == (405, b"POST, PUT")
-        assert ask(hub, "HEAD", "/").status == 405
+        assert fetch(hub.main, request("HEAD /")).status == 405
 
 
 # ---- cancellable.py ----------------------------------------------------------------------------------
@@ -110,23 +89,23 @@ def test_example_refuses_other_methods(name: str, tmp_path: Path) -> None:
 
 def test_cancellable_finds_a_prime(tmp_path: Path) -> None:
     with example("cancellable", tmp_path) as (hub, _worker):
-        prime = int(ask(hub, "GET", "/?digits=3").body)
+        prime = int(fetch(hub.main, request("GET /?digits=3")).body)
         assert 100 < prime < 1000 and all(prime % divisor for divisor in range(2, 32))
-        prime = int(ask(hub, "GET", "/?digits=80").body)
+        prime = int(fetch(hub.main, request("GET /?digits=80")).body)
         assert len(str(prime)) == 80 and pow(3, prime - 1, prime) == 1
-        assert ask(hub, "GET", "/?digits=0").status == 400
+        assert fetch(hub.main, request("GET /?digits=0")).status == 400
 
 
 @needs_proc
 def test_cancellable_stops_when_its_consumer_leaves(tmp_path: Path) -> None:
     with example("cancellable", tmp_path) as (hub, worker):
         with wire.Peer.connect(hub.main) as consumer:
-            consumer.send(request("GET", "/?digits=999"))
+            consumer.send(request("GET /?digits=999"))
             wait_until_busy(hub)
             ticks = wire.cpu_ticks(worker.pid)
-            wait_for(lambda: wire.cpu_ticks(worker.pid) > ticks + 5 or None)  # or it had not even begun
+            wire.until(lambda: wire.cpu_ticks(worker.pid) > ticks + 5)  # or it had not even begun
         worker.wait_for_error(re.compile(r"cancelled after [0-9.]+ s, [0-9]+ candidates").fullmatch)
-        assert ask(hub, "GET", "/?digits=2").status == 200
+        assert fetch(hub.main, request("GET /?digits=2")).status == 200
 
 
 # ---- memory_hungry.py --------------------------------------------------------------------------------
@@ -138,13 +117,14 @@ def test_memory_hungry_sorts_lines(tmp_path: Path, options: tuple[str, ...]) -> 
         pytest.skip(f"this worker has no {options[0]}")
     with example("memory_hungry", tmp_path, *options) as (hub, _worker):
         for _ in range(3):
-            assert ask(hub, "PUT", "/", b"pear\napple\nquince\n").body == b"apple\npear\nquince\n"
-        assert ask(hub, "POST", "/", b"").body == b""
+            response = fetch(hub.main, request("PUT /", body=b"pear\napple\nquince\n"))
+            assert response.body == b"apple\npear\nquince\n"
+        assert fetch(hub.main, request("POST /", "Content-Length: 0")).body == b""
 
 
 def test_memory_hungry_refuses_what_is_too_long(tmp_path: Path) -> None:
     with example("memory_hungry", tmp_path) as (hub, _worker):
-        assert ask(hub, "PUT", "/", bytes((16 << 20) + 1)).status == 413
+        assert fetch(hub.main, request("PUT /", body=bytes((16 << 20) + 1))).status == 413
 
 
 # ---- transcode.py ------------------------------------------------------------------------------------
@@ -165,7 +145,7 @@ def wave() -> bytes:
 @needs_ffmpeg
 def test_transcode_makes_opus_of_the_whole_tone(tmp_path: Path, wave: bytes) -> None:
     with example("transcode", tmp_path) as (hub, _worker):
-        response = ask(hub, "PUT", "/", wave)
+        response = fetch(hub.main, request("PUT /", body=wave))
     assert (response.status, response.value(b"Content-Type")) == (200, b"audio/ogg")
     assert response.body.startswith(b"OggS") and b"OpusHead" in response.body[:100]
     pcm = ffmpeg("-i", "pipe:0", "-f", "s16le", "-ac", "1", "-ar", "48000", "pipe:1", stdin=response.body)
@@ -176,7 +156,7 @@ def test_transcode_makes_opus_of_the_whole_tone(tmp_path: Path, wave: bytes) -> 
 def test_transcode_answers_while_the_request_is_still_being_sent(tmp_path: Path, wave: bytes) -> None:
     with example("transcode", tmp_path, hub_options=["--stream-requests"]) as (hub, _worker):
         with wire.Peer.connect(hub.main) as consumer:
-            message = request("PUT", "/", wave)
+            message = request("PUT /", body=wave)
             consumer.send(message[: len(message) * 3 // 4])
             head = consumer.read_head()
             assert head.startswith(b"HTTP/1.1 200 ")
@@ -188,8 +168,8 @@ def test_transcode_answers_while_the_request_is_still_being_sent(tmp_path: Path,
 @needs_ffmpeg
 def test_transcode_refuses_what_is_no_audio(tmp_path: Path) -> None:
     with example("transcode", tmp_path) as (hub, _worker):
-        assert ask(hub, "PUT", "/", b"this is not audio\n" * 1000).status == 422
-        assert ask(hub, "PUT", "/", b"").status == 422
+        assert fetch(hub.main, request("PUT /", body=b"this is not audio\n" * 1000)).status == 422
+        assert fetch(hub.main, request("PUT /", "Content-Length: 0")).status == 422
 
 
 @needs_ffmpeg
@@ -199,17 +179,17 @@ def test_transcode_kills_ffmpeg_when_the_consumer_leaves(
     tmp_path: Path, wave: bytes, has_answered: bool
 ) -> None:
     with example("transcode", tmp_path, hub_options=["--stream-requests"]) as (hub, worker):
-        message = request("PUT", "/", wave)
+        message = request("PUT /", body=wave)
         with wire.Peer.connect(hub.main) as consumer:
             consumer.send(message[: len(message) * 3 // 4] if has_answered else message[:1000])
             if has_answered:
                 consumer.read_head()
-            process = os.pidfd_open(wait_for(lambda: find_child(worker.pid)))
+            process = os.pidfd_open(wire.until(lambda: find_child(worker.pid)) or 0)
         try:
             assert select.select([process], [], [], wire.DEADLINE_S)[0]
         finally:
             os.close(process)
-        assert ask(hub, "PUT", "/", wave).status == 200
+        assert fetch(hub.main, request("PUT /", body=wave)).status == 200
 
 
 def find_child(pid: int) -> int | None:

@@ -18,9 +18,7 @@ import pytest
 import pothead
 import wire
 from pothead import Hub, Options, Outcome, State, Stream
-from wire import Peer
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+from wire import OK, Peer, get
 
 
 class Clock:
@@ -80,7 +78,7 @@ class Rig:
         return found
 
     def response(self, consumer: Peer) -> wire.Response:
-        self.until(lambda: has_bytes(consumer))
+        self.until(lambda: consumer.has_bytes())
         return consumer.read_response()
 
     def is_closed(self, peer: Peer) -> bool:
@@ -125,16 +123,6 @@ def address(rig: Rig) -> wire.Address:
     return host, int(port)
 
 
-def has_bytes(peer: Peer) -> bool:
-    peer.sock.setblocking(False)
-    try:
-        return bool(peer.sock.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-        return False
-    finally:
-        peer.sock.settimeout(wire.DEADLINE_S)
-
-
 def take(peer: Peer) -> int:
     """Receive what has come; returns how much the peer holds."""
     peer.sock.setblocking(False)
@@ -142,11 +130,6 @@ def take(peer: Peer) -> int:
         peer.received += peer.sock.recv(1 << 20)
     peer.sock.settimeout(wire.DEADLINE_S)
     return len(peer.received)
-
-
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: pothead.test", *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n"
 
 
 @pytest.fixture
@@ -204,7 +187,7 @@ def test_what_has_ended_is_freed_without_the_garbage_collector(rig: Rig) -> None
     try:
         for _ in range(3):
             consumer.send(get(b"/"))
-            rig.until(lambda: has_bytes(slot))
+            rig.until(lambda: slot.has_bytes())
             slot.read_request()
             slot.send(OK)
             rig.response(consumer)
@@ -251,7 +234,7 @@ def test_exchange_is_finished_once_and_by_the_first_reason(rig: Rig, outcome: Ou
     assert rig.hub.policy.waiting == len(rig.hub.exchanges) == 0
     consumer.send(get(b"/next"))  # and nothing else was written
     slot = rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.send(OK)
     assert rig.response(consumer).body == b"ok"
 
@@ -259,16 +242,16 @@ def test_exchange_is_finished_once_and_by_the_first_reason(rig: Rig, outcome: Ou
 @pytest.mark.parametrize("outcome", [each for each in WITH_A_STATUS if each is not Outcome.QUEUE_FULL])
 def test_what_has_begun_is_cut_and_not_followed_by_an_error_page(rig: Rig, outcome: Outcome) -> None:
     consumer, slot = rig.consumer(get(b"/")), rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.send(OK[:-1])
-    rig.until(lambda: has_bytes(consumer))
+    rig.until(lambda: consumer.has_bytes())
     consumer.read_until(b"\r\n\r\n")
     rig.exchange(b"/").finish(outcome)
     rig.turn()
     assert consumer.read_to_end() in (b"", b"o")
     assert codes(rig) == [outcome.code]
     assert "status=200" in rig.lines[0]
-    rig.until(lambda: rig.is_closed(slot) if not has_bytes(slot) else not slot.read_request())
+    rig.until(lambda: rig.is_closed(slot) if not slot.has_bytes() else not slot.read_request())
 
 
 # ---- Faults of the hub's own -------------------------------------------------------------------------
@@ -294,7 +277,7 @@ def test_fault_costs_its_own_exchange_and_no_other(rig: Rig, caplog: pytest.LogC
     assert codes(rig) == ["HB"]
     rig.until(lambda: rig.hub.policy.running == 2)
     for slot in slots:
-        if has_bytes(slot):
+        if slot.has_bytes():
             slot.read_request()
             slot.send(OK)
     assert rig.response(before).body == rig.response(after).body == b"ok"
@@ -312,15 +295,15 @@ def test_access_log_that_fails_does_not_end_the_hub(
 ) -> None:
     break_for(rig.hub, "on_finished", b"/fault")
     consumer, slot = rig.consumer(get(b"/fault")), rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     slot.send(OK.replace(b"\r\n\r\n", b"\r\nConnection: %b\r\n\r\n" % connection))
     assert rig.response(consumer).body == b"ok"
     rig.turn()
     slots = [slot, rig.connect(rig.hub.addresses["workers"])]
     another = rig.consumer(get(b"/next"))
-    rig.until(lambda: any(has_bytes(each) for each in slots))
-    (chosen,) = filter(has_bytes, slots)
+    rig.until(lambda: any(each.has_bytes() for each in slots))
+    (chosen,) = filter(Peer.has_bytes, slots)
     chosen.send(OK)
     assert rig.response(another).body == b"ok"
     assert "ZeroDivisionError" in caplog.text
@@ -343,7 +326,7 @@ def test_log_tells_waiting_and_working_apart(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/"))
     rig.pass_time(1.5)
     slot = rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     assert slot.read_request().value(b"Pothead-Queue-Seconds") == b"1.500"
     rig.pass_time(2.25)
     slot.send(OK)
@@ -356,13 +339,13 @@ def test_log_adds_up_the_waits_of_a_request_that_ran_twice(rig: Rig) -> None:
     consumer = rig.consumer(get(b"/"))
     rig.pass_time(1)
     first = rig.slot()
-    rig.until(lambda: has_bytes(first))
+    rig.until(lambda: first.has_bytes())
     rig.pass_time(2)
     first.reset()
     rig.until(lambda: rig.hub.policy.waiting == 1)
     rig.pass_time(4)
     second = rig.slot()
-    rig.until(lambda: has_bytes(second))
+    rig.until(lambda: second.has_bytes())
     assert second.read_request().value(b"Pothead-Queue-Seconds") == b"5.000"
     rig.pass_time(8)
     second.send(OK)
@@ -381,7 +364,7 @@ def test_request_expires_when_its_time_is_over_and_not_before(new_rig: Callable[
     assert rig.hub.policy.waiting == 2
     rig.pass_time(0.1)
     assert rig.response(first).status == 503
-    assert not has_bytes(second)
+    assert not second.has_bytes()
     rig.pass_time(30)
     assert rig.response(second).status == 503
     assert codes(rig) == ["QT", "QT"]
@@ -391,14 +374,14 @@ def test_after_a_standstill_slots_that_became_free_come_before_timeouts(new_rig:
     rig = new_rig(queue_timeout=60.0, response_timeout=60.0)
     slot = rig.slot()
     first = rig.consumer(get(b"/1"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     second = rig.consumer(get(b"/2"))
     slot.send(OK)
     rig.clock.now += 3600  # the hub's process was stopped meanwhile
     rig.turn()
     assert rig.response(first).body == b"ok"
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     assert slot.read_request().target == b"/2"
     slot.send(OK)
     assert rig.response(second).body == b"ok"
@@ -408,7 +391,7 @@ def test_after_a_standstill_slots_that_became_free_come_before_timeouts(new_rig:
 def test_retry_after_is_queued_by_slots_times_mean_service_time(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(max_queue=3)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     rig.pass_time(7)
     slot.send(OK)
@@ -441,7 +424,7 @@ def test_retry_after_is_not_short_for_who_has_waited_in_vain(
 ) -> None:
     rig = new_rig(queue_timeout=60.0)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     rig.pass_time(service_s)
     slot.send(OK)
@@ -458,7 +441,7 @@ def test_retry_after_is_not_short_for_who_has_waited_in_vain(
 def test_response_timeout_ends_the_attempt(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(response_timeout=600.0)
     consumer, slot = rig.consumer(get(b"/")), rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     rig.pass_time(599)
     slot.send(b"HTTP/1.1 102 Processing\r\n\r\n")
@@ -477,7 +460,7 @@ def test_idle_consumer_is_closed_when_its_time_is_over(new_rig: Callable[..., Ri
     rig.turn()
     if is_used:
         consumer.send(get(b"/"))
-        rig.until(lambda: has_bytes(slot))
+        rig.until(lambda: slot.has_bytes())
         rig.pass_time(1000)  # while it waits for its response, it is not idle
         slot.send(OK)
         rig.response(consumer)
@@ -495,7 +478,7 @@ def test_request_that_crosses_the_end_of_the_idle_time_is_served(new_rig: Callab
     (role,) = [each.role for each in streams if isinstance(each.role, pothead.Consumer)]
     consumer.send(get(b"/"))
     role.on_deadline()  # the timer fires before the bytes are looked at
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.send(OK)
     assert rig.response(consumer).status == 200
 
@@ -507,7 +490,7 @@ def test_a_byte_now_and_then_does_not_prolong_a_head(new_rig: Callable[..., Rig]
         consumer.send(b"G")
         rig.turn()
         rig.pass_time(1)
-    assert not has_bytes(consumer)
+    assert not consumer.has_bytes()
     rig.pass_time(2)
     assert rig.response(consumer).status == 408
 
@@ -547,7 +530,7 @@ def send_slowly(rig: Rig, peer: Peer, data: bytes) -> None:
 def test_slow_reader_is_kept_and_a_stalled_one_is_not(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(stall_timeout=60.0)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
     slot.close()
@@ -574,7 +557,7 @@ def test_drain_ends_with_the_turn_in_which_its_last_consumer_is_given_up(new_rig
     rig = new_rig(stall_timeout=60.0, graceful_timeout=3600.0)
     slot = rig.slot()
     rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     send_slowly(rig, slot, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(24 << 20))
     rig.hub._drain()
@@ -702,14 +685,14 @@ def test_small_chunks_are_taken_a_few_a_turn(rig: Rig, side: str) -> None:
     if side == "consumer":
         consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\n" + coded)
         rig.until(lambda: rig.hub.exchanges)
-        turns = turns_until(rig, lambda: has_bytes(slot))
+        turns = turns_until(rig, lambda: slot.has_bytes())
         assert slot.read_request().body == b"x" * 5000
     else:
         consumer.send(get(b"/"))
-        rig.until(lambda: has_bytes(slot))
+        rig.until(lambda: slot.has_bytes())
         slot.read_request()
         slot.send(b"HTTP/1.1 200 OK\r\n" + coded)
-        rig.until(lambda: has_bytes(consumer))
+        rig.until(lambda: consumer.has_bytes())
         turns = turns_until(rig, lambda: rig.lines)
         assert consumer.read_response().body == b"x" * 5000
     assert turns >= 5000 // pothead.LIMITS.chunks_a_turn - 2
@@ -719,7 +702,7 @@ def test_admin_is_answered_once_a_turn(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(admin_port=0)
     admin = rig.connect(rig.hub.addresses["admin"])
     admin.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
-    rig.until(lambda: has_bytes(admin))
+    rig.until(lambda: admin.has_bytes())
     for count in range(1, 50):
         take(admin)
         assert admin.received.count(b"HTTP/1.1 200 OK") == count
@@ -733,7 +716,7 @@ def test_body_for_a_worker_that_takes_all_is_sent_a_piece_a_turn(rig: Rig) -> No
     sender = send_in_background(consumer, head + bytes(size))
     (worker,) = rig.hub.slots
     turns_until(rig, lambda: worker.exchange is not None)
-    while not has_bytes(slot) or take(slot) < size:
+    while not slot.has_bytes() or take(slot) < size:
         before = worker.stream.written
         rig.turn()
         assert worker.stream.written - before <= 2 * pothead.LIMITS.receive_bytes
@@ -774,9 +757,9 @@ def test_request_of_a_consumer_that_left_behind_unread_bytes_is_not_handed_out(r
     slot = rig.slot()
     rig.turn()
     assert codes(rig) == ["CQ"]
-    assert not has_bytes(slot)
+    assert not slot.has_bytes()
     rig.consumer(get(b"/next"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     assert slot.read_request().target == b"/next"
 
 
@@ -788,30 +771,30 @@ def test_request_whose_consumer_left_with_its_last_byte_is_not_handed_out(rig: R
     consumer.close()
     for _ in range(3):
         rig.turn()
-    assert codes(rig) == ["CQ"] and not has_bytes(slot)
+    assert codes(rig) == ["CQ"] and not slot.has_bytes()
 
 
 def test_machine_that_has_lost_a_slot_gets_nothing_for_a_moment(rig: Rig) -> None:
     """A process that is killed takes all its slots along, and the kernel closes them one by one."""
     slots = [rig.slot() for _ in range(3)]
     consumer = rig.consumer(get(b"/"))
-    rig.until(lambda: any(map(has_bytes, slots)))
-    (busy,) = [slot for slot in slots if has_bytes(slot)]
+    rig.until(lambda: any(map(Peer.has_bytes, slots)))
+    (busy,) = [slot for slot in slots if slot.has_bytes()]
     busy.close()
     rig.until(lambda: rig.hub.policy.waiting == 1)
     rig.turn()
     idle = [slot for slot in slots if slot is not busy]
-    assert not any(map(has_bytes, idle))
+    assert not any(map(Peer.has_bytes, idle))
     idle[0].close()  # as it would have been
     rig.pass_time(pothead.LIMITS.rest_s)
-    rig.until(lambda: has_bytes(idle[1]))
+    rig.until(lambda: idle[1].has_bytes())
     request = idle[1].read_request()
     assert request.value(b"Pothead-Attempt") == b"2"
     idle[1].close()  # it may not rest again so soon: others on the machine are well
     rig.until(lambda: not rig.hub.slots)
     last = rig.slot()
     rig.consumer(get(b"/next"))
-    rig.until(lambda: has_bytes(last))
+    rig.until(lambda: last.has_bytes())
     assert last.read_request().target == b"/next"
     assert rig.response(consumer).status == 502
 
@@ -834,14 +817,14 @@ def test_attempt_of_which_nothing_was_taken_is_none(new_rig: Callable[..., Rig],
     rig.until(lambda: not rig.hub.slots)
     rig.pass_time(pothead.LIMITS.rest_s)
     slot = rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     assert slot.read_request().value(b"Pothead-Attempt") == b"1"
 
 
 def test_slot_waits_for_its_consumer_for_so_long_in_sum(rig: Rig) -> None:
     """And not so long again after each piece that the consumer takes."""
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     exchange = rig.exchange(b"/")
     (worker,), stream = rig.hub.slots, exchange.consumer.stream
@@ -876,7 +859,7 @@ def test_what_has_come_in_time_is_read_before_a_deadline_fires(new_rig: Callable
     """Also if it is more than a turn's share."""
     rig = new_rig(response_timeout=1.0)
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     slot.send(b"HTTP/1.1 102 Processing\r\n\r\n" * 40 + OK)
     rig.clock.now += 60  # the hub stood still
@@ -892,7 +875,7 @@ def with_unsent_body(rig: Rig, body: bytes) -> tuple[Peer, Peer]:
     consumer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     rig.until(lambda: rig.hub.exchanges)
     exchange = rig.exchange(b"/")
-    rig.until(lambda: has_sent_body(exchange) or (has_bytes(slot) and take(slot) < 0))
+    rig.until(lambda: has_sent_body(exchange) or (slot.has_bytes() and take(slot) < 0))
     return slot, consumer
 
 
@@ -907,12 +890,12 @@ def test_slot_that_answered_early_is_free_when_the_old_body_has_been_sent(rig: R
     rig.turn()
     assert rig.hub.policy.waiting == 1, "the slot is not free yet"
     second = rig.slot()
-    rig.until(lambda: has_bytes(second))
+    rig.until(lambda: second.has_bytes())
     assert second.read_request().target == b"/next"
     rig.until(lambda: take(slot) >= len(body) and worker.stream.outbuf is None)
     assert slot.read_request().body == body
     rig.consumer(get(b"/third"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     assert slot.read_request().target == b"/third"
 
 
@@ -932,7 +915,7 @@ def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -
 def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:
     """What came before the response's head is absorbed, and so is the response."""
     slot, consumer = rig.slot(), rig.consumer(get(b"/"))
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     (stream,) = [each.stream for each in rig.consumers()]
     stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_exchange import Rig, has_bytes
+from test_exchange import Rig
 
 import pothead
 import wire
@@ -32,8 +32,11 @@ from wire import (
     ROOT,
     HubProcess,
     Peer,
+    compiled,
     cpu_ticks,
+    get,
     hub_process,
+    post,
     python,
     resident_kib,
     running,
@@ -147,16 +150,7 @@ def until(hub: HubProcess, **wanted: object) -> wire.Stats:
 
 
 def until_started(folder: Path, count: int) -> list[tuple[str, str, int]]:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while len(events := journal(folder)) < count:
-        assert time.monotonic() < ends_at, events
-    return events
-
-
-def request(path: str, body: bytes | None = None) -> bytes:
-    method = "GET" if body is None else "POST"
-    length = "" if body is None else f"Content-Length: {len(body)}\r\n"
-    return f"{method} {path} HTTP/1.1\r\nHost: pothead.test\r\n{length}\r\n".encode() + (body or b"")
+    return wire.until(lambda: journal(folder), lambda events: len(events) >= count)
 
 
 # ---- Workers that are killed -------------------------------------------------------------------------
@@ -167,7 +161,7 @@ def test_get_of_a_killed_worker_is_answered_by_another(hub: HubProcess, folder: 
     with worker_process(hub, app, cwd=folder) as one, worker_process(hub, app, cwd=folder) as two:
         until(hub, slots={"idle": 2, "busy": 0})
         with Peer.connect(hub.main) as consumer:
-            consumer.send(request("/job"))
+            consumer.send(get(b"/job"))
             ((_, _, pid),) = until_started(folder, 1)
             victim, heir = (one, two) if pid == one.pid else (two, one)
             victim.kill()
@@ -185,12 +179,12 @@ def test_post_of_a_killed_worker_is_502_and_never_runs_again(hub: HubProcess, fo
     with worker_process(hub, app, cwd=folder) as one, worker_process(hub, app, cwd=folder) as two:
         until(hub, slots={"idle": 2, "busy": 0})
         with Peer.connect(hub.main) as consumer:
-            consumer.send(request("/job", b"body"))
+            consumer.send(post(b"/job", b"body"))
             ((_, _, pid),) = until_started(folder, 1)
             (one if pid == one.pid else two).kill()
             assert consumer.read_response().status == 502
             (folder / "go").touch()
-            consumer.send(request("/next"))  # the other one, and the consumer's connection, live on
+            consumer.send(get(b"/next"))  # the other one, and the consumer's connection, live on
             assert consumer.read_response().status == 200
     assert [path for event, path, _ in journal(folder) if event == "start"] == ["/job", "/next"]
     hub.wait_for_line(lambda line: " path=/job " in line and " code=WL" in line)
@@ -203,7 +197,7 @@ def test_workers_that_die_while_they_wait_make_nothing_run_twice(hub: HubProcess
             with worker_process(hub, app, cwd=folder) as victim:
                 until(hub, slots={"idle": 2, "busy": 0})
                 victim.kill()
-                consumer.send(request(f"/{number}", b"body"))
+                consumer.send(post(b"/%d" % number, b"body"))
                 response = consumer.read_response()
             # The signal is under way while the request is sent: the kernel may not have closed the
             # connection yet, and then the request has been sent to a dead worker.
@@ -228,9 +222,9 @@ def test_slot_that_left_or_spoke_before_it_was_known_costs_not_even_a_post(
         rig.until(lambda: len(rig.hub.loop.watched) == len(rig.hub.ports.listeners) + 2)
         for _ in range(3):
             misbehave(rig.connect(rig.hub.addresses["workers"]))
-        consumer.send(request("/post", b"body"))
+        consumer.send(post(b"/post", b"body"))
         rig.turn()
-        rig.until(lambda consumer=consumer: has_bytes(good) or has_bytes(consumer))
+        rig.until(lambda consumer=consumer: good.has_bytes() or consumer.has_bytes())
         assert good.read_request().body == b"body"
         good.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert rig.response(consumer).body == b"ok"
@@ -244,14 +238,14 @@ def test_worker_killed_within_the_request_is_told_at_once(hub: HubProcess, folde
     with worker_process(hub, "fault_apps:reads_a_part", cwd=folder) as victim:
         until(hub, slots={"idle": 1, "busy": 0})
         with Peer.connect(hub.main) as consumer:
-            consumer.send(request("/part", bytes(8 << 20)))
+            consumer.send(post(b"/part", bytes(8 << 20)))
             until_started(folder, 1)
             victim.kill()
             killed_at = time.monotonic()
             assert consumer.read_response().status == 502
             assert time.monotonic() - killed_at < 1
             with worker_process(hub, "fault_apps:echoes", cwd=folder):
-                consumer.send(request("/next"))  # the whole body was read: the connection is kept
+                consumer.send(get(b"/next"))  # the whole body was read: the connection is kept
                 assert consumer.read_response().body == b"/next"
     assert until(hub, demand=0)["spool_memory_bytes"] == 0
 
@@ -282,11 +276,11 @@ def test_application_that_takes_its_worker_with_it_costs_its_own_request(
 ) -> None:
     """A12: once, since it might well do it again."""
     with worker_process(hub, "fault_apps:dies", cwd=folder) as victim, Peer.connect(hub.main) as consumer:
-        consumer.send(request(path, b""))
+        consumer.send(post(path.encode(), b""))
         assert consumer.read_response().status == 502
         assert victim.wait() != 0
         with worker_process(hub, "fault_apps:echoes", cwd=folder):
-            consumer.send(request("/next"))
+            consumer.send(get(b"/next"))
             assert consumer.read_response().body == b"/next"
 
 
@@ -299,13 +293,13 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
         until(hub, slots={"idle": 1, "busy": 0})
         stopped.send_signal(signal.SIGSTOP)
         late = stack.enter_context(Peer.connect(hub.main))
-        late.send(request("/late", b""))
+        late.send(post(b"/late", b""))
         asked_at = time.monotonic()
         until(hub, requests_in_flight=1)
         stack.enter_context(worker_process(hub, app, cwd=folder))
         consumer = stack.enter_context(Peer.connect(hub.main))
         for number in range(10):  # served by the other one
-            consumer.send(request(f"/{number}"))
+            consumer.send(get(b"/%d" % number))
             assert consumer.read_response().body == f"/{number}".encode()
         assert late.read_response().status == 504
         assert 0.5 <= time.monotonic() - asked_at < 3
@@ -313,7 +307,7 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
         until(hub, slots={"idle": 2, "busy": 0})
         for number in range(10, 30):  # by both
             for each in (late, consumer):
-                each.send(request(f"/{number}"))
+                each.send(get(b"/%d" % number))
             for each in (late, consumer):
                 assert each.read_response().body == f"/{number}".encode()
         assert late.received == consumer.received == b""
@@ -324,20 +318,8 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
 
 CLONE_NEWNET = 0x40000000
 # The limits that find a dead peer, a tenth of what they are: with half a minute there is nothing to learn.
-IMPATIENT_HUB = """
-import dataclasses, sys
-import pothead
-pothead.LIMITS = dataclasses.replace(
-    pothead.LIMITS, keepalive_idle_s=1, keepalive_interval_s=1, unacknowledged_s=2.0)
-sys.exit(pothead.main())
-"""
-IMPATIENT_WORKER = """
-import sys
-import pothead_worker
-pothead_worker.KEEP_ALIVE_IDLE_S = pothead_worker.KEEP_ALIVE_INTERVAL_S = 1
-pothead_worker.CONNECT_TIMEOUT_S = 1.0
-sys.exit(pothead_worker.main())
-"""
+IMPATIENT_HUB = {"keepalive_idle_s": 1, "keepalive_interval_s": 1, "unacknowledged_s": 2.0}
+IMPATIENT_WORKER = {"KEEP_ALIVE_IDLE_S": 1, "KEEP_ALIVE_INTERVAL_S": 1, "CONNECT_TIMEOUT_S": 1.0}
 
 
 class Namespace:
@@ -412,39 +394,34 @@ class Cable:
 @linux_only
 def test_cut_network_is_noticed_at_both_ends_and_costs_a_post_at_most(folder: Path) -> None:
     """W8, W9, W10: no FIN comes, and nothing is acknowledged any more."""
-    (folder / "impatient_hub.py").write_text(IMPATIENT_HUB)
-    (folder / "impatient_worker.py").write_text(IMPATIENT_WORKER)
-    ports = ("--main-port", "0", "--worker-host", "192.0.2.1", "--worker-port", "0", "--admin-port", "0")
-    environment = {"PYTHONPATH": str(ROOT)}
+    options = ("--worker-host", "192.0.2.1", "--allow-anonymous-workers")
     with contextlib.ExitStack() as stack:
         cable = Cable(stack)
         here, there = cable.ends
         stack.enter_context(here)
-        command = python("impatient_hub.py", *ports, "--allow-anonymous-workers")
-        hub = stack.enter_context(running(HubProcess(command, folder, environment)))
-        hub.wait_until_ready()
+        hub = stack.enter_context(hub_process(*options, limits=IMPATIENT_HUB))
         connect = ("--connect", f"192.0.2.1:{hub.worker[1]}", "--workers", "3")
         with there:
-            command = python("impatient_worker.py", *connect, "fault_apps:echoes")
-            worker = wire.WorkerProcess(command, folder, environment)
+            command = [*wire.program("pothead_worker", IMPATIENT_WORKER), *connect, "fault_apps:echoes"]
+            worker = wire.WorkerProcess(command, folder)
         stack.enter_context(running(worker))
         until(hub, slots={"idle": 3, "busy": 0})
         # 1. Two slots are sent a request that never comes, and one waits.
         cable.cut()
         cut_at = time.monotonic()
-        get, post = (stack.enter_context(Peer.connect(hub.main)) for _ in range(2))
-        get.send(request("/get"))
-        post.send(request("/post", b"once"))
+        again, once = (stack.enter_context(Peer.connect(hub.main)) for _ in range(2))
+        again.send(get(b"/get"))
+        once.send(post(b"/post", b"once"))
         until(hub, requests_in_flight=2)
         # 2. All three are found to be dead, and so is the hub by its worker.
-        assert post.read_response().status == 502
+        assert once.read_response().status == 502
         until(hub, slots={"idle": 0, "busy": 0}, queue_length=1)
         assert time.monotonic() - cut_at < 10
         worker.wait_for_error(lambda line: "unreachable" in line)
         assert journal(folder) == []
         # 3. They meet again.
         cable.mend()
-        assert get.read_response().body == b"/get"
+        assert again.read_response().body == b"/get"
         until(hub, slots={"idle": 3, "busy": 0})
         assert [path for _, path, _ in journal(folder)] == ["/get"]
 
@@ -464,7 +441,7 @@ def test_hub_killed_under_load_is_replaced_on_the_same_ports(hub: HubProcess, fo
                 return
             try:
                 with Peer.connect(hub.main) as consumer:
-                    consumer.send(request(path))
+                    consumer.send(get(path.encode()))
                     response = consumer.read_response()
             except (ConnectionError, AssertionError) as exc:
                 assert "nothing came" not in str(exc), "lost"
@@ -507,12 +484,12 @@ def test_hub_that_was_stopped_reads_before_it_looks_at_the_clock() -> None:
     """H5: a worker that answered in time meanwhile has answered in time."""
     with hub_process("--response-timeout", "300ms", "--queue-timeout", "300ms") as hub:
         with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
-            consumer.send(request("/"))
+            consumer.send(get(b"/"))
             slot.read_request()
             hub.process.send_signal(signal.SIGSTOP)
             slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             waiting = Peer.connect(hub.main)
-            waiting.send(request("/next"))
+            waiting.send(get(b"/next"))
             consumer.sock.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 consumer.sock.recv(1)
@@ -531,11 +508,11 @@ def test_wall_clock_that_jumps_changes_dates_alone(
 ) -> None:
     """H9"""
     now = time.time()
-    queued = rig.consumer(head("GET", "/queued"))
+    queued = rig.consumer(get(b"/queued"))
     monkeypatch.setattr(time, "time", lambda: now + days * 86400)
     rig.pass_time(1.0)
     slot = rig.slot()
-    rig.until(lambda: has_bytes(slot))
+    rig.until(lambda: slot.has_bytes())
     slot.read_request()
     monkeypatch.setattr(time, "time", lambda: now - days * 86400)
     rig.pass_time(1.0)
@@ -549,18 +526,16 @@ def test_wall_clock_that_jumps_changes_dates_alone(
 def test_hub_serves_on_when_the_disk_of_its_log_is_full(tmp_path: Path) -> None:
     """H8: lines are lost and requests are not."""
     log = tmp_path / "log"
-    command = python(str(ROOT / "pothead.py"), "--main-port", "0", "--worker-port", "0", "--admin-port", "0")
+    command = python(compiled("pothead"), "--main-port", "0", "--worker-port", "0", "--admin-port", "0")
     script = 'log=$1; shift; ulimit -f 8; exec "$@" >"$log" 2>&1'
     hub = HubProcess(["sh", "-c", script, "sh", str(log), *command], ROOT)
     with running(hub):
-        ends_at = time.monotonic() + wire.DEADLINE_S
-        while not log.exists() or log.read_text().count("listening ") < 3:
-            assert time.monotonic() < ends_at
+        wire.until(lambda: log.exists() and log.read_text(), lambda text: str(text).count("listening ") >= 3)
         hub.lines += log.read_text().splitlines()
         hub.wait_until_ready()
         with echoing_slots(hub, 1), Peer.connect(hub.main) as consumer:
             for number in range(200):
-                consumer.send(request(f"/{number}"))
+                consumer.send(get(b"/%d" % number))
                 digest = hashlib.sha256(f"/{number}".encode()).hexdigest()
                 assert consumer.read_response().body == digest.encode()
         assert hub.stats()["outcomes"]["OK"] == 200
@@ -670,7 +645,7 @@ def echoing_slots(hub: HubProcess, count: int) -> Iterator[list[bytes]]:
 def test_two_thousand_queued_consumers_are_answered_once_each(crowd_limit: None) -> None:
     paths = [f"/{number}" for number in range(2000)]
     with hub_process("--max-queue", "2000") as hub:
-        crowd = Crowd(hub, [request(path) for path in paths])
+        crowd = Crowd(hub, [get(path.encode()) for path in paths])
         with contextlib.closing(crowd):
             crowd.send()
             until(hub, queue_length=2000)
@@ -692,7 +667,7 @@ def test_queued_bodies_do_not_show_in_memory(crowd_limit: None) -> None:
     digests = [hashlib.sha256(number.to_bytes(4, "big") * (size // 4)).hexdigest() for number in range(count)]
     with hub_process() as hub:
         before_kib = resident_kib(hub.pid)
-        crowd = Crowd(hub, [request(f"/{number}", body) for number, body in enumerate(bodies)])
+        crowd = Crowd(hub, [post(b"/%d" % number, body) for number, body in enumerate(bodies)])
         with contextlib.closing(crowd):
             crowd.send()
             stats = until(hub, queue_length=count)
@@ -711,7 +686,7 @@ def test_never_more_run_than_there_are_slots_and_all_in_order(hub: HubProcess, f
         consumers = []
         for number in range(20):
             consumers.append(stack.enter_context(Peer.connect(hub.main)))
-            consumers[-1].send(request(f"/{number}"))
+            consumers[-1].send(get(b"/%d" % number))
             until(hub, queue_length=number + 1)
         stack.enter_context(worker_process(hub, "--workers", "2", app, cwd=folder))
         for consumer in consumers:
@@ -738,7 +713,7 @@ def test_idle_hub_does_not_even_wake_up(crowd_limit: None) -> None:
         slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(8)]
         until(hub, slots={"idle": 8, "busy": 0})
         for consumer in consumers[:100]:  # half of them have been served, half never said a word
-            consumer.send(request("/"))
+            consumer.send(get(b"/"))
             slots[-1].read_request()
             slots[-1].send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             consumer.read_response()
@@ -858,21 +833,17 @@ UPLOAD = random.Random(2).randbytes(100_000)
 CHUNKED_UPLOAD = b"".join(b"%x\r\n%b\r\n" % (1000, UPLOAD[i : i + 1000]) for i in range(0, 5000, 1000))
 
 
-def head(method: str, path: str, *lines: str) -> bytes:
-    return "\r\n".join((f"{method} {path} HTTP/1.1", "Host: pothead.test", *lines, "", "")).encode()
-
-
 # Path: the request, its method, and what its body must be when it reaches a worker.
 SCENARIO = {
-    "/bare": (head("GET", "/bare"), b"GET", b""),
-    "/length": (head("POST", "/length", "Content-Length: 100000") + UPLOAD, b"POST", UPLOAD),
+    "/bare": (get(b"/bare"), b"GET", b""),
+    "/length": (get(b"/length", b"Content-Length: 100000", method=b"POST") + UPLOAD, b"POST", UPLOAD),
     "/chunks": (
-        head("POST", "/chunks", "Transfer-Encoding: chunked") + CHUNKED_UPLOAD + b"0\r\n\r\n",
+        get(b"/chunks", b"Transfer-Encoding: chunked", method=b"POST") + CHUNKED_UPLOAD + b"0\r\n\r\n",
         b"POST",
         UPLOAD[:5000],
     ),
-    "/head": (head("HEAD", "/head"), b"HEAD", b""),
-    "/large": (head("PUT", "/large", "Content-Length: 4") + b"body", b"PUT", b"body"),
+    "/head": (get(b"/head", method=b"HEAD"), b"HEAD", b""),
+    "/large": (get(b"/large", b"Content-Length: 4", method=b"PUT") + b"body", b"PUT", b"body"),
 }
 # Path: the response, and the body that its consumer must get.
 ANSWERS = {
@@ -1139,9 +1110,9 @@ def test_consumer_that_stops_after_any_byte_of_its_request_is_forgotten(
 ) -> None:
     """C1: no worker ever sees it, whole or not."""
     message = {
-        "/bare": head("GET", "/bare"),
-        "/short": head("POST", "/short", "Content-Length: 4") + b"body",
-        "/pieces": head("PUT", "/pieces", "Transfer-Encoding: chunked") + b"4\r\nbody\r\n0\r\n\r\n",
+        "/bare": get(b"/bare"),
+        "/short": get(b"/short", b"Content-Length: 4", method=b"POST") + b"body",
+        "/pieces": get(b"/pieces", b"Transfer-Encoding: chunked", method=b"PUT") + b"4\r\nbody\r\n0\r\n\r\n",
     }[path]
     hub = rig.hub
     for count in range(len(message) + 1):
@@ -1171,9 +1142,9 @@ def test_worker_that_stops_after_any_byte_of_its_response_is_told_by_its_consume
     """W4, W5: an error while nothing was sent, a visible break after that, and whole only when it was."""
     message, hub = RESPONSES[framing], rig.hub
     for count in range(len(message)):
-        consumer = rig.consumer(head("POST", "/", "Content-Length: 4") + b"body")
+        consumer = rig.consumer(get(b"/", b"Content-Length: 4", method=b"POST") + b"body")
         slot = rig.slot()
-        rig.until(lambda slot=slot: has_bytes(slot))
+        rig.until(lambda slot=slot: slot.has_bytes())
         slot.read_request()
         slot.send(message[:count])
         rig.turn()
@@ -1208,9 +1179,9 @@ def test_consumer_that_leaves_after_any_byte_of_its_response_frees_the_slot(
     """C2, C3: the worker is told by the end of its connection."""
     message, hub = RESPONSES[framing], rig.hub
     for count in range(len(message)):
-        consumer = rig.consumer(head("GET", "/"))
+        consumer = rig.consumer(get(b"/"))
         slot = rig.slot()
-        rig.until(lambda slot=slot: has_bytes(slot))
+        rig.until(lambda slot=slot: slot.has_bytes())
         slot.read_request()
         slot.send(message[:count])
         rig.turn()

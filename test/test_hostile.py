@@ -13,7 +13,6 @@ import itertools
 import random
 import re
 import resource
-import select
 import socket
 import subprocess
 import sys
@@ -31,9 +30,13 @@ from wire import (
     ROOT,
     HubProcess,
     Peer,
+    compiled,
     cpu_ticks,
     descriptors,
+    dial,
+    get,
     hub_process,
+    post,
     python,
     resident_kib,
     running,
@@ -55,16 +58,6 @@ numbers = itertools.count(1)
 # ---- Helpers -----------------------------------------------------------------------------------------
 
 
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
-    """Return a request without a body; `lines` are further field lines."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: pothead.test", *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n"
-
-
-def post(path: bytes, body: bytes, *lines: bytes) -> bytes:
-    return get(path, b"Content-Length: %d" % len(body), *lines, method=b"POST") + body
-
-
 def ok(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
@@ -82,10 +75,6 @@ def send(peer: Peer, pieces: list[bytes]) -> None:
 
 def until_idle(hub: HubProcess) -> None:
     hub.until(lambda stats: not stats["demand"] and not stats["workers"], 2 * wire.DEADLINE_S)
-
-
-def has_bytes(peer: Peer) -> bool:
-    return bool(peer.received) or bool(select.select([peer.sock], [], [], 0)[0])
 
 
 @pytest.fixture
@@ -152,7 +141,7 @@ def test_refused_request_gets_its_status_and_reaches_no_worker(pair: Pair, case:
             assert (response.status, response.value(b"Connection")) == (status, b"close"), pieces
             assert response.values(b"Content-Length") == [b"%d" % len(response.body)]
             consumer.expect_eof()
-        assert not has_bytes(pair.slot)
+        assert not pair.slot.has_bytes()
     pair.probe()
 
 
@@ -317,17 +306,6 @@ def serve_all(slot: Peer) -> None:
 # ---- Consumers that mean no good ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
-    """Connect a slot; the hub knows of it."""
-    with Peer.connect(hub.worker, host=host) as slot:
-        address = f"{host}:{slot.address[1]}"
-        hub.until(
-            lambda stats: address in [each["address"] for each in stats["workers"]], 2 * wire.DEADLINE_S
-        )
-        yield slot
-
-
 def forwarded(hub: HubProcess, request: bytes, host: str) -> wire.Request:
     """Send a request from the loopback address `host`; return what a slot gets."""
     with Peer.connect(hub.main, host=host) as consumer:
@@ -410,7 +388,7 @@ def test_slow_heads_are_408_and_hold_up_nobody() -> None:
             consumer.send(b"GET /slow HTTP/1.1\r\nHost: a\r\nX: ")
         pair = stack.enter_context(contextlib.closing(Pair(hub)))
         served = 0
-        while not has_bytes(slow[0]):
+        while not slow[0].has_bytes():
             for consumer in slow[:20]:
                 consumer.send(b"x")
             pair.probe()
@@ -457,10 +435,7 @@ def test_half_closed_consumers_leave_nothing_behind(hub: HubProcess, stage: str)
 
 
 def until_descriptors(hub: HubProcess, count: int) -> None:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while descriptors(hub.pid) > count:
-        assert time.monotonic() < ends_at, (descriptors(hub.pid), count)
-        hub.stats()
+    wire.until(lambda: descriptors(hub.pid), lambda number: number <= count)
 
 
 @linux_only
@@ -627,7 +602,7 @@ def test_second_response_is_nobodys_response(hub: HubProcess) -> None:
 def limited_hub(limit: int) -> Iterator[HubProcess]:
     """Run a hub that may not have more than `limit` open files."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
-    command = python(str(ROOT / "pothead.py"), *ports)
+    command = python(compiled("pothead"), *ports)
     hub = HubProcess(["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *command], ROOT)
     with running(hub):
         hub.wait_until_ready()
@@ -750,7 +725,7 @@ def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() ->
 @linux_only
 def test_hostile_peers_together_hold_up_nobody() -> None:
     """A short run on a machine that has other things to do; bench/README.md tells the figures."""
-    command = python(str(ROOT / "bench" / "hostile.py"), "--seconds", "4")
+    command = python(str(ROOT / "bench" / "hostile.py"), "--seconds", "2")
     run = subprocess.run(command, capture_output=True, timeout=60, check=True)
     figures = re.fullmatch(
         r"/livez: median ([\d.]+) ms, worst ([\d.]+) ms of \d+; requests of a consumer: (.+);"
@@ -766,7 +741,7 @@ def test_hostile_peers_together_hold_up_nobody() -> None:
 @pytest.mark.parametrize("part", ["pure", "hub"])
 def test_random_damage_is_read_one_way_or_refused(part: str) -> None:
     """A short run; the figures of longer ones are in docs/reliability.md."""
-    command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "4", "--seed", "4")
+    command = python(str(ROOT / "bench" / "fuzz.py"), "--only", part, "--seconds", "2", "--seed", "4")
     fuzz = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert fuzz.returncode == 0, fuzz.stderr.decode()
     cases = re.fullmatch(part + r": (\d+) cases: .*forward \d+.*\n", fuzz.stdout.decode())

@@ -22,9 +22,8 @@ import pytest
 
 import pothead
 import wire
-from wire import HubProcess, Peer, hub_process
+from wire import OK, HubProcess, Peer, chunked, dial, get, hub_process, post, serve
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 DATE = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
 MIB = 1 << 20
 
@@ -34,21 +33,6 @@ several_loopback_addresses = pytest.mark.skipif(
 
 
 # ---- Helpers -----------------------------------------------------------------------------------------
-
-
-def get(path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"pothead.test") -> bytes:
-    """Return a request without a body; `lines` are further field lines."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
-    return b"\r\n".join(head) + b"\r\n\r\n"
-
-
-def post(path: bytes, body: bytes, *lines: bytes, method: bytes = b"POST") -> bytes:
-    """Return a request with a body of known length."""
-    return get(path, b"Content-Length: %d" % len(body), *lines, method=method) + body
-
-
-def chunked(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
 
 
 def noise(size: int) -> bytes:
@@ -69,14 +53,6 @@ def text(address: wire.Address) -> str:
 
 
 @contextlib.contextmanager
-def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
-    """Connect a slot from the loopback address `host`; the hub knows of it."""
-    with Peer.connect(hub.worker, host=host) as slot:
-        hub.until(lambda stats: text(slot.address) in [each["address"] for each in stats["workers"]])
-        yield slot
-
-
-@contextlib.contextmanager
 def ask(hub: HubProcess, request: bytes, host: str = "127.0.0.1") -> Iterator[Peer]:
     """Connect a consumer from the loopback address `host`, with its first request."""
     with Peer.connect(hub.main, host=host) as consumer:
@@ -92,13 +68,6 @@ def paused(hub: HubProcess) -> Iterator[None]:
         yield
     finally:
         hub.process.send_signal(signal.SIGCONT)
-
-
-def serve(slot: Peer, response: bytes = OK) -> wire.Request:
-    """Take the next request and answer it."""
-    request = slot.read_request()
-    slot.send(response)
-    return request
 
 
 LOG_LINE = re.compile(
@@ -1233,27 +1202,26 @@ def test_requeue_is_told_on_stderr_with_the_request_id(hub: HubProcess) -> None:
 # ---- A consumer that leaves --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["close", "reset", "finish_sending"])
 @pytest.mark.parametrize("behind", [b"", get(b"/behind"), b"x" * 100_000], ids=["", "pipelined", "unread"])
-def test_consumer_that_leaves_the_queue_is_seen_by_no_worker(
-    hub: HubProcess, how: str, behind: bytes
-) -> None:
-    path = b"/left/%d" % next(counter)
-    with ask(hub, get(path)) as leaving:
-        until_queued(hub, 1)
-        if behind:
-            leaving.sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                leaving.sock.send(behind)
-            leaving.sock.settimeout(wire.DEADLINE_S)
-        getattr(leaving, how)()
+def test_consumers_that_leave_the_queue_are_seen_by_no_worker(hub: HubProcess, behind: bytes) -> None:
+    ways = {b"/left/%d" % next(counter): leave for leave in (Peer.close, Peer.reset, Peer.finish_sending)}
+    with contextlib.ExitStack() as stack:
+        consumers = [stack.enter_context(ask(hub, get(path))) for path in ways]
+        until_queued(hub, len(ways))
+        for leaving, leave in zip(consumers, ways.values(), strict=True):
+            if behind:
+                leaving.sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    leaving.sock.send(behind)
+                leaving.sock.settimeout(wire.DEADLINE_S)
+            leave(leaving)
         until_queued(hub, 0)
-        if how == "finish_sending":
-            leaving.expect_eof()
+        consumers[-1].expect_eof()
     with dial(hub) as slot:
         assert forwarded(hub, slot, get(b"/stays")).target == b"/stays"
-    entry = logged(hub, path=path.decode())
-    assert (entry["status"], entry["code"], entry["attempts"]) == ("499", "CQ", "0")
+    for path in ways:
+        entry = logged(hub, path=path.decode())
+        assert (entry["status"], entry["code"], entry["attempts"]) == ("499", "CQ", "0")
 
 
 def test_consumer_that_leaves_during_its_upload_is_forgotten(hub: HubProcess, slot: Peer) -> None:
@@ -1386,7 +1354,7 @@ def test_memory_budget_bounds_all_spools_together() -> None:
 def hub_with_small_files(*options: str) -> Iterator[HubProcess]:
     """Run a hub whose files may not grow beyond some 50 kB, as on a disk that is almost full."""
     ports = ("--main-port", "0", "--worker-port", "0", "--admin-port", "0")
-    program = wire.python(str(wire.ROOT / "pothead.py"), *ports)
+    program = wire.python(wire.compiled("pothead"), *ports)
     limited = ["sh", "-c", 'ulimit -S -f 50 && exec "$0" "$@"', *program, *options]
     with wire.running(HubProcess(limited, wire.ROOT)) as hub:
         hub.wait_until_ready()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import pytest
 import browser
 import wire
 from browser import Browser
-from wire import HubProcess, Peer, hub_process
+from wire import OK, HubProcess, Peer, get, hub_process
 
 pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="chromium is not installed")
 
+HURRY = "setInterval(refresh, 100)"
 PICTURES = wire.ROOT / ".ci" / "artefacts"
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 # Everything that a request line may hold and HTML, JavaScript or CSS might take for its own.
 HOSTILE = b"/<script>alert(1)</script><img/src=x/onerror=alert(2)>\"'`${alert(3)}&lt;%F0%9F%8D%B2\\"
 
@@ -34,10 +33,6 @@ def page() -> Iterator[Browser]:
         yield process
 
 
-def get(path: bytes, *lines: bytes, method: bytes = b"GET") -> bytes:
-    return b"\r\n".join((b"%b %b HTTP/1.1" % (method, path), b"Host: page.test", *lines)) + b"\r\n\r\n"
-
-
 @contextlib.contextmanager
 def asked(hub: HubProcess, *requests: bytes) -> Iterator[list[Peer]]:
     """Consumers who have sent a request each, in this order."""
@@ -46,8 +41,7 @@ def asked(hub: HubProcess, *requests: bytes) -> Iterator[list[Peer]]:
         for number, request in enumerate(requests, stats(hub)["demand"] + 1):
             consumers.append(stack.enter_context(Peer.connect(hub.main)))
             consumers[-1].send(request)
-            while stats(hub)["demand"] < number:
-                pass
+            hub.until(lambda stats, number=number: stats["demand"] >= number)
         yield consumers
 
 
@@ -64,7 +58,7 @@ def look(page: Browser, hub: HubProcess, *, in_a_hurry: bool = True, until: str 
     page.open(f"http://127.0.0.1:{hub.admin[1]}/")
     page.wait_for(f"location.port == {hub.admin[1]} && {shows(*until.split(':'))}")
     if in_a_hurry:
-        page.evaluate("setInterval(refresh, 100)")
+        page.evaluate(HURRY)
 
 
 def cells(page: Browser, selector: str) -> list[str]:
@@ -91,6 +85,7 @@ def test_numbers_change_by_themselves_when_requests_are_queued(page: Browser, hu
         assert page.text("#banner") == "No worker is connected: 2 requests cannot start."
         assert [page.text(f"#waiting tr:nth-child({n}) .grow p") for n in (1, 2)] == ["GET /a", "GET /b"]
         assert page.text("#waiting tr:nth-child(2) td") == "2"
+        page.evaluate(HURRY)  # that they change without it has been seen
         with Peer.connect(hub.worker) as slot:
             slot.read_request()
             page.wait_for(f"{shows('#queue-length', '1')} && {shows('#busy', '1')}")
@@ -246,14 +241,13 @@ def test_drain_without_workers_says_so(page: Browser, hub: HubProcess) -> None:
 
 
 def test_page_recovers_by_itself_when_the_hub_is_back(page: Browser) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = str(sock.getsockname()[1])
-    with hub_process("--admin-port", port) as hub:
-        look(page, hub)
-    page.wait_for(says("#state", "No answer"))
-    with hub_process("--admin-port", port):
-        page.wait_for(says("#state", "No workers"))
-        assert page.evaluate("document.querySelector('#banner').hidden") is True
+    with wire.reserved_port() as port:
+        with hub_process("--reuse-port", "--admin-port", port) as hub:
+            look(page, hub)
+        page.wait_for(says("#state", "No answer"))
+        with hub_process("--reuse-port", "--admin-port", port):
+            page.wait_for(says("#state", "No workers"))
+            assert page.evaluate("document.querySelector('#banner').hidden") is True
 
 
 def test_long_queue_stays_a_short_table(page: Browser, hub: HubProcess) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import wire
+from wire import chunked, get, post
 
 DOCUMENT = (wire.ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 # The language of a code block, which of those in that language, and what runs it.
@@ -24,11 +23,6 @@ def blocks(language: str) -> list[str]:
     """Return the code blocks of a language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
     return [block for name, block in found if name == language]
-
-
-def request(method: bytes, body: bytes = b"", fields: bytes = b"") -> bytes:
-    length = b"Content-Length: %d\r\n" % len(body) if body else b""
-    return b"%b / HTTP/1.1\r\nHost: a\r\n%b%b\r\n%b" % (method, length, fields, body)
 
 
 # ---- Transcripts -------------------------------------------------------------------------------------
@@ -175,7 +169,7 @@ def test_worker_that_fails_costs_what_the_table_says(what: str) -> None:
     with wire.hub_process(*options) as hub:
         for sent, status in FAILURES[what]:
             with wire.Peer.connect(hub.main) as consumer, wire.Peer.connect(hub.worker) as slot:
-                consumer.send(request(b"POST", b"hi"))
+                consumer.send(post(b"/", b"hi"))
                 assert slot.read_request().body == b"hi"
                 at_first, _, later = sent.partition(LATER)
                 act(slot, at_first)
@@ -196,7 +190,7 @@ def test_worker_that_fails_costs_what_the_table_says(what: str) -> None:
 @pytest.mark.parametrize("first", [b"HTTP/1.1 100 Continue\r\n\r\n", b"H"])
 def test_request_is_not_repeated_after_a_byte_of_a_response(first: bytes, hub: wire.HubProcess) -> None:
     with wire.Peer.connect(hub.main) as consumer, wire.Peer.connect(hub.worker) as slot:
-        consumer.send(request(b"GET"))
+        consumer.send(get(b"/"))
         slot.read_request()
         slot.send(first)
         slot.finish_sending()
@@ -215,7 +209,7 @@ NOT_KEPT = [
 def test_connection_is_closed_after_a_response_that_does_not_allow_another(
     response: bytes, hub: wire.HubProcess, consumer: wire.Peer, slot: wire.Peer
 ) -> None:
-    consumer.send(request(b"GET"))
+    consumer.send(get(b"/"))
     slot.read_request()
     slot.send(response)
     assert consumer.read_response().body == b"ok"
@@ -224,7 +218,7 @@ def test_connection_is_closed_after_a_response_that_does_not_allow_another(
 
 def test_old_worker_that_asks_for_it_keeps_its_connection(consumer: wire.Peer, slot: wire.Peer) -> None:
     for _ in range(2):
-        consumer.send(request(b"GET"))
+        consumer.send(get(b"/"))
         slot.read_request()
         slot.send(b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok")
         assert consumer.read_response().body == b"ok"
@@ -234,12 +228,12 @@ def test_slot_is_free_before_its_consumer_has_taken_the_response(
     hub: wire.HubProcess, consumer: wire.Peer, slot: wire.Peer
 ) -> None:
     body = bytes(20_000_000)
-    consumer.send(request(b"GET"))
+    consumer.send(get(b"/"))
     slot.read_request()
     slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
     slot.send(body)
     with wire.Peer.connect(hub.main) as other:
-        other.send(request(b"DELETE"))
+        other.send(get(b"/", method=b"DELETE"))
         assert slot.read_request().method == b"DELETE"
     assert len(consumer.read_response().body) == len(body)
 
@@ -277,14 +271,13 @@ def foreign(command: list[str], hub: wire.HubProcess, tmp_path: Path) -> Iterato
         yield worker
 
 
-def chunked(body: bytes, size: int) -> bytes:
-    pieces = [body[start : start + size] for start in range(0, len(body), size)]
-    return b"".join([b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]) + b"0\r\n\r\n"
+def in_chunks(body: bytes, size: int) -> bytes:
+    return chunked(*[body[start : start + size] for start in range(0, len(body), size)])
 
 
-def ask(consumer: wire.Peer, body: bytes) -> None:
+def turn_round(consumer: wire.Peer, body: bytes) -> None:
     """Have a worker of the document turn `body` round."""
-    sender = threading.Thread(target=consumer.send, args=(request(b"POST", body),))
+    sender = threading.Thread(target=consumer.send, args=(post(b"/", body),))
     sender.start()
     response = consumer.read_response()
     sender.join()
@@ -292,10 +285,8 @@ def ask(consumer: wire.Peer, body: bytes) -> None:
 
 
 def wait_until_busy(hub: wire.HubProcess) -> None:
-    """Ask again and again: that a request has been handed over shows nowhere else."""
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while hub.stats()["requests_in_flight"] == 0:
-        assert time.monotonic() < ends_at
+    """That a request has been handed over shows nowhere else."""
+    hub.until(lambda stats: stats["requests_in_flight"])
 
 
 def test_worker_of_ten_lines_has_ten_lines() -> None:
@@ -306,7 +297,7 @@ def test_worker_of_the_document_serves_one_request_after_the_other_on_one_connec
     foreign: ForeignWorker, hub: wire.HubProcess, consumer: wire.Peer
 ) -> None:
     for number in range(20):
-        ask(consumer, b"request %d" % number)
+        turn_round(consumer, b"request %d" % number)
     (worker,) = hub.stats()["workers"]
     assert (worker["served"], worker["state"]) == (20, "idle")
 
@@ -315,17 +306,17 @@ def test_worker_of_the_document_serves_bodies_of_all_kinds(
     foreign: ForeignWorker, hub: wire.HubProcess, consumer: wire.Peer
 ) -> None:
     large = random.Random(1).randbytes(3_000_000)
-    ask(consumer, bytes(range(256)))
-    ask(consumer, large)
-    consumer.send(request(b"POST", fields=b"Transfer-Encoding: chunked\r\n") + chunked(b"in chunks", 2))
+    turn_round(consumer, bytes(range(256)))
+    turn_round(consumer, large)
+    consumer.send(get(b"/", b"Transfer-Encoding: chunked", method=b"POST") + in_chunks(b"in chunks", 2))
     assert consumer.read_response().body == b"sknuhc ni"
     for method in (b"GET", b"HEAD", b"DELETE"):
-        consumer.send(request(method))
+        consumer.send(get(b"/", method=method))
         response = consumer.read_response(method)
         assert (response.status, response.body) == (200, b"")
-    consumer.send(request(b"GET", fields=b"X-Long: %b\r\n" % (b"x" * 30_000)))
+    consumer.send(get(b"/", b"X-Long: %b" % (b"x" * 30_000)))
     assert consumer.read_response().status == 200
-    ask(consumer, b"still in step")
+    turn_round(consumer, b"still in step")
     (worker,) = hub.stats()["workers"]
     assert worker["served"] == 8, "all on one connection"
 
@@ -339,8 +330,8 @@ def test_worker_of_the_document_understands_streamed_chunks(command: list[str], 
             wire.Peer.connect(hub.main) as consumer,
         ):
             for size in (7777, 100_000, 50_000):
-                consumer.send(request(b"POST", fields=b"Transfer-Encoding: chunked\r\n"))
-                consumer.send(chunked(body, size))
+                consumer.send(get(b"/", b"Transfer-Encoding: chunked", method=b"POST"))
+                consumer.send(in_chunks(body, size))
                 assert consumer.read_response().body == body[::-1]
 
 
@@ -353,25 +344,26 @@ def test_worker_of_the_document_survives_a_request_that_breaks_off(
             wire.running(ForeignWorker(command, hub.worker, tmp_path)),
             wire.Peer.connect(hub.main) as consumer,
         ):
-            for fields in (b"Transfer-Encoding: chunked\r\n", b"Content-Length: 10\r\n"):
-                ask(consumer, b"before")
+            for field in (b"Transfer-Encoding: chunked", b"Content-Length: 10"):
+                turn_round(consumer, b"before")
                 with wire.Peer.connect(hub.main) as leaving:
-                    leaving.send(request(b"POST", fields=fields) + b"5\r\nhel")
+                    leaving.send(get(b"/", field, method=b"POST") + b"5\r\nhel")
                     wait_until_busy(hub)
                 hub.wait_for_line(lambda line: line.endswith("code=CR"))
-                ask(consumer, b"after")
+                turn_round(consumer, b"after")
 
 
 def test_worker_of_the_document_comes_back_when_the_hub_is_restarted(
     command: list[str], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        address = sock.getsockname()[:2]
-    with wire.running(ForeignWorker(command, address, tmp_path)):
-        for _ in range(3):
-            with wire.hub_process("--worker-port", str(address[1])) as hub:
+    with (
+        wire.reserved_port() as port,
+        wire.running(ForeignWorker(command, ("127.0.0.1", int(port)), tmp_path)),
+    ):
+        for _ in range(2):
+            with wire.hub_process("--reuse-port", "--worker-port", port) as hub:
                 with wire.Peer.connect(hub.main) as consumer:
-                    ask(consumer, b"is there anybody?")
+                    turn_round(consumer, b"is there anybody?")
                 hub.kill()
 
 
@@ -386,7 +378,7 @@ def test_worker_of_the_document_works_over_tls(tmp_path: Path) -> None:
         with wire.running(wire.Program(command, tmp_path, {"TOKEN": "hYkT5bNw0qzJ8mR3"})):
             with wire.Peer.connect(hub.main) as consumer:
                 for body in (b"first", b"second", random.Random(3).randbytes(300_000)):
-                    ask(consumer, body)
+                    turn_round(consumer, body)
             (worker,) = hub.stats()["workers"]
             assert (worker["served"], worker["name"]) == (3, "node")
         with wire.running(wire.Program(command, tmp_path, {"TOKEN": "another"})) as refused:

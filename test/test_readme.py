@@ -488,12 +488,6 @@ def example(import_line: str, directory: Path, ports: Ports) -> Iterator[Example
             yield running
 
 
-def greeting_from(address: wire.Address) -> bytes:
-    with wire.Peer.connect(address) as consumer:
-        consumer.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        return consumer.read_response().body
-
-
 def test_hub_of_the_documents_runs_in_a_thread_and_is_stopped_from_another(tmp_path: Path) -> None:
     with example("from pothead import", tmp_path, dict.fromkeys(DEFAULT_PORTS, 0)) as running:
         line = running.program.wait_for_line(lambda line: line.startswith("Listening at"))
@@ -501,7 +495,7 @@ def test_hub_of_the_documents_runs_in_a_thread_and_is_stopped_from_another(tmp_p
         command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", addresses["workers"])
         with wire.running(wire.WorkerProcess(command, tmp_path)):
             host, _, port = addresses["consumers"].rpartition(":")
-            assert greeting_from((host, int(port))).startswith(b"Hello")
+            assert wire.fetch((host, int(port)), wire.get(b"/")).body.startswith(b"Hello")
         running.program.wait_for_line(lambda line: line.endswith("code=OK"))
         running.press_enter()
         assert running.program.wait() == 0
@@ -513,7 +507,7 @@ def test_worker_of_the_documents_runs_in_a_thread_and_is_stopped_from_another(tm
         ports = DEFAULT_PORTS | {"WORKER": hub.worker[1]}
         with example("from pothead_worker import", tmp_path, ports) as running:
             running.program.wait_for_line(lambda line: "Two slots" in line)
-            assert greeting_from(hub.main).startswith(b"Hello")
+            assert wire.fetch(hub.main, wire.get(b"/")).body.startswith(b"Hello")
             running.press_enter()
             assert running.program.wait() == 0
             assert running.program.stderr == ""

@@ -12,16 +12,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import pothead
 import wire
-from wire import HubProcess, Peer
+from wire import OK, HubProcess, Peer, get
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 ROLES = ("consumers", "workers", "admin")
 
 # Becomes the program named after the descriptors, with those as 3, 4, 5 ... and as the process they are for.
@@ -34,10 +33,6 @@ os.closerange(3 + len(fds), 100)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-def get(path: bytes, extra: bytes = b"") -> bytes:
-    return b"GET %b HTTP/1.1\r\nHost: a\r\n%b\r\n" % (path, extra)
 
 
 # ---- The service manager -----------------------------------------------------------------------------
@@ -86,7 +81,7 @@ class Manager:
 
 def command_with_sockets(sockets: list[socket.socket], *options: str) -> list[str]:
     fds = ",".join(str(sock.fileno()) for sock in sockets)
-    return wire.python("-c", EXEC_WITH_SOCKETS, fds, *wire.python(str(wire.ROOT / "pothead.py"), *options))
+    return wire.python("-c", EXEC_WITH_SOCKETS, fds, *wire.python(wire.compiled("pothead"), *options))
 
 
 @pytest.fixture
@@ -301,7 +296,7 @@ def ports_of(hub: HubProcess) -> list[str]:
 
 
 def test_port_cannot_be_shared_with_a_hub_that_does_not_want_to(hub: HubProcess) -> None:
-    program = wire.Program(wire.python(str(wire.ROOT / "pothead.py"), *ports_of(hub)), wire.ROOT)
+    program = wire.Program(wire.python(wire.compiled("pothead"), *ports_of(hub)), wire.ROOT)
     program.may_have_ended = True
     with wire.running(program):
         assert program.wait() == 2
@@ -384,7 +379,7 @@ def test_slot_is_kept_for_a_request_that_is_still_coming(way: str, manager: Mana
         slots = [stack.enter_context(Peer.connect(hub.worker)) for _ in range(3)]
         slow = stack.enter_context(Peer.connect(hub.main))
         slow.send(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n12")
-        wait_until(lambda: len(slots_of(hub)) == 3)
+        wire.until(lambda: len(slots_of(hub)) == 3)
         hub.terminate()
         left = wait_for_close(slots, count=2)
         slow.send(b"34")
@@ -399,12 +394,6 @@ def slots_of(hub: HubProcess) -> list[object]:
     slots = hub.stats()["workers"]
     assert isinstance(slots, list)
     return slots
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    ends_at = time.monotonic() + wire.DEADLINE_S
-    while not holds():
-        assert time.monotonic() < ends_at
 
 
 def wait_for_close(peers: list[Peer], count: int) -> list[Peer]:
@@ -441,11 +430,15 @@ def test_new_connections_wait_in_a_passed_socket_while_no_hub_accepts_them(manag
 
 
 def test_drain_can_be_watched_to_its_end_if_nobody_takes_over_the_port() -> None:
-    with wire.hub_process(REUSE) as hub, Peer.connect(hub.worker) as slot, Peer.connect(hub.main) as consumer:
+    with (
+        wire.hub_process(REUSE, limits=IMPATIENT) as hub,
+        Peer.connect(hub.worker) as slot,
+        Peer.connect(hub.main) as consumer,
+    ):
         consumer.send(get(b"/"))
         slot.read_request()
         hub.terminate()
-        wait_until(lambda: refuses(hub.main))  # what follows is after the handover
+        wire.until(lambda: refuses(hub.main))  # what follows is after the handover
         stats = hub.stats()
         assert (stats["draining"], stats["demand"]) == (True, 1)
         slot.send(OK)
@@ -487,7 +480,7 @@ def test_draining_hub_on_a_shared_port_leaves_new_connections_to_its_successor()
 
 def test_drain_on_a_shared_port_without_a_successor_accepts_what_comes_for_a_moment() -> None:
     with wire.hub_process(REUSE) as hub, Peer.connect(hub.worker) as waiting:
-        wait_until(lambda: len(slots_of(hub)) == 1)
+        wire.until(lambda: len(slots_of(hub)) == 1)
         hub.terminate()
         waiting.expect_eof()
         with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
@@ -498,31 +491,17 @@ def test_drain_on_a_shared_port_without_a_successor_accepts_what_comes_for_a_mom
         assert hub.wait() == 0
 
 
-# The minute for which two hubs may share a port, cut short.
-IMPATIENT_HUB = """
-import dataclasses, sys
-import pothead
-pothead.LIMITS = dataclasses.replace(pothead.LIMITS, neighbour_check_s=0.05)
-sys.exit(pothead.main())
-"""
-
-
-@contextlib.contextmanager
-def impatient_hub(*options: str) -> Iterator[HubProcess]:
-    command = wire.python("-c", IMPATIENT_HUB, "--worker-port", "0", "--admin-port", "0", *options)
-    environment = {"PYTHONPATH": str(wire.ROOT)}
-    with wire.running(HubProcess(command, wire.ROOT, environment)) as hub:
-        hub.wait_until_ready()
-        yield hub
+# The minute for which two hubs may share a port, and the second that a handover takes, cut short.
+IMPATIENT = {"neighbour_check_s": 0.05, "handover_s": 0.2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_two_hubs_that_share_a_port_for_good_warn_of_each_other(host: str) -> None:
-    with impatient_hub(REUSE, "--main-host", host, "--main-port", "0") as one:
+    with wire.hub_process(REUSE, "--main-host", host, "--main-port", "0", limits=IMPATIENT) as one:
         assert one.stats()["has_rival"] is False
         port = str(one.main[1])
-        with impatient_hub(REUSE, "--main-host", host, "--main-port", port) as other:
+        with wire.hub_process(REUSE, "--main-host", host, "--main-port", port, limits=IMPATIENT) as other:
             for hub in (one, other):
                 hub.until(lambda stats: stats["has_rival"])
                 hub.wait_for_error(lambda line: "another hub listens on" in line and f":{port}, too" in line)
@@ -534,13 +513,15 @@ def test_two_hubs_that_share_a_port_for_good_warn_of_each_other(host: str) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
-    with impatient_hub(REUSE, "--main-port", "0") as old, Peer.connect(old.worker) as slot:
+    with wire.hub_process(REUSE, limits=IMPATIENT) as old, Peer.connect(old.worker) as slot:
         with Peer.connect(old.main) as consumer, contextlib.ExitStack() as stack:
             consumer.send(get(b"/runs"))
             slot.read_request()
             old.terminate()
-            wait_until(lambda: refuses(old.main))  # it has left the port, and still has work
-            new = stack.enter_context(impatient_hub(REUSE, "--main-port", str(old.main[1])))
+            wire.until(lambda: refuses(old.main))  # it has left the port, and still has work
+            new = stack.enter_context(
+                wire.hub_process(REUSE, "--main-port", str(old.main[1]), limits=IMPATIENT)
+            )
             with pytest.raises(AssertionError, match="nothing in"):
                 new.wait_for_error(lambda line: "another hub" in line, 1.0)
             assert [hub.stats()["has_rival"] for hub in (old, new)] == [False, False]
@@ -551,8 +532,10 @@ def test_handover_is_not_taken_for_two_hubs_that_share_a_port() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
 def test_hub_on_the_same_port_of_another_address_is_no_rival() -> None:
-    with impatient_hub(REUSE, "--main-port", "0") as one:
-        with impatient_hub(REUSE, "--main-host", "127.0.0.2", "--main-port", str(one.main[1])) as other:
+    with wire.hub_process(REUSE, limits=IMPATIENT) as one:
+        with wire.hub_process(
+            REUSE, "--main-host", "127.0.0.2", "--main-port", str(one.main[1]), limits=IMPATIENT
+        ) as other:
             with pytest.raises(AssertionError, match="nothing in"):
                 other.wait_for_error(lambda line: "another hub" in line, 1.0)
             assert [hub.stats()["has_rival"] for hub in (one, other)] == [False, False]

@@ -25,6 +25,7 @@ import pytest
 import pothead_worker
 import wire
 from pothead_worker import WorkerPool
+from wire import ask, is_line, request
 
 Environ = dict[str, Any]
 App = Callable[[Environ, Any], Iterable[bytes]]
@@ -80,6 +81,7 @@ def running_pool(
         yield pool
     finally:
         pool.stop_now()
+        listener.turn_away()
         pool.join()
         for thread in threading.enumerate():
             if thread.name.startswith(("pothead-slot", "pothead-lobby", "Thread-")):
@@ -123,19 +125,6 @@ def serving(listener: wire.Listener) -> Iterator[Callable[..., Serving]]:
             return served
 
         yield serve
-
-
-def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
-    """Return a request's bytes; `start` is its first line without the version."""
-    if body:
-        fields = (*fields, f"Content-Length: {len(body)}")
-    lines = [f"{start} HTTP/1.1", "Host: example.org", "X-Request-Id: r1", *fields, "", ""]
-    return "\r\n".join(lines).encode("latin-1") + body
-
-
-def ask(peer: wire.Peer, start: str = "GET /", *fields: str, body: bytes = b"") -> wire.Response:
-    peer.send(request(start, *fields, body=body))
-    return peer.read_response(start.split()[0].encode())
 
 
 def app_returning(
@@ -1075,14 +1064,17 @@ def test_worker_that_shall_connect_to_a_port_that_is_usually_another_warns_at_on
         assert line in stderr
 
 
-@pytest.mark.parametrize("port", ["main", "admin"])
-def test_worker_at_another_port_of_the_hub_is_told_so(port: str) -> None:
-    with wire.hub_process("--keep-alive", "1200ms") as hub:
-        hub.worker = getattr(hub, port)
-        with wire.worker_process(hub, "--workers", "2") as worker:
+def test_worker_at_another_port_of_the_hub_is_told_so() -> None:
+    with wire.hub_process("--keep-alive", "1200ms") as hub, contextlib.ExitStack() as stack:
+        workers = []
+        for port in (hub.main, hub.admin):
+            hub.worker = port
+            workers.append(stack.enter_context(wire.worker_process(hub, "--workers", "2")))
+        for worker in workers:
             line = worker.wait_for_error(is_line("WARNING"))
-    assert "closes what has waited for 1 s" in line and "--connect" in line
-    assert len([line for line in worker.errors if "WARNING" in line]) == 1
+            assert "closes what has waited for 1 s" in line and "--connect" in line
+    for worker in workers:
+        assert len([line for line in worker.errors if "WARNING" in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -1325,6 +1317,42 @@ def test_request_whose_consumer_left_before_it_began_is_not_run(
     lines.wait_for("the consumer had gone before it began")
     served.peer.expect_eof()
     assert not lines.having("was run")
+
+
+def test_event_of_a_link_that_was_closed_in_this_turn_reaches_no_other() -> None:
+    """A number is free again only after the turn, so no event of this one is taken for another link's."""
+    has_ended = threading.Event()
+    told: list[str] = []
+    with contextlib.ExitStack() as stack:
+        halt = stack.enter_context(contextlib.closing(pothead_worker.Halt()))
+        lobby = pothead_worker.Lobby(("127.0.0.1", 1), halt, has_ended.set)
+        pairs = [[stack.enter_context(sock) for sock in socket.socketpair()] for _ in range(21)]
+        (old_sock, old_peer), *others = pairs
+        old = pothead_worker.Link(old_sock)
+        old.when_gone(lambda: told.append("old"))
+
+        def watch_another(sock: socket.socket, name: str) -> None:
+            """With the lowest number that is free: of so many, one has the old number, if that is free."""
+            link = pothead_worker.Link(stack.enter_context(sock.dup()))
+            link.when_gone(lambda: told.append(name))
+            lobby.watch(link)
+
+        def replace() -> None:
+            lobby.dismiss(old)
+            for number, (sock, _) in enumerate(others):
+                watch_another(sock, f"number {number}")
+            others[-1][1].shutdown(socket.SHUT_WR)
+            lobby.order(lobby.end)  # in the next turn, where the end of the last link is found, too
+
+        def begin() -> None:
+            lobby.watch(old)
+            old_peer.close()
+            lobby.order(replace)  # in the next turn, where the end of the old link is found, too
+
+        lobby.order(begin)
+        lobby.start()
+        assert has_ended.wait(wire.DEADLINE_S)
+    assert told == ["number 19"]
 
 
 # ---- Slots and their connections ---------------------------------------------------------------------
@@ -1859,11 +1887,10 @@ def test_demo_stops_compressing_for_nobody() -> None:
 
 def run_worker(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a worker that is to end by itself; return its exit status and what it wrote to stderr."""
-    program = wire.Program(wire.python(str(wire.ROOT / "pothead_worker.py"), *arguments), cwd, environment)
-    status = program.wait()
-    with contextlib.suppress(AssertionError):
-        program.stop()
-    return status, program.stderr
+    ended = wire.run_to_end(
+        [*wire.program("pothead_worker"), *arguments], cwd, environment, may_complain=True
+    )
+    return ended.status, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -2158,10 +2185,6 @@ def slow_app(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def is_line(text: str) -> Callable[[str], bool]:
-    return lambda line: text in line
-
-
 def test_process_serves_the_demo_and_drains_when_idle(listener: wire.Listener) -> None:
     with wire.worker_process(listener, "--workers", "2") as worker:
         with listener.accept() as one, listener.accept() as two:
@@ -2186,7 +2209,7 @@ def test_programs_that_the_app_starts_ignore_sighup_only_if_the_worker_was_told_
         "    start_response('200 OK', [])\n"
         "    return [subprocess.check_output(['grep', 'SigIgn', '/proc/self/status'])]\n"
     )
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "{}:{}".format(*listener.worker))
+    command = wire.python(wire.compiled("pothead_worker"), "--connect", "{}:{}".format(*listener.worker))
     nohup = ["nohup"] if is_ignored else []
     with wire.running(wire.WorkerProcess([*nohup, *command, *mode, "starting:app"], tmp_path)) as worker:
         with listener.accept() as peer:
@@ -2295,7 +2318,8 @@ def test_process_does_not_wait_for_threads_that_the_app_left_behind(
         "threading.Thread(target=threading.Event().wait, args=(60,), name='left-behind').start()\n"
         "def app(environ, start_response): pass\n"
     )
-    with wire.worker_process(listener, "leaky:app", cwd=tmp_path) as worker, listener.accept():
+    with wire.worker_process(listener, "leaky:app", cwd=tmp_path, limits=IMPATIENT) as worker:
+        listener.accept().close()
         worker.terminate()
         worker.wait_for_error(is_line("leaving without threads of the application: left-behind"))
         assert worker.wait() == 0
@@ -2346,14 +2370,8 @@ STAYING_APP = """
         return []
 """
 
-# With more patience than a test has, and an output that is buffered, as it is for users.
-PATIENT_WORKER = """
-import sys
-sys.path.insert(0, {root!r})
-import pothead_worker
-pothead_worker.EXIT_GRACE_S = 3600.0
-sys.exit(pothead_worker.main())
-"""
+# What an ended worker grants to the app that still does something, cut short.
+IMPATIENT = {"EXIT_GRACE_S": 0.2}
 
 
 @pytest.fixture
@@ -2372,12 +2390,13 @@ def staying_app(tmp_path: Path) -> Path:
 def test_drained_process_ends_whatever_the_app_still_does(
     listener: wire.Listener, staying_app: Path, path: str, told: str
 ) -> None:
-    with wire.worker_process(listener, "staying:app", cwd=staying_app) as worker, listener.accept() as peer:
-        assert ask(peer, f"GET {path}").status == 200
-        worker.terminate()
-        peer.expect_eof()
-        worker.wait_for_error(is_line(told))
-        assert worker.wait() == 0
+    with wire.worker_process(listener, "staying:app", cwd=staying_app, limits=IMPATIENT) as worker:
+        with listener.accept() as peer:
+            assert ask(peer, f"GET {path}").status == 200
+            worker.terminate()
+            peer.expect_eof()
+            worker.wait_for_error(is_line(told))
+            assert worker.wait() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -2385,10 +2404,10 @@ def test_drained_process_ends_whatever_the_app_still_does(
 def test_process_that_is_told_once_more_waits_for_nothing_of_the_app(
     listener: wire.Listener, staying_app: Path, path: str, number: signal.Signals
 ) -> None:
-    code = PATIENT_WORKER.format(root=str(wire.ROOT))
-    arguments = ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
-    program = wire.Program([sys.executable, "-W", "error", "-c", code, *arguments], staying_app)
-    with wire.running(program) as worker, listener.accept() as peer:
+    command = wire.program("pothead_worker", {"EXIT_GRACE_S": 3600.0})
+    command.remove("-u")  # its output is buffered, as it is for users
+    command += ["--connect", "{}:{}".format(*listener.worker), "staying:app"]
+    with wire.running(wire.Program(command, staying_app)) as worker, listener.accept() as peer:
         assert ask(peer, f"GET {path}").status == 200
         worker.terminate()
         peer.expect_eof()
@@ -2455,8 +2474,9 @@ def handling_app(tmp_path: Path) -> Callable[[str], str]:
 def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
     listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str, told: str
 ) -> None:
-    arguments = [handling_app(handler)]
-    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+    app = handling_app(handler)
+    process = wire.worker_process(listener, app, cwd=tmp_path, limits=IMPATIENT)
+    with process as worker, listener.accept() as peer:
         peer.send(request("POST /", "Content-Length: 4"))
         worker.wait_for_line(is_line("running"))
         worker.terminate()
@@ -2474,8 +2494,9 @@ def test_handler_of_the_app_is_called_once_and_does_not_end_the_drain(
 def test_process_whose_app_handles_signals_can_be_ended_at_once(
     listener: wire.Listener, tmp_path: Path, handling_app: Any, handler: str
 ) -> None:
-    arguments = [handling_app(handler)]
-    with wire.worker_process(listener, *arguments, cwd=tmp_path) as worker, listener.accept() as peer:
+    app = handling_app(handler)
+    process = wire.worker_process(listener, app, cwd=tmp_path, limits=IMPATIENT)
+    with process as worker, listener.accept() as peer:
         peer.send(request("POST /", "Content-Length: 4"))
         worker.wait_for_line(is_line("running"))
         for _ in range(2):

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_worker import Lines, lines, request, running_pool
+from test_worker import Lines, lines, running_pool
 
 import pothead_worker
 import wire
-from wire import Peer
+from wire import Peer, request
 
 __all__ = ["lines"]  # a fixture
 
@@ -505,12 +505,6 @@ http {{
 """
 
 
-def ask_the_service(hub: wire.HubProcess, data: bytes, method: bytes = b"GET") -> wire.Response:
-    with Peer.connect(hub.main) as consumer:
-        consumer.send(data)
-        return consumer.read_response(method)
-
-
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_program_in_javascript_gets_the_queue(hub: wire.HubProcess, tmp_path: Path) -> None:
     (tmp_path / "echo.js").write_text(NODE)
@@ -519,12 +513,12 @@ def test_program_in_javascript_gets_the_queue(hub: wire.HubProcess, tmp_path: Pa
         url = "http://127.0.0.1:" + node.wait_for_line(str.isdigit)
         with wire.worker_process(hub, "--forward", url, "--workers", "2") as worker:
             body = b"abc" * 1_000_000
-            response = ask_the_service(hub, request("PUT /x?y=z", body=body))
+            response = wire.fetch(hub.main, request("PUT /x?y=z", body=body))
             assert response.body == body
             assert response.values(b"set-cookie") == [b"a=1", b"b=2"]
             assert response.value(b"x-seen") == b"PUT /x?y=z example.org"
-            assert ask_the_service(hub, request("HEAD /"), b"HEAD").status == 200
-            assert ask_the_service(hub, request("GET /")).body == b""
+            assert wire.fetch(hub.main, request("HEAD /")).status == 200
+            assert wire.fetch(hub.main, request("GET /")).body == b""
             worker.terminate()
             assert worker.wait() == 0
 
@@ -541,15 +535,15 @@ def test_nginx_gets_the_queue(hub: wire.HubProcess, tmp_path: Path) -> None:
     with wire.running(wire.Program(command, tmp_path)) as nginx:
         wait_until_listening(port, nginx)
         with wire.worker_process(hub, "--forward", f"http://127.0.0.1:{port}"):
-            response = ask_the_service(hub, request("GET /file"))
+            response = wire.fetch(hub.main, request("GET /file"))
             assert response.body == content
             assert (response.value(b"server") or b"").startswith(b"nginx")
             etag = (response.value(b"etag") or b"").decode()
-            assert ask_the_service(hub, request("GET /file", f"If-None-Match: {etag}")).status == 304
-            assert ask_the_service(hub, request("HEAD /file"), b"HEAD").value(b"content-length") == b"2560000"
-            assert ask_the_service(hub, request("GET /file", "Range: bytes=1-3")).body == b"\1\2\3"
-            assert ask_the_service(hub, request("GET /nosuch")).status == 404
-            assert ask_the_service(hub, request("POST /file", body=b"x")).status == 405
+            assert wire.fetch(hub.main, request("GET /file", f"If-None-Match: {etag}")).status == 304
+            assert wire.fetch(hub.main, request("HEAD /file")).value(b"content-length") == b"2560000"
+            assert wire.fetch(hub.main, request("GET /file", "Range: bytes=1-3")).body == b"\1\2\3"
+            assert wire.fetch(hub.main, request("GET /nosuch")).status == 404
+            assert wire.fetch(hub.main, request("POST /file", body=b"x")).status == 405
 
 
 def wait_until_listening(port: int, program: wire.Program) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_worker import Environ, Lines, ask, hello, lines, no_more_threads, request, running_pool
+from test_worker import Environ, Lines, hello, lines, no_more_threads, running_pool
 
 import gating
 import pothead_worker
 import wire
+from wire import ask, request
 
 __all__ = ["lines"]  # a fixture
 

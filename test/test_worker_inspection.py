@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,8 +52,7 @@ class Inspected:
 
     def ask(self, start: str = "GET /inspect") -> wire.Response:
         with wire.Peer.connect(self.address) as visitor:
-            visitor.send(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-            response = visitor.read_response(start.split()[0].encode())
+            response = wire.ask(visitor, start)
             visitor.expect_eof()
             return response
 
@@ -64,10 +62,8 @@ class Inspected:
         self.wait_for("requests_pending", 1)
 
     def wait_for(self, name: str, number: int) -> None:
-        """Look until it is so; each look takes a moment, so this is no busy loop."""
-        ends_at = time.monotonic() + wire.DEADLINE_S
-        while (found := self.inspect())[name] != number:
-            assert time.monotonic() < ends_at, found
+        """Look until it is so."""
+        wire.until(self.inspect, lambda found: found[name] == number)
 
     def end_request(self) -> None:
         self.peer.send(b"x")
@@ -117,15 +113,14 @@ def test_worker_that_has_never_reached_its_hub_lives_but_is_not_ready() -> None:
         nobody.bind(("127.0.0.1", 0))
         arguments = ["--connect", f"127.0.0.1:{nobody.getsockname()[1]}", "--inspection-port", "0"]
         worker = wire.WorkerProcess(
-            wire.python(str(wire.ROOT / "pothead_worker.py"), *arguments), wire.ROOT / "test"
+            wire.python(wire.compiled("pothead_worker"), *arguments), wire.ROOT / "test"
         )
         with wire.running(worker):
             line = worker.wait_for_error(lambda text: "listening inspection=" in text)
             worker.wait_for_error(lambda text: "unreachable" in text)
             for page, status in (("livez", 200), ("readyz", 503)):
                 with wire.Peer.connect(("127.0.0.1", int(line.rpartition(":")[2]))) as visitor:
-                    visitor.send(f"GET /{page} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-                    assert visitor.read_response().status == status
+                    assert wire.ask(visitor, f"GET /{page}").status == status
 
 
 @in_all_modes
@@ -135,7 +130,7 @@ def test_apocalypse_streams_from_before_a_drain_to_its_end(
     inspected = start(*mode)
     inspected.begin_request()
     with wire.Peer.connect(inspected.address) as visitor:
-        visitor.send(b"GET /apocalypse HTTP/1.1\r\nHost: a\r\n\r\n")
+        visitor.send(wire.get(b"/apocalypse"))
         assert visitor.read_head().startswith(b"HTTP/1.1 200 OK\r\n")
         visitor.expect(b"1d\r\nwaiting for a drain to begin\n\r\n")
         inspected.worker.terminate()
@@ -150,7 +145,7 @@ def test_apocalypse_tells_when_work_was_cut_off(start: Callable[..., Inspected])
     inspected = start()
     inspected.begin_request()
     with wire.Peer.connect(inspected.address) as visitor:
-        visitor.send(b"GET /apocalypse HTTP/1.1\r\nHost: a\r\n\r\n")
+        visitor.send(wire.get(b"/apocalypse"))
         visitor.read_until(b"waiting for a drain to begin\n\r\n")
         inspected.worker.send_signal(signal.SIGINT)
         assert visitor.read_to_end().endswith(b"8\r\ncut off\n\r\n0\r\n\r\n")
@@ -162,7 +157,7 @@ def test_visitor_who_leaves_the_apocalypse_does_not_hold_the_worker_up(
 ) -> None:
     inspected = start()
     with wire.Peer.connect(inspected.address) as visitor:
-        visitor.send(b"GET /apocalypse HTTP/1.1\r\nHost: a\r\n\r\n")
+        visitor.send(wire.get(b"/apocalypse"))
         visitor.read_head()
     inspected.worker.terminate()
     assert inspected.worker.wait() == 0
@@ -195,7 +190,7 @@ def test_visitors_of_a_page_are_bounded_and_those_of_others_are_served(
     with contextlib.ExitStack() as stack:
         for _ in range(pothead_worker.PAGE_VISITS):
             visitor = stack.enter_context(wire.Peer.connect(worker.address))
-            visitor.send(b"GET /apocalypse HTTP/1.1\r\nHost: a\r\n\r\n")
+            visitor.send(wire.get(b"/apocalypse"))
             visitor.read_head()
         for _ in range(2):
             assert worker.ask("GET /apocalypse").status == 503
@@ -213,6 +208,6 @@ def test_page_that_there_is_no_thread_for_is_refused() -> None:
         for status in (503, 200):
             with no_more_threads() if status == 503 else contextlib.nullcontext():
                 with wire.Peer.connect(("127.0.0.1", port.port)) as visitor:
-                    visitor.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                    visitor.send(wire.get(b"/"))
                     assert visitor.read_response().status == status
                     visitor.expect_eof()

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,28 +81,21 @@ class Metered:
         self.peer = listener.accept()
 
     def ask(self, path: str = "/", **fields: str) -> wire.Response:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        self.peer.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode())
-        return self.peer.read_response()
+        return wire.ask(self.peer, f"GET {path}", *(f"{name}: {value}" for name, value in fields.items()))
 
     def reconnect(self) -> None:
         self.peer.close()
         self.peer = self.listener.accept()
 
     def scrape(self) -> dict[str, float]:
-        with wire.Peer.connect(("127.0.0.1", self.port)) as visitor:
-            visitor.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
-            response = visitor.read_response()
+        response = wire.fetch(("127.0.0.1", self.port), wire.get(b"/metrics"))
         assert response.status == 200
         assert response.value(b"content-type").startswith(b"text/plain; version=")
         return samples(response.body.decode())
 
     def wait_for(self, name: str, value: float) -> dict[str, float]:
-        """Return the first page that says so. Each look at it takes a moment, so this is no busy loop."""
-        deadline = time.monotonic() + wire.DEADLINE_S
-        while (page := self.scrape()).get(name) != value:
-            assert time.monotonic() < deadline, (name, value, page)
-        return page
+        """Return the first page that says so."""
+        return wire.until(self.scrape, lambda page: page.get(name) == value)
 
 
 def samples(page: str) -> dict[str, float]:
@@ -124,7 +116,7 @@ def start(tmp_path: Path, directory: Path, listener: wire.Listener) -> Iterator[
     """Run a worker with metrics and further options."""
     (tmp_path / "counting.py").write_text(textwrap.dedent(APP))
     # What prometheus_client leaves open until the end is not the worker's.
-    command = [*wire.python("-W", "ignore::ResourceWarning"), str(wire.ROOT / "pothead_worker.py")]
+    command = [*wire.python("-W", "ignore::ResourceWarning"), wire.compiled("pothead_worker")]
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(directory), "PROMETHEUS_PORT": "0"}
     with contextlib.ExitStack() as stack:
 
@@ -181,15 +173,15 @@ def test_running_request_is_on_the_page(start: Callable[..., Metered], mode: tup
 
 @needs_prometheus
 def test_consumer_that_leaves_and_process_that_dies_have_a_status_too(start: Callable[..., Metered]) -> None:
-    metered = start(PROCESSES, "--request-timeout", "2s")
+    metered = start(PROCESSES, "--request-timeout", "1s")
     metered.ask("/")
     for path in (b"/exit", b"/quit"):
-        metered.peer.send(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+        metered.peer.send(wire.get(path))
         metered.peer.expect_eof()
         metered.reconnect()
     assert metered.ask("/hang").status == 504
     metered.reconnect()
-    metered.peer.send(b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n")
+    metered.peer.send(wire.get(b"/hang"))
     metered.wait_for("pothead_worker_slots_busy", 1)
     metered.reconnect()
     page = metered.wait_for('pothead_worker_requests_total{status="499"}', 1)
@@ -336,7 +328,7 @@ def test_directory_of_a_worker_that_runs_is_refused_and_left_alone(
 ) -> None:
     metered = start()
     metered.ask()
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", "127.0.0.1:1")
+    command = wire.python(wire.compiled("pothead_worker"), "--connect", "127.0.0.1:1")
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(directory), "PROMETHEUS_PORT": "0"}
     for options, status in ((["--check"], 0), ([], 2)):
         second = wire.Program([*command, *options, "counting:app"], tmp_path, environment)

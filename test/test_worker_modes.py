@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_worker import Environ, ask, hello, request, running_pool
+from test_worker import Environ, hello, running_pool
 from test_worker_gate import App, CountingGate
 
 import pothead_worker
 import wire
 from pothead_worker import ForkServer, Forwarder, PickupPort
+from wire import ask, request
 
 APP = """
     import gating

@@ -21,6 +21,7 @@ from test_worker import running_pool
 import pothead_worker
 import wire
 from pothead_worker import PickupPort, WorkerPool
+from wire import ask, is_line, request
 
 APP = """
     import os, time
@@ -116,21 +117,6 @@ def start(tmp_path: Path, listener: wire.Listener) -> Iterator[Callable[..., wir
             )
 
         yield start
-
-
-def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
-    if body:
-        fields = (*fields, f"Content-Length: {len(body)}")
-    return "\r\n".join([f"{start} HTTP/1.1", "Host: a", "X-Request-Id: r1", *fields, "", ""]).encode() + body
-
-
-def ask(peer: wire.Peer, start: str = "GET /", body: bytes = b"") -> wire.Response:
-    peer.send(request(start, body=body))
-    return peer.read_response(start.split()[0].encode())
-
-
-def is_line(text: str) -> Callable[[str], bool]:
-    return lambda line: text in line
 
 
 class Key:
@@ -436,15 +422,16 @@ def hello(environ: Any, start_response: Any) -> Iterable[bytes]:
     return [b"hello"]
 
 
-@pytest.fixture
-def port(listener: wire.Listener) -> Iterator[wire.Address]:
-    """A pickup port that is served in this process."""
-    pool = WorkerPool(hello, listener.worker, pickups=(pickups := PickupPort(0)))
-    pool.start()
-    with listener.accept():
-        yield "127.0.0.1", pickups.port
-        pool.stop()
-        assert pool.join()
+@pytest.fixture(scope="module")
+def port() -> Iterator[wire.Address]:
+    """A pickup port that is served in this process, for all tests here."""
+    with wire.Listener() as listener:
+        pool = WorkerPool(hello, listener.worker, pickups=(pickups := PickupPort(0)))
+        pool.start()
+        with listener.accept():
+            yield "127.0.0.1", pickups.port
+            pool.stop()
+            assert pool.join()
 
 
 @pytest.mark.parametrize(
@@ -530,7 +517,7 @@ def test_location_has_the_host_that_was_given(
 
 
 def test_port_is_closed_when_the_app_cannot_be_loaded(tmp_path: Path) -> None:
-    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--redirect-response", "0", "missing:app")
+    command = wire.python(wire.compiled("pothead_worker"), "--redirect-response", "0", "missing:app")
     program = wire.Program(command, tmp_path)
     assert program.wait() == 3
     program.stop()

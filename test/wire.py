@@ -1,16 +1,19 @@
 """A raw peer: send these bytes, expect those. And the programs under test as processes.
 
-Both ends of an exchange are scripted in bytes, since an HTTP library hides what matters. Nothing here
-sleeps: every wait ends with its event or fails at a generous deadline.
+Both ends of an exchange are scripted in bytes, since an HTTP library hides what matters. Every wait ends with
+its event or fails at a generous deadline. What no event tells of is looked for again and again, by `until`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import os
+import py_compile
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +30,11 @@ from typing import IO, Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 Address = tuple[str, int]
 Fields = list[tuple[bytes, bytes]]
+T = TypeVar("T")
 ProgramT = TypeVar("ProgramT", bound="Program")
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -203,6 +208,36 @@ HANDSHAKE = (
 )
 OVER_TLS = bool(os.environ.get("POTHEAD_TEST_OVER_TLS"))  # the port for consumers, and PTTH for slots
 _secure: dict[Address, str] = {}  # what listens there
+# ---- Messages that tests send ------------------------------------------------------------------------
+
+
+def get(path: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"pothead.test") -> bytes:
+    """Return a consumer's request without a body; `lines` are further field lines."""
+    head = (b"%b %b HTTP/1.1" % (method, path), b"Host: %b" % host, *lines)
+    return b"\r\n".join(head) + b"\r\n\r\n"
+
+
+def post(path: bytes, body: bytes, *lines: bytes, method: bytes = b"POST", **options: bytes) -> bytes:
+    """Return a consumer's request with a body of known length; see `get`."""
+    return get(path, b"Content-Length: %d" % len(body), *lines, method=method, **options) + body
+
+
+def request(start: str = "GET /", *fields: str, body: bytes = b"") -> bytes:
+    """Return a request as a hub passes it on; `start` is its first line without the version."""
+    if body:
+        fields = (*fields, f"Content-Length: {len(body)}")
+    lines = [f"{start} HTTP/1.1", "Host: example.org", "X-Request-Id: r1", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def chunked(*pieces: bytes) -> bytes:
+    """Return a chunked body, whole."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+
+
+def is_line(text: str) -> Callable[[str], bool]:
+    """Return the predicate of a program's line that has `text` in it."""
+    return lambda line: text in line
 
 
 # ---- A peer that speaks raw bytes --------------------------------------------------------------------
@@ -251,6 +286,11 @@ class Peer:
     def send(self, data: bytes | memoryview) -> None:
         self.sock.sendall(data)
 
+    def ask(self, data: bytes) -> Response:
+        """Send a request and return the response to it."""
+        self.send(data)
+        return self.read_response(data.partition(b" ")[0])
+
     def finish_sending(self) -> None:
         """Send FIN and keep reading."""
         self.sock.shutdown(socket.SHUT_WR)
@@ -264,6 +304,16 @@ class Peer:
         self.sock.close()
 
     # -- expecting bytes
+
+    def has_bytes(self) -> bool:
+        """Whether something has come that was not read."""
+        self.sock.setblocking(False)
+        try:
+            return bool(self.received or self.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+        finally:
+            self.sock.settimeout(DEADLINE_S)
 
     def expect(self, wanted: bytes) -> None:
         """Read as many bytes as `wanted` has, and compare; a difference shows as soon as it arrives."""
@@ -373,6 +423,24 @@ class Peer:
         return data
 
 
+def ask(peer: Peer, start: str = "GET /", *fields: str, body: bytes = b"") -> Response:
+    """Ask a worker as a hub does; see `request`."""
+    return peer.ask(request(start, *fields, body=body))
+
+
+def fetch(address: Address, data: bytes) -> Response:
+    """Ask on a connection of its own."""
+    with Peer.connect(address) as peer:
+        return peer.ask(data)
+
+
+def serve(slot: Peer, response: bytes = OK) -> Request:
+    """Take the next request as a worker, and answer it."""
+    taken = slot.read_request()
+    slot.send(response)
+    return taken
+
+
 class Listener:
     """Stands in for a hub: workers dial its address, and the test plays the hub on what `accept` returns."""
 
@@ -384,6 +452,15 @@ class Listener:
     def accept(self) -> Peer:
         return Peer(self.sock.accept()[0])
 
+    def turn_away(self) -> None:
+        """Close the connections that wait for being accepted: a worker need not wait for requests there."""
+        with contextlib.suppress(OSError):  # the test may have closed it
+            self.sock.settimeout(0)
+            with contextlib.suppress(BlockingIOError):  # there are no more
+                while True:
+                    self.accept().close()
+            self.sock.settimeout(DEADLINE_S)
+
     def close(self) -> None:
         self.sock.close()
 
@@ -392,6 +469,15 @@ class Listener:
 
     def __exit__(self, *_exc_info: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[str]:
+    """Yield a port for hubs with --reuse-port, one after the other: in between, nobody else is given it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))  # and does not listen: who dials it is refused
+        yield str(sock.getsockname()[1])
 
 
 def parse_fields(lines: list[bytes]) -> Fields:
@@ -529,6 +615,20 @@ class Program:
             pipe.close()
 
 
+def until(look: Callable[[], T], holds: Callable[[T], object] = bool, deadline_s: float = DEADLINE_S) -> T:
+    """Look until what is seen is as wanted, and return that: for what nobody tells of.
+
+    After a look in vain the processor is left to those who shall bring it about, longer each time.
+    """
+    ends_at = time.monotonic() + deadline_s
+    pause_s = 0.001
+    while not holds(seen := look()):
+        assert time.monotonic() < ends_at, seen
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.02)
+    return seen
+
+
 Stats = dict[str, Any]  # what the hub's /stats says
 
 
@@ -579,25 +679,64 @@ class HubProcess(Program):
         match = self.LISTENING.fullmatch(line)
         return match is not None and match[1] == role
 
+    def ask_admin(self, path: bytes, *lines: bytes, method: bytes = b"GET") -> Response:
+        return fetch(self.admin, get(path, *lines, method=method, host=b"localhost"))
+
     def stats(self) -> Stats:
         """Return the admin port's `/stats`."""
-        with Peer.connect(self.admin) as peer:
-            peer.send(b"GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            response = peer.read_response()
+        response = self.ask_admin(b"/stats")
         assert response.status == 200, response
         stats: Stats = json.loads(response.body)
         return stats
 
     def until(self, holds: Callable[[Stats], object], deadline_s: float = DEADLINE_S) -> Stats:
         """Ask for `/stats` until they are as wanted."""
-        ends_at = time.monotonic() + deadline_s
-        while not holds(stats := self.stats()):
-            assert time.monotonic() < ends_at, stats
-        return stats
+        return until(self.stats, holds, deadline_s)
+
+
+@contextlib.contextmanager
+def dial(hub: HubProcess, host: str = "127.0.0.1") -> Iterator[Peer]:
+    """Connect a slot from the loopback address `host`; the hub knows of it."""
+    with Peer.connect(hub.worker, host=host) as slot:
+        address = f"{host}:{slot.address[1]}"
+        hub.until(lambda stats: address in [each["address"] for each in stats["workers"]], 2 * DEADLINE_S)
+        yield slot
 
 
 class WorkerProcess(Program):
     """A worker that dials the given hub."""
+
+    stand_in: Listener | None = None
+
+    def _interrupt(self) -> None:
+        super()._interrupt()
+        if self.stand_in:
+            self.stand_in.turn_away()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a process."""
+
+    status: int
+    lines: list[str]
+    stderr: str
+
+
+def run_to_end(
+    command: list[str],
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    may_complain: bool = False,
+) -> Ended:
+    """Run a program to its end, which must come by itself and, unless it may complain, with no traceback."""
+    program = Program(command, cwd, environment)
+    program.may_have_ended = True
+    with running(program):
+        ended = Ended(program.wait(), list(program.lines), program.stderr)
+        if may_complain:
+            program.errors.clear()
+    return ended
 
 
 def python(*arguments: str) -> list[str]:
@@ -605,16 +744,49 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, "-u", "-W", "error", *arguments]
 
 
+@functools.cache
+def compiled(name: str) -> str:
+    """Return the path of one of the programs as Python has compiled it, once for all the tests here.
+
+    Python does that anew each time it is given a program's text, which is a third of the start. The text lies
+    beside it, for whoever imports it, and so that a measurement of coverage knows what is run.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="pothead-test-"))
+    atexit.register(shutil.rmtree, directory)
+    for text in (ROOT / each for each in ("gating.py", "pothead.py", "pothead_worker.py")):
+        (directory / text.name).symlink_to(text)
+    target = directory / f"{name}.pyc"
+    py_compile.compile(str(ROOT / f"{name}.py"), str(target), doraise=True)
+    return str(target)
+
+
+def program(name: str, limits: Mapping[str, float] | None = None) -> list[str]:
+    """Return the command of a program, perhaps with other `limits`: half a minute teaches nothing.
+
+    They are fields of the hub's LIMITS, and constants of the worker.
+    """
+    if not limits:
+        return python(compiled(name))
+    change = f"vars(program).update({dict(limits)})"
+    if name == "pothead":
+        change = f"program.LIMITS = dataclasses.replace(program.LIMITS, **{dict(limits)})"
+    load = f"import dataclasses, sys; sys.path.insert(0, {str(ROOT)!r}); import {name} as program"
+    return python("-c", f"{load}; {change}; sys.exit(program.main())")
+
+
 @contextlib.contextmanager
 def hub_process(
-    *options: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+    *options: str,
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Iterator[HubProcess]:
     """Run pothead.py on free ports with further `options`, which a `-- command …` may end; it is ready."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
     if OVER_TLS and "--ptth-port" not in options:
         files = [str(authority() / name) for name in ("hub.pem", "hub.key")]
         ports += ["--ptth-port", "0", "--certfile", files[0], "--keyfile", files[1], "--tls", "main,ptth"]
-    hub = HubProcess(python(str(ROOT / "pothead.py"), *ports, *options), cwd, environment)
+    hub = HubProcess([*program("pothead", limits), *ports, *options], cwd, environment)
     with running(hub):
         hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
         yield hub
@@ -626,11 +798,14 @@ def worker_process(
     *arguments: str,
     cwd: Path = ROOT / "test",
     environment: dict[str, str] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Iterator[WorkerProcess]:
     """Run pothead_worker.py against `hub`. Applications are looked up in `cwd`."""
     host, port = hub.worker
-    command = python(str(ROOT / "pothead_worker.py"), "--connect", f"{host}:{port}", *arguments)
-    with running(WorkerProcess(command, cwd, environment)) as worker:
+    command = [*program("pothead_worker", limits), "--connect", f"{host}:{port}", *arguments]
+    worker = WorkerProcess(command, cwd, environment)
+    worker.stand_in = hub if isinstance(hub, Listener) else None
+    with running(worker):
         yield worker
 
 
