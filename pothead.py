@@ -2342,7 +2342,7 @@ class TlsTransport(Transport):
         while not self._is_over:
             if self._sealed:
                 taken += self._send_sealed()
-            if self._sealed or taken == len(view):
+            if self._sealed or taken >= len(view):  # more, if less was offered than the last time
                 break
             if self._outgoing.pending:  # what TLS has to say for itself goes apart
                 self._seal(0)

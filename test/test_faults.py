@@ -957,12 +957,14 @@ class Ledger:
         self.rig = Rig(spool_memory=4096, **options)
         self.started: list[str] = []
         hub = self.rig.hub
-        new_stream = hub._new_stream
-        hub._new_stream = lambda sock, address: new_stream(FaultySocket(sock, plan), address)  # type: ignore
         for listener in hub.ports.listeners.values():
             listener._socket = FaultySocket(listener._socket, plan)  # type: ignore
+            listener._accept = self._faulty(listener._accept)
         self.slots = [OneSlot(self.rig, self.started) for _ in range(2)]
         self.consumers = [OneConsumer(self.rig, path) for path in SCENARIO]
+
+    def _faulty(self, accept: Callable[[socket.socket, str], None]) -> Callable[[socket.socket, str], None]:
+        return lambda sock, address: accept(FaultySocket(sock, self.plan), address)  # type: ignore
 
     def play(self) -> None:
         """Turn until every consumer has an answer or a break; one that has neither in the end is lost."""

@@ -5,19 +5,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 import re
 import select
 import signal
+import socket
 import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import wire
-from pothead import Inbuf, ProtocolError, is_origin, read_offer, read_permits, register, take_request_head
+from pothead import (
+    Certificate,
+    Inbuf,
+    Options,
+    ProtocolError,
+    TlsTransport,
+    is_origin,
+    read_offer,
+    read_permits,
+    register,
+    take_request_head,
+)
 from wire import HubProcess, Peer, hub_process
 
 API, IMG = "https://api.example", "https://img.example:8443"
@@ -713,13 +727,92 @@ def test_certificate_that_expires_soon_is_told(files: Path, tmp_path: Path) -> N
         assert 4 < hub.stats()["certificate_expires_seconds"] / 86400 <= 5
 
 
+class Trickle:
+    """A socket that takes and gives pieces of random size, and often nothing."""
+
+    def __init__(self, sock: socket.socket, chance: random.Random) -> None:
+        self.sock, self.chance = sock, chance
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def size(self, wanted: int) -> int:
+        if self.chance.random() < 0.3:
+            raise BlockingIOError
+        return min(wanted, self.chance.choice([1, 5, 22, 1000, 16_384, 16_406, 70_000]))
+
+    def recv(self, size: int) -> bytes:
+        return self.sock.recv(self.size(size))
+
+    def send(self, data: memoryview) -> int:
+        return self.sock.send(memoryview(data)[: self.size(len(data))])
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_bytes_count_as_taken_when_the_peer_can_read_them(files: Path, version: ssl.TLSVersion) -> None:
+    """Not a byte more and not one less: that decides whether a request may be repeated."""
+    chance = random.Random(5)
+    context = Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key"))).context(
+        "main"
+    )
+    trust = wire.trusting(files)
+    trust.minimum_version = trust.maximum_version = version
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        opened: list[bool] = []
+        transport = TlsTransport(Trickle(ours, chance), context, lambda: opened.append(True))  # type: ignore
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        peer = trust.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        buffer = memoryview(bytearray(100_000))
+
+        def fetch() -> None:
+            with contextlib.suppress(BlockingIOError):
+                while data := theirs.recv(1 << 18):
+                    incoming.write(data)
+
+        is_done = False
+        while not (is_done and opened):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                peer.do_handshake()
+                is_done = True
+            theirs.sendall(outgoing.read())
+            assert transport.receive_into(buffer) is None
+            assert transport.send(b"") == 0  # what is left of the handshake goes with it
+            fetch()
+        body = chance.randbytes(1_500_000)
+        got = bytearray()
+        taken = 0
+        while taken < len(body):
+            with contextlib.suppress(BlockingIOError):
+                taken += transport.send(
+                    memoryview(body)[taken : taken + chance.choice([1, 300, 20_000, 200_000])]
+                )
+            fetch()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while piece := peer.read(1 << 18):
+                    got += piece
+            assert len(got) == taken
+        assert got == body
+        peer.write(body[:300_000])
+        theirs.setblocking(True)
+        sender = threading.Thread(target=theirs.sendall, args=(outgoing.read(),))
+        sender.start()
+        received = bytearray()
+        while len(received) < 300_000:
+            if transport.has_rest or transport.has_news():
+                size = transport.receive_into(buffer[: chance.choice([1, 10, 20_000, 100_000])])
+                received += buffer[: size or 0]
+        sender.join()
+        assert received == body[:300_000]
+        transport.close()
+
+
 # ---- Whatever comes ----------------------------------------------------------------------------------
 
 
 def test_random_handshakes_never_get_a_byte_of_a_request(network: HubProcess) -> None:
     """Pure: what is let in is what the model lets in, however the head is changed."""
-    import random
-
     permits = read_permits(WORKERS, "workers")
     chance = random.Random(11)
     let_in = 0
