@@ -1803,6 +1803,52 @@ class LocalIntake(Intake):
         return data
 
 
+class Upload:
+    """A request's body on its way from the hub to somebody here, framed as it was; it never waits.
+
+    It holds one piece, and takes the next one when that has been sent.
+    """
+
+    def __init__(self, exchange: Exchange, sock: socket.socket, head: bytes = b"") -> None:
+        self._exchange = exchange
+        self._sock = sock
+        self.is_taken = exchange.body is None  # all of it, from the hub
+        self.unsent = memoryview(head)
+
+    @property
+    def wants_more(self) -> bool:
+        return not (self.unsent or self.is_taken)
+
+    def take(self) -> None:
+        """Take what has come, be it only a part of a chunk's framing. Raises BodyError."""
+        body = self._exchange.body
+        assert body is not None
+        try:
+            with self._exchange.link.time_limit(0):
+                data = body.read(RECEIVE_BYTES) or b""
+        except BlockingIOError:
+            return
+        self.is_taken = not body.has_rest()
+        if self._exchange.head.is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"0\r\n\r\n" if self.is_taken else b""
+        self.unsent = memoryview(data)
+
+    def send(self) -> None:
+        """Send as much as is taken."""
+        try:
+            self.unsent = self.unsent[self._sock.send(self.unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has closed; perhaps its response is there all the same
+            self.drop()
+
+    def drop(self) -> None:
+        """Nobody wants the rest."""
+        self.is_taken = True
+        self.unsent = memoryview(b"")
+
+
 class LocalConnection:
     """A connection to the local program, as a source of bytes.
 
@@ -1816,8 +1862,7 @@ class LocalConnection:
         self.sock = sock
         self._exchange = exchange
         exchange.when_cancelled(functools.partial(cut_off, sock))
-        self._is_taken = exchange.body is None  # all of the request, from the hub
-        self._unsent = memoryview(head)
+        self._upload = Upload(exchange, sock, head)
 
     def recv(self, size: int, /) -> bytes:
         data = bytearray(size)
@@ -1832,45 +1877,21 @@ class LocalConnection:
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
-        hub, local = self._exchange.link.fileno(), self.sock.fileno()
+        hub, local, upload = self._exchange.link.fileno(), self.sock.fileno(), self._upload
         while True:
-            if not self._unsent and not self._is_taken:
-                self._take_body()
+            if upload.wants_more:
+                upload.take()  # first, since the hub's socket need not tell of all that is there
             poller = select.poll()
-            poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            if not (self._unsent or self._is_taken):
+            poller.register(local, select.POLLIN | (select.POLLOUT if upload.unsent else 0))
+            if upload.wants_more:
                 poller.register(hub, select.POLLIN | self.HANG_UP)
             events = dict(poller.poll())
             if self._exchange.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
-            if self._unsent and events.get(local, 0) & select.POLLOUT:
-                self._send()
+            if upload.unsent and events.get(local, 0) & select.POLLOUT:
+                upload.send()
             if events.get(local, 0) & ~select.POLLOUT:
                 return
-
-    def _take_body(self) -> None:
-        """Take what has come of the request's body, be it only a part of a chunk's framing."""
-        body = self._exchange.body
-        assert body is not None
-        try:
-            with self._exchange.link.time_limit(0):
-                data = body.read(RECEIVE_BYTES) or b""
-        except BlockingIOError:
-            return
-        self._is_taken = not body.has_rest()
-        if self._exchange.head.is_chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" if self._is_taken else b""
-        self._unsent = memoryview(data)
-
-    def _send(self) -> None:
-        try:
-            self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
-        except BlockingIOError:
-            return
-        except OSError:  # it has closed; perhaps its response is there all the same
-            self._is_taken = True
-            self._unsent = memoryview(b"")
 
 
 class LocalExchange:
@@ -2440,6 +2461,7 @@ PICKED_UP_BY_OLD = b"O"  # as does this, if it speaks HTTP/1.0
 class Order(TypedDict):
     """What a request's process is told before the request."""
 
+    hub: str  # its address
     environ: dict[str, object]  # what else the app shall find there
     callbacks: list[str]  # names of functions that it shall find there, too
     is_last: bool  # on this connection
@@ -2500,8 +2522,8 @@ class ForkServer:
         self._launch()
         self._keeper = start_thread(self._keep, "fork-server")
 
-    def fork(self, process: RequestProcess, control: socket.socket, link: Link) -> None:
-        """Have a process made that owns a copy of `link` and the other end of the control channel.
+    def fork(self, process: RequestProcess, control: socket.socket, connection: Link | socket.socket) -> None:
+        """Have a process made that owns a copy of the connection and the other end of the control channel.
 
         Waits while another fork server is started. Raises ForkServerLost.
         """
@@ -2512,7 +2534,7 @@ class ForkServer:
                     raise ForkServerLost("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
-                socket.send_fds(self._orders, [b"F"], [link.fileno(), control.fileno()])
+                socket.send_fds(self._orders, [b"F"], [connection.fileno(), control.fileno()])
             except OSError as exc:
                 raise ForkServerLost("the fork server has just died") from exc
             self._processes.add(process)
@@ -2667,6 +2689,96 @@ def describe_ending(status: int | None) -> str:
     return f"was killed by signal {-status}"
 
 
+class Relay:
+    """Moves bytes between a link over TLS, whose keys stay here, and the process of its request.
+
+    It holds one piece each way, so whoever reads slowly slows the other down. Of what the hub sends it takes
+    the request's body only: the next request may follow while the process ends.
+    """
+
+    def __init__(self, exchange: Exchange, transport: TlsTransport) -> None:
+        """Raises OSError."""
+        self._link = exchange.link
+        self._transport = transport
+        self._ours, self.theirs = own_pair()
+        self._upload = Upload(exchange, self._ours)
+        self._has_rest = False  # of a piece, for the hub
+        self._is_drained = False  # the process sends nothing more
+        self.is_broken = False  # the hub takes nothing more
+
+    @property
+    def has_all_of_body(self) -> bool:
+        return self._upload.is_taken
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the hub has all that the process has sent, or will never have it."""
+        return self.is_broken or (self._is_drained and not self._has_rest)
+
+    def register(self, poller: select.poll) -> None:
+        """Have the poller return when something can go on."""
+        upload, may_receive = self._upload, not (self._has_rest or self._is_drained or self.is_broken)
+        of_process = (select.POLLIN if may_receive else 0) | (select.POLLOUT if upload.unsent else 0)
+        of_hub = (select.POLLIN if upload.wants_more else 0) | (select.POLLOUT if self._has_rest else 0)
+        for fd, events in ((self._ours.fileno(), of_process), (self._link.fileno(), of_hub)):
+            if events:
+                poller.register(fd, events)
+            else:  # else a hang-up would wake it without end
+                with contextlib.suppress(KeyError):
+                    poller.unregister(fd)
+
+    def has_news(self) -> bool:
+        """Return whether the hub has sent more that can be moved, of which its socket need not tell."""
+        return self._upload.wants_more and self._link.has_news()
+
+    def turn(self, has_ended: bool = False) -> None:
+        """Move a piece each way, if it can be moved. With its process ended, what there is is the rest."""
+        self._move_up()
+        if self.is_done:
+            return
+        try:
+            if self._has_rest:
+                self._has_rest = not self._transport.send_rest()
+            else:
+                self._move_down(has_ended)
+        except OSError:
+            self._break()
+
+    def _move_up(self) -> None:
+        if self._upload.wants_more:
+            try:
+                self._upload.take()
+            except OSError:  # it is cut short, or broken: the process will find out the same way
+                self._upload.drop()
+                with contextlib.suppress(OSError):
+                    self._ours.shutdown(socket.SHUT_WR)
+        if self._upload.unsent:
+            self._upload.send()
+
+    def _move_down(self, has_ended: bool) -> None:
+        try:
+            data = self._ours.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._is_drained = has_ended
+            return
+        except ConnectionResetError:  # it has not read all of the body
+            data = b""
+        self._is_drained = not data
+        self._has_rest = bool(data) and not self._transport.try_to_send(data)
+
+    def _break(self) -> None:
+        self.is_broken, self._has_rest = True, False
+        self._upload.drop()
+        cut_off(self._ours)  # so that the process notices, too
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self._ours.close()
+        self.theirs.close()
+
+
 class RequestProcess:
     """A request's process, as the worker sees it.
 
@@ -2690,6 +2802,8 @@ class RequestProcess:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._has_ended = False
+        transport = exchange.link.transport
+        self._relay = Relay(exchange, transport) if isinstance(transport, TlsTransport) else None
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2705,18 +2819,24 @@ class RequestProcess:
     def run(self, fork_server: ForkServer, halt: Halt) -> Ending:
         """Have the request served; return when its process has ended."""
         exchange = self._exchange
-        received = exchange.data + b"\r\n" + exchange.link.intake.take_received()
+        received = exchange.data + b"\r\n"
+        if not self._relay:
+            received += exchange.link.intake.take_received()
         environ = self._ask_gate()
         order: Order = {
+            "hub": exchange.link.host,
             "environ": environ,
             "callbacks": list(self._callbacks),
             "is_last": exchange.keeper.is_last(),
             "may_redirect": self.pickup is not None,
         }
-        with self._control:
+        with self._control, self._relay or contextlib.nullcontext():
             try:
                 with self._other_end:
-                    fork_server.fork(self, self._other_end, exchange.link)
+                    connection = self._relay.theirs if self._relay else exchange.link
+                    fork_server.fork(self, self._other_end, connection)
+                if self._relay:
+                    self._relay.theirs.close()
             except ForkServerLost as exc:
                 self.failure = f"could not be started: {exc}"
                 return self._end()
@@ -2757,7 +2877,18 @@ class RequestProcess:
             link.linger()
         if self.pickup:
             ending = self.pickup.close(ending)
+        if self._relay:
+            ending = self._settle_relay(self._relay, ending)
         return Ending.CUT if self.failure else ending
+
+    def _settle_relay(self, relay: Relay, ending: Ending) -> Ending:
+        """Return how the link may go on, given what has become of the bytes."""
+        if ending is Ending.CUT or not relay.is_done or relay.is_broken:
+            return Ending.CUT
+        if relay.has_all_of_body:
+            return ending
+        self._exchange.link.linger()
+        return Ending.CLOSE
 
     def _log_ending(self) -> None:
         request_id = self._exchange.request_id
@@ -2794,11 +2925,16 @@ class RequestProcess:
         poller.register(halt, select.POLLIN)
         received = b""
         while not self._has_ended:
-            for fd, _ in poller.poll(self._left_ms()):
+            wait_ms = self._left_ms()
+            if self._relay:
+                self._relay.turn()
+                self._relay.register(poller)
+                wait_ms = 0 if self._relay.has_news() else wait_ms
+            for fd, _ in poller.poll(wait_ms):
                 if fd == halt.fileno():
                     poller.unregister(halt)
                     self._tell_draining()
-                else:
+                elif fd == self._control.fileno():
                     data = self._receive()
                     *lines, received = (received + data).split(b"\n")
                     for line in lines:
@@ -2806,6 +2942,17 @@ class RequestProcess:
                     if not data:
                         self._on_silence()
             self._check_deadline()
+        if self._relay:
+            self._relay_rest(self._relay)
+
+    def _relay_rest(self, relay: Relay) -> None:
+        """Have the hub get what the process has sent before it ended, as far as somebody wants it."""
+        poller = select.poll()
+        while not (relay.is_done or self.is_unwanted()):
+            relay.turn(has_ended=True)
+            relay.register(poller)
+            if not relay.is_done:
+                poller.poll(PEEK_INTERVAL_S * 1000)  # nothing else tells of a cancellation
 
     def _receive(self) -> bytes:
         try:
@@ -3323,6 +3470,7 @@ def serve_one_request(
     with contextlib.suppress(EOFError, OSError):
         order, received = orders.take_request()
         link = Link(PlainTransport(connection), received)
+        link.host = order["hub"]
         keeper = ProcessKeeper(AppServer(app), channel, orders, order)
         ending = RequestHandler(link, keeper).ending
         if ending is Ending.KEEP and not link.intake.is_empty:
@@ -3959,7 +4107,8 @@ class Handshake:
         return self._go_on()
 
     def _ask(self) -> int:
-        self.transport.send(self._introduction.request())
+        with contextlib.suppress(OSError):  # if it has been refused unasked, receiving tells why
+            self.transport.send(self._introduction.request())
         self.has_asked = True
         self._go_on = self._take_answer
         return self._go_on()
@@ -4009,7 +4158,12 @@ class Handshake:
 
         def make(reason: str) -> Refusal:
             told = f"{line}: {reason}" if reason else line
-            return Refusal(self._clean(f"refuses this worker: {told}") + hint, str(status), wait_s)
+            does = (
+                "refuses this worker:"
+                if status in (401, 403, 429, 503)
+                else "does not switch to PTTH, but answers"
+            )
+            return Refusal(self._clean(f"{does} {told}") + hint, str(status), wait_s)
 
         self._refusal = make
         try:
