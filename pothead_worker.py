@@ -1809,10 +1809,10 @@ class Upload:
     It holds one piece, and takes the next one when that has been sent.
     """
 
-    def __init__(self, exchange: Exchange, sock: socket.socket, head: bytes = b"") -> None:
+    def __init__(self, exchange: Exchange | None, sock: socket.socket, head: bytes = b"") -> None:
         self._exchange = exchange
         self._sock = sock
-        self.is_taken = exchange.body is None  # all of it, from the hub
+        self.is_taken = exchange is None or exchange.body is None  # all of it, from the hub
         self.unsent = memoryview(head)
 
     @property
@@ -1821,8 +1821,8 @@ class Upload:
 
     def take(self) -> None:
         """Take what has come, be it only a part of a chunk's framing. Raises BodyError."""
+        assert self._exchange is not None and self._exchange.body is not None
         body = self._exchange.body
-        assert body is not None
         try:
             with self._exchange.link.time_limit(0):
                 data = body.read(RECEIVE_BYTES) or b""
@@ -2696,24 +2696,28 @@ class Relay:
     the request's body only: the next request may follow while the process ends.
     """
 
-    def __init__(self, exchange: Exchange, transport: TlsTransport) -> None:
-        """Raises OSError."""
-        self._link = exchange.link
+    def __init__(self, link: Link, transport: TlsTransport, exchange: Exchange | None) -> None:
+        """Without an exchange, nothing is moved to the process. Raises OSError."""
+        self._link = link
         self._transport = transport
         self._ours, self.theirs = own_pair()
         self._upload = Upload(exchange, self._ours)
-        self._has_rest = False  # of a piece, for the hub
+        self._has_rest = False  # of a piece, for the other end of the link
         self._is_drained = False  # the process sends nothing more
-        self.is_broken = False  # the hub takes nothing more
+        self.is_broken = False  # that end takes nothing more
 
     @property
     def has_all_of_body(self) -> bool:
         return self._upload.is_taken
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the other end has all that the process has sent."""
+        return self._is_drained and not self._has_rest and not self.is_broken
+
+    @property
     def is_done(self) -> bool:
-        """Whether the hub has all that the process has sent, or will never have it."""
-        return self.is_broken or (self._is_drained and not self._has_rest)
+        return self.is_broken or self.is_complete
 
     def register(self, poller: select.poll) -> None:
         """Have the poller return when something can go on."""
@@ -2771,12 +2775,8 @@ class Relay:
         self._upload.drop()
         cut_off(self._ours)  # so that the process notices, too
 
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *_exc_info: object) -> None:
+    def close(self) -> None:
         self._ours.close()
-        self.theirs.close()
 
 
 class RequestProcess:
@@ -2802,8 +2802,7 @@ class RequestProcess:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._has_ended = False
-        transport = exchange.link.transport
-        self._relay = Relay(exchange, transport) if isinstance(transport, TlsTransport) else None
+        self._relays: list[Relay] = []  # the hub's first, and perhaps the consumer's
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2819,9 +2818,6 @@ class RequestProcess:
     def run(self, fork_server: ForkServer, halt: Halt) -> Ending:
         """Have the request served; return when its process has ended."""
         exchange = self._exchange
-        received = exchange.data + b"\r\n"
-        if not self._relay:
-            received += exchange.link.intake.take_received()
         environ = self._ask_gate()
         order: Order = {
             "hub": exchange.link.host,
@@ -2830,16 +2826,16 @@ class RequestProcess:
             "is_last": exchange.keeper.is_last(),
             "may_redirect": self.pickup is not None,
         }
-        with self._control, self._relay or contextlib.nullcontext():
+        with self._control, contextlib.closing(self):
             try:
-                with self._other_end:
-                    connection = self._relay.theirs if self._relay else exchange.link
+                with self._other_end, self._lend(exchange.link, exchange) as connection:
                     fork_server.fork(self, self._other_end, connection)
-                if self._relay:
-                    self._relay.theirs.close()
-            except ForkServerLost as exc:
-                self.failure = f"could not be started: {exc}"
+            except OSError as exc:
+                self.failure = f"could not be started: {exc.strerror or exc}"
                 return self._end()
+            received = exchange.data + b"\r\n"
+            if not self._relays:
+                received += exchange.link.intake.take_received()
             try:
                 with contextlib.suppress(OSError):
                     text = json.dumps(order).encode()
@@ -2847,7 +2843,25 @@ class RequestProcess:
                 self._follow(halt)
             finally:
                 fork_server.on_end(self)
-        return self._end()
+            return self._end()
+
+    @contextlib.contextmanager
+    def _lend(self, link: Link, exchange: Exchange | None = None) -> Iterator[Link | socket.socket]:
+        """Yield what another process can have of a link: itself, or the end of a relay that is kept moving.
+
+        Raises OSError.
+        """
+        if not isinstance(link.transport, TlsTransport):
+            yield link
+            return
+        relay = Relay(link, link.transport, exchange)
+        self._relays.append(relay)
+        with relay.theirs:
+            yield relay.theirs
+
+    def close(self) -> None:
+        for relay in self._relays:
+            relay.close()
 
     def _ask_gate(self) -> dict[str, object]:
         """Return what the gate puts into the environ, as far as it can be told to another process.
@@ -2875,20 +2889,14 @@ class RequestProcess:
             with contextlib.suppress(OSError):
                 link.send(plain_answer("504 Gateway Timeout", text=text))
             link.linger()
+        if not all([relay.is_complete for relay in self._relays]):
+            ending = Ending.CUT
         if self.pickup:
             ending = self.pickup.close(ending)
-        if self._relay:
-            ending = self._settle_relay(self._relay, ending)
+        if ending is not Ending.CUT and not all([relay.has_all_of_body for relay in self._relays]):
+            link.linger()
+            ending = Ending.CLOSE
         return Ending.CUT if self.failure else ending
-
-    def _settle_relay(self, relay: Relay, ending: Ending) -> Ending:
-        """Return how the link may go on, given what has become of the bytes."""
-        if ending is Ending.CUT or not relay.is_done or relay.is_broken:
-            return Ending.CUT
-        if relay.has_all_of_body:
-            return ending
-        self._exchange.link.linger()
-        return Ending.CLOSE
 
     def _log_ending(self) -> None:
         request_id = self._exchange.request_id
@@ -2926,10 +2934,10 @@ class RequestProcess:
         received = b""
         while not self._has_ended:
             wait_ms = self._left_ms()
-            if self._relay:
-                self._relay.turn()
-                self._relay.register(poller)
-                wait_ms = 0 if self._relay.has_news() else wait_ms
+            for relay in list(self._relays):
+                relay.turn()
+                relay.register(poller)
+                wait_ms = 0 if relay.has_news() else wait_ms
             for fd, _ in poller.poll(wait_ms):
                 if fd == halt.fileno():
                     poller.unregister(halt)
@@ -2942,11 +2950,11 @@ class RequestProcess:
                     if not data:
                         self._on_silence()
             self._check_deadline()
-        if self._relay:
-            self._relay_rest(self._relay)
+        for relay in self._relays:
+            self._move_rest(relay)
 
-    def _relay_rest(self, relay: Relay) -> None:
-        """Have the hub get what the process has sent before it ended, as far as somebody wants it."""
+    def _move_rest(self, relay: Relay) -> None:
+        """Move what the process has sent before it ended, as far as somebody wants it."""
         poller = select.poll()
         while not (relay.is_done or self.is_unwanted()):
             relay.turn(has_ended=True)
@@ -4223,7 +4231,7 @@ class Handshake:
         for looks_like_it, text in GUESSES:
             if looks_like_it(first):
                 return Refusal(text, "stranger")
-        said = self._clean(ascii(first[:40])[1:])
+        said = self._clean(ascii(first[:40].partition(b"\n")[0].rstrip())[1:])
         return Refusal(f"does not answer as a hub would, but with {said}", "stranger")
 
 
