@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     import ssl
     from signal import _HANDLER
 
-    from _typeshed import OptExcInfo, WriteableBuffer
+    from _typeshed import OptExcInfo, ReadableBuffer, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "1.0.0"
@@ -687,7 +687,7 @@ class Transport(Protocol):
         """Return whether there is something to receive, or the end; the socket says that it is readable."""
 
     def limit_time(self, seconds: float | None) -> None:
-        """Have receiving raise TimeoutError when it would take longer; BlockingIOError with 0."""
+        """Have a call raise TimeoutError when it would wait for longer; BlockingIOError with 0."""
 
     def say_goodbye(self) -> None:
         """Tell the other end, if that needs no waiting, that its connection ends as it should."""
@@ -778,16 +778,29 @@ class TlsTransport:
             else:
                 return 0 if self._try_to_flush() else select.POLLOUT
 
+    def wait_for_hands(self, seconds: float) -> None:
+        """Go through the handshake. Raises OSError; TimeoutError if it takes longer."""
+        ends_at = time.monotonic() + seconds
+        while events := self.shake_hands():
+            if not wait_ready(self.sock, events, None, max(0.0, ends_at - time.monotonic())):
+                raise TimeoutError("timed out")
+
     # -- receiving
 
     def recv(self, size: int, /) -> bytes:
         while (data := self._take(size)) is None:
-            if self._timeout_s == 0:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            if not wait_ready(self.sock, select.POLLIN, None, self._timeout_s):
+            try:
+                self._wait(select.POLLIN)
+            except TimeoutError:
                 self._is_awaited = False
-                raise TimeoutError("timed out")
+                raise
         return data
+
+    def _wait(self, event: int) -> None:
+        if self._timeout_s == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not wait_ready(self.sock, event, None, self._timeout_s):
+            raise TimeoutError("timed out")
 
     def recv_into(self, target: memoryview, /) -> int:
         data = self.recv(len(target))
@@ -864,7 +877,7 @@ class TlsTransport:
                     self._encrypt(rest[:RECEIVE_BYTES])
                     rest = rest[RECEIVE_BYTES:]
                     while not self._flush():
-                        wait_ready(self.sock, select.POLLOUT, None)
+                        self._wait(select.POLLOUT)
 
     def try_to_send(self, data: bytes) -> bool:
         """Send as much as is taken, and keep the rest; return whether there is none. Does not wait."""
@@ -1017,7 +1030,8 @@ class Link:
 
     def finish_sending(self) -> None:
         self.transport.say_goodbye()
-        self._sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # who has all that was sent may have left, with our goodbye unread
+            self._sock.shutdown(socket.SHUT_WR)
 
     def linger(self) -> None:
         """Close our direction and read the other's away until it closes, too.
@@ -2004,12 +2018,15 @@ class Visitor(BaseHTTPRequestHandler):
         super().setup()
         self.address = plain_address(self.client_address[0])
         self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+        self.transport: Transport = PlainTransport(self.connection)
+        if self.server.context:
+            tls = TlsTransport(self.connection, self.server.context, None)
+            self.transport, self.wfile = tls, TransportWriter(tls)
 
     def recv(self, size: int, /) -> bytes:
         """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
-        self.connection.settimeout(max(0.001, self._deadline - time.monotonic()))
-        data: bytes = self.connection.recv(size)
-        return data
+        self.transport.limit_time(max(0.001, self._deadline - time.monotonic()))
+        return self.transport.recv(size)
 
     def recv_into(self, target: memoryview, /) -> int:
         raise NotImplementedError  # there are no bodies
@@ -2017,6 +2034,8 @@ class Visitor(BaseHTTPRequestHandler):
     def handle(self) -> None:
         intake = Intake(self)
         try:
+            if isinstance(self.transport, TlsTransport):
+                self.transport.wait_for_hands(SIDE_HEAD_TIMEOUT_S)
             data = intake.take_wary_head(SIDE_HEAD_BYTES)
             head = None if data is None else parse_head(data, may_be_old=True)
         except TimeoutError:
@@ -2033,7 +2052,7 @@ class Visitor(BaseHTTPRequestHandler):
 
     def _on_head(self, head: RequestHead) -> None:
         self.command = head.method
-        self.connection.settimeout(SIDE_SEND_TIMEOUT_S)
+        self.transport.limit_time(SIDE_SEND_TIMEOUT_S)
         if head.method in ("GET", "HEAD"):
             self.server.show(self, head)
         else:
@@ -2062,13 +2081,31 @@ class Visitor(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
         self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
 
-    def take_over(self) -> socket.socket:
+    def take_over(self) -> Transport:
         """Return the connection, which is not the port's any longer."""
-        return own(socket.socket(fileno=self.connection.detach()))
+        sock = own(socket.socket(fileno=self.connection.detach()))
+        if not isinstance(self.transport, TlsTransport):
+            return PlainTransport(sock)
+        self.transport.sock = sock
+        self.transport.limit_time(None)
+        return self.transport
 
     def finish(self) -> None:
         super().finish()
-        close_gently(self.connection)
+        if self.connection.fileno() >= 0:
+            self.transport.say_goodbye()
+            close_gently(self.connection)
+
+
+class TransportWriter(io.BufferedIOBase):
+    """What a handler of requests writes to, if that is no socket."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        self._transport.send(bytes(data))
+        return len(bytes(data))
 
 
 class SidePort(ThreadingHTTPServer):
@@ -2087,6 +2124,7 @@ class SidePort(ThreadingHTTPServer):
         self.socket = own(socket.create_server((host, port)) if host else listen_everywhere(port))
         self.socket.setblocking(False)
         self.name = name
+        self.context: ssl.SSLContext | None = None  # for TLS
         self.port = int(self.socket.getsockname()[1])
         self._host = host or "*"
         self._interval_s = interval_s
@@ -2253,10 +2291,17 @@ class PickupPort(SidePort):
         host: str | None = None,
         expiry_s: float = PICKUP_EXPIRY_S,
         interval_s: float = SIDE_INTERVAL_S,
+        url: str | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        """Listen at all addresses; `host` is what consumers are told instead of ours. Raises OSError."""
+        """Listen at all addresses; `host` is what consumers are told instead of ours, or all of `url`.
+
+        With a context the port speaks HTTPS. Raises OSError.
+        """
         super().__init__("redirects", port, interval_s=interval_s)
+        self.context = context
         self.expiry_s = expiry_s
+        self._url = url
         self._public_host = host
         self._pickups_lock = threading.Lock()
         self._pickups: dict[str, Pickup] = {}  # by key
@@ -2277,12 +2322,15 @@ class PickupPort(SidePort):
 
     def location(self, key: str, hub: Link) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
-        return f"http://{Address(self._public_host or hub.own_host, self.port)}/{key}"
+        if self._url:
+            return self._url + key
+        scheme = "https" if self.context else "http"
+        return f"{scheme}://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
     # -- for consumers
 
     def show(self, visitor: Visitor, head: RequestHead) -> None:
-        key = head.target[1:]
+        key = head.target.rpartition("/")[2] if self._url else head.target[1:]
         with self._pickups_lock:
             pickup = self._pickups.get(key)
             is_there = pickup is not None and pickup.expires_at > time.monotonic()
@@ -2388,15 +2436,16 @@ class Pickup:
         except OSError as exc:
             raise ConsumerGone from exc
 
-    def on_claim(self, sock: socket.socket, is_old: bool) -> None:
+    def on_claim(self, transport: Transport, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
+        sock = transport.sock
         with contextlib.suppress(OSError):
             set_options(sock)
             if is_old:  # only a reset tells it that the body was cut off
                 set_reset_on_close(sock, True)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
-        self._exchange.consumer = consumer = Link(PlainTransport(sock), is_old=is_old)
+        self._exchange.consumer = consumer = Link(transport, is_old=is_old)
         consumer.when_gone(functools.partial(self._on_gone, consumer))
         self._lobby.order(self._lobby.watch, consumer)
         self._on_arrival(consumer)
@@ -2410,6 +2459,11 @@ class Pickup:
         """Nobody has come. Called by the port's thread."""
         self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
         self._exchange.cancel()
+
+    @property
+    def may_need_relay(self) -> bool:
+        """Whether a consumer may come over TLS from now on."""
+        return bool(self._key) and self._port.context is not None
 
     def close(self, ending: Ending) -> Ending:
         """See to the consumer's connection after the response; return how that to the hub may go on."""
@@ -2803,6 +2857,7 @@ class RequestProcess:
         self._timeout_s = timeout_s
         self._has_ended = False
         self._relays: list[Relay] = []  # the hub's first, and perhaps the consumer's
+        self._is_delivered = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2918,8 +2973,9 @@ class RequestProcess:
     def deliver(self, consumer: Link) -> None:
         """Give the process the consumer's own connection."""
         order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
-        with self._lock, contextlib.suppress(OSError):
-            socket.send_fds(self._control, [order], [consumer.fileno()])
+        with self._lock, contextlib.suppress(OSError), self._lend(consumer) as connection:
+            socket.send_fds(self._control, [order], [connection.fileno()])
+        self._is_delivered = True
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -2934,6 +2990,8 @@ class RequestProcess:
         received = b""
         while not self._has_ended:
             wait_ms = self._left_ms()
+            if self.pickup and self.pickup.may_need_relay and not self._is_delivered:
+                wait_ms = min(wait_ms, PEEK_INTERVAL_S * 1000)
             for relay in list(self._relays):
                 relay.turn()
                 relay.register(poller)
@@ -5512,6 +5570,8 @@ class Options:
     request_timeout: float = math.inf
     redirect_response: int | None = None
     redirect_host: str | None = None
+    redirect_url: str | None = None
+    redirect_tls: bool = False
     log_format: str = "text"
     log_level: str = "info"
     app: str | None = None
@@ -5626,6 +5686,15 @@ def parse_url(text: str) -> str | None:
     return text or None
 
 
+def parse_redirect_url(text: str) -> str | None:
+    """Return a URL, perhaps with a path, with the slash that keys come after. Raises ValueError."""
+    if text:
+        hub = parse_hub(text)
+        if not isinstance(hub, HubURL) or "?" in text:
+            raise ValueError(f"{text!r} is not like https://worker1.example/films/")
+    return text.rstrip("/") + "/" if text else None
+
+
 def parse_path(text: str) -> str | None:
     return text or None
 
@@ -5717,6 +5786,13 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "redirect_host": (
         "ports", parse_host, "HOST",
         "the worker's address as consumers know it (default: the one it connects to the hub from)",
+    ),
+    "redirect_url": (
+        "ports", parse_redirect_url, "URL",
+        "what consumers are told instead, which leads to that port; each response's key is appended",
+    ),
+    "redirect_tls": (
+        "ports", parse_switch, "", "speak HTTPS on the port of --redirect-response, with --certfile",
     ),
     "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
     "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
@@ -5933,8 +6009,13 @@ def check_options(options: Options) -> None:
         raise UsageError("--keyfile: there is no --certfile")
     if options.origin and isinstance(options.connect, HubURL) and options.connect.path != "/":
         raise UsageError("--origin: the origins stand in the path, but --connect names another")
-    if options.redirect_host and options.redirect_response is None:
-        raise UsageError("--redirect-host: there is no --redirect-response")
+    for name in ("redirect_host", "redirect_url", "redirect_tls"):
+        if getattr(options, name) and options.redirect_response is None:
+            raise UsageError(f"{flag_of(name)}: there is no --redirect-response")
+    if options.redirect_host and options.redirect_url:
+        raise UsageError("--redirect-url has a host, so --redirect-host has no meaning")
+    if options.redirect_tls and not options.certfile:
+        raise UsageError("--redirect-tls: there is no --certfile")
     if options.use_request_subprocess and not ForkServer.is_supported():
         raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
 
@@ -6241,14 +6322,31 @@ def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics
     return metrics, scrapes
 
 
+def make_pickup_context(options: Options) -> ssl.SSLContext:
+    """Return what the pick-up port shows to consumers. Raises ValueError."""
+    assert options.certfile is not None
+    load_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    set_up_tls(context)
+    context.num_tickets = 0  # nobody comes twice
+    load_certificate(context, options.certfile, options.keyfile)
+    return context
+
+
 def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
     """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
-    host, expiry_s, interval_s = options.redirect_host, options.pickup_expiry_s, options.pickup_interval_s
+    try:
+        introduce(options.connect, options.credentials)  # before the app takes its time
+        context = make_pickup_context(options) if options.redirect_tls else None
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
+    host, url = options.redirect_host, options.redirect_url
+    expiry_s, interval_s = options.pickup_expiry_s, options.pickup_interval_s
     pickups = bind(
         stack,
         "--redirect-response",
         options.redirect_response,
-        lambda port: PickupPort(port, host, expiry_s, interval_s),
+        lambda port: PickupPort(port, host, expiry_s, interval_s, url, context),
     )
     inspection = bind(
         stack,
@@ -6257,10 +6355,6 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         lambda port: PagePort("inspection", port, options.inspection_host),
     )
     metrics, scrapes = open_metrics(options, stack)
-    try:
-        introduce(options.connect, options.credentials)  # before the app takes its time
-    except ValueError as exc:
-        raise UsageError(str(exc)) from None
     app, fork_server = load(options, metrics)
     pool = WorkerPool(
         app,

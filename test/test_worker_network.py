@@ -14,9 +14,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -822,3 +824,388 @@ def test_key_updates_and_tickets_are_no_requests(
 
 
 # ---- The modes over TLS ------------------------------------------------------------------------------
+
+APP = """
+    import os, subprocess, time, zlib
+
+    def echo(environ):
+        while data := environ["wsgi.input"].read(70_001):
+            yield data
+
+    def whole(environ):
+        yield environ["wsgi.input"].read()
+
+    def checksum(environ):
+        crc, size = 0, 0
+        while data := environ["wsgi.input"].read(1 << 18):
+            crc, size = zlib.crc32(data, crc), size + len(data)
+        yield f"{size} {crc}".encode()
+
+    def zeros(environ):
+        for _ in range(int(environ["QUERY_STRING"])):
+            yield bytes(1 << 20)
+
+    def unread(environ):
+        yield b"not read"
+
+    def hang(environ):
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        print("started", os.getpid(), child.pid, flush=True)
+        yield b"part"
+        time.sleep(60)
+
+    def polite(environ):
+        yield b"part"
+        assert environ["pothead.cancelled"].wait(60)
+        print("cancelled", flush=True)
+
+    def crash(environ):
+        yield b"part"
+        os._exit(3)
+
+    def address(environ):
+        yield environ["REMOTE_ADDR"].encode()
+
+    PAGES = {"/" + page.__name__: page for page in
+             (echo, whole, checksum, zeros, unread, hang, polite, crash, address)}
+
+    def app(environ, start_response):
+        start_response("200 OK", [("X-Pid", str(os.getpid()))])
+        return PAGES[environ["PATH_INFO"]](environ)
+"""
+PROCESSES = pytest.param(["--use-request-subprocess"], id="processes", marks=linux)
+in_both_modes = pytest.mark.parametrize("mode", [pytest.param([], id="threads"), PROCESSES])
+
+
+@pytest.fixture
+def start(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., wire.WorkerProcess]]:
+    """Run a worker's process, with further options."""
+    (tmp_path / "jobs.py").write_text(textwrap.dedent(APP))
+    with contextlib.ExitStack() as stack:
+
+        def start(hub: Hub, *options: str, app: Sequence[str] = ("jobs:app",)) -> wire.WorkerProcess:
+            trust = ["--cafile", str(certificates / "ca.pem")]
+            command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--connect", hub.url, *trust)
+            worker = wire.WorkerProcess([*command, *options, *app], tmp_path)
+            return stack.enter_context(wire.running(worker))
+
+        yield start
+
+
+@in_both_modes
+def test_bodies_of_any_size_and_framing_come_and_go(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        for size in (0, 1, 16_383, 16_385, 70_000, 2_000_000):
+            body = os.urandom(1000) * (size // 1000) + b"x" * (size % 1000)
+            send_while_receiving(peer, request("POST /whole", f"Content-Length: {size}") + body)
+            assert peer.read_response(b"POST").body == body
+            pieces = [body[at : at + 50_000] for at in range(0, size, 50_000)]
+            chunks = b"".join([b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces])
+            head = request("POST /whole", "Transfer-Encoding: chunked")
+            send_while_receiving(peer, head + chunks + b"0\r\nX-T: 1\r\n\r\n" + request("GET /address"))
+            assert peer.read_response(b"POST").body == body
+            assert peer.read_response().body == b"127.0.0.1"
+
+
+@in_both_modes
+def test_next_request_on_the_heels_of_a_response_is_served(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        for _ in range(50):
+            assert ask(peer, "POST /echo", body=b"abc").body == b"abc"
+
+
+@in_both_modes
+def test_much_goes_both_ways_in_little_memory(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, *mode)
+    piece, count = bytes(1 << 20), 200
+    with tls_hub.accept() as peer:
+        assert ask(peer, "POST /checksum", body=piece).body
+        before = wire.status_value(worker.pid, "VmHWM:")
+        peer.send(request("POST /checksum", f"Content-Length: {count << 20}"))
+        for _ in range(count):
+            peer.send(piece)
+        assert peer.read_response(b"POST").body.startswith(b"%d " % (count << 20))
+        peer.send(request(f"GET /zeros?{count}"))
+        peer.read_head()
+        left = (count << 20) - len(peer.received)
+        while left > 0:
+            peer.received.clear()
+            assert peer._receive()
+            left -= len(peer.received)
+        assert wire.status_value(worker.pid, "VmHWM:") - before < 8 << 10
+
+
+@in_both_modes
+def test_hub_that_does_not_read_stops_the_app(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        peer.send(request("GET /zeros?300"))
+        peer.read_head()
+        wire.until_asleep(worker.pid)
+        assert wire.resident_kib(worker.pid) < 100 << 10
+        while len(peer.received) < 300 << 20:
+            assert peer._receive()
+
+
+@in_both_modes
+def test_body_that_the_app_did_not_read_ends_the_connection_after_the_response(
+    mode: list[str], tls_hub: Hub, start: Any
+) -> None:
+    start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        peer.send(request("POST /unread", f"Content-Length: {1 << 30}") + bytes(1 << 16))
+        response = peer.read_response(b"POST")
+        assert (response.body, response.value(b"Connection")) == (b"not read", b"close")
+    with tls_hub.accept() as peer:
+        assert ask(peer, "POST /echo", body=b"abc").body == b"abc"
+
+
+@in_both_modes
+def test_consumer_that_leaves_is_noticed_by_the_app(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        peer.send(request("GET /polite"))
+        peer.read_until(b"part")
+    worker.wait_for_line(lambda line: line == "cancelled")
+    worker.wait_for_error(lambda line: "request r1: the consumer has gone" in line)
+
+
+@linux
+def test_consumer_that_leaves_ends_the_process_and_all_that_it_started(tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, "--use-request-subprocess")
+    with tls_hub.accept() as peer:
+        peer.send(request("GET /hang"))
+        peer.read_until(b"part")
+        pids = worker.wait_for_line(lambda line: line.startswith("started")).split()[1:]
+        watched = [os.pidfd_open(int(pid)) for pid in pids]
+        left_at = time.monotonic()
+    for pidfd in watched:
+        assert select.select([pidfd], [], [], wire.DEADLINE_S)[0]
+        os.close(pidfd)
+    assert time.monotonic() - left_at < 1
+
+
+@linux
+def test_process_that_crashes_leaves_a_response_that_is_not_whole(tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, "--use-request-subprocess")
+    with tls_hub.accept() as peer:
+        peer.send(request("GET /crash"))
+        peer.read_until(b"part\r\n")
+        assert isinstance(peer, TlsPeer) and not peer.ends_with_close_notify()
+    worker.wait_for_error(lambda line: "its process ended with status 3" in line)
+    worker.errors.clear()
+
+
+@linux
+def test_request_timeout_is_answered_over_tls(tls_hub: Hub, start: Any) -> None:
+    start(tls_hub, "--use-request-subprocess", "--request-timeout", "200ms")
+    with tls_hub.accept() as peer:
+        peer.send(request("POST /checksum", "Content-Length: 5") + b"abc")
+        assert peer.read_response(b"POST").status == 504
+        assert isinstance(peer, TlsPeer) and peer.ends_with_close_notify()
+
+
+@in_both_modes
+def test_drain_lets_the_request_finish(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, *mode)
+    with tls_hub.accept() as peer:
+        peer.send(request("POST /echo", "Content-Length: 5") + b"ab")
+        worker.wait_for_error(lambda line: "connected" in line)
+        worker.terminate()
+        worker.wait_for_error(lambda line: "draining" in line)
+        peer.send(b"cde")
+        response = peer.read_response(b"POST")
+        assert response.body == b"abcde"
+        assert isinstance(peer, TlsPeer) and peer.ends_with_close_notify()
+    assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 2000000", "Transfer-Encoding: chunked"])
+def test_forwarded_bodies_flow_both_ways(framing: str, tls_hub: Hub, pool_for: Any) -> None:
+    body = os.urandom(1000) * 2000
+    sent = body if "Length" in framing else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    with wire.Listener() as local:
+        pool_for(tls_hub, pothead_worker.Forwarder(f"http://127.0.0.1:{local.worker[1]}"))
+        with tls_hub.accept() as peer:
+            for _ in range(2):
+                sender = threading.Thread(target=peer.send, args=(request("POST /", framing) + sent,))
+                sender.start()
+                with local.accept() as program:
+                    assert program.read_request().body == body
+                    program.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2000000\r\n\r\n" + body)
+                    sender.join()
+                    assert peer.read_response(b"POST").body == body
+
+
+def test_forwarded_request_is_cut_when_the_consumer_leaves(tls_hub: Hub, pool_for: Any) -> None:
+    with wire.Listener() as local:
+        pool_for(tls_hub, pothead_worker.Forwarder(f"http://127.0.0.1:{local.worker[1]}"))
+        peer = tls_hub.accept()
+        peer.send(request("POST /", "Content-Length: 10") + b"abc")
+        with local.accept() as program:
+            program.read_until(b"abc")
+            peer.close()
+            program.expect_eof()
+
+
+def test_gate_opens_one_connection_for_a_request(tls_hub: Hub, pool_for: Any) -> None:
+    def gated(environ: Any, start_response: Any) -> Any:
+        return hello(environ, start_response)
+
+    gated.wait_for_slot = pothead_worker.CountingGate(1)  # type: ignore[attr-defined]
+    pool_for(tls_hub, gated, poll_jobs=True)
+    for _ in range(3):
+        with tls_hub.accept() as peer:
+            response = ask(peer)
+            assert (response.body, response.value(b"Connection")) == (b"hello", b"close")
+            assert isinstance(peer, TlsPeer) and peer.ends_with_close_notify()
+
+
+# ---- Responses past the hub --------------------------------------------------------------------------
+
+
+@in_both_modes
+def test_response_is_picked_up_over_tls(
+    mode: list[str], tls_hub: Hub, start: Any, certificates: Path
+) -> None:
+    files = ["--certfile", str(certificates / "worker.pem"), "--keyfile", str(certificates / "worker.key")]
+    start(
+        tls_hub, *mode, "--redirect-response", "0", "--redirect-host", "localhost", "--redirect-tls", *files
+    )
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    for target, wanted in (("POST /echo", b"abc"), ("POST /zeros?20", bytes(20 << 20))):
+        with tls_hub.accept() as peer:
+            response = ask(peer, target, body=b"abc")
+            assert response.status == 303
+            location = urllib.parse.urlsplit((response.value(b"Location") or b"").decode())
+            assert (location.scheme, location.hostname) == ("https", "localhost")
+            assert isinstance(peer, TlsPeer) and peer.ends_with_close_notify()
+        with socket.create_connection(("127.0.0.1", location.port or 0)) as sock:
+            with wire.Peer(context.wrap_socket(sock, server_hostname="localhost")) as consumer:
+                consumer.send(f"GET {location.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert consumer.read_response().body == wanted
+                assert consumer.sock.recv(1) == b""
+
+
+@in_both_modes
+def test_consumers_are_sent_to_the_proxy_before_the_worker(mode: list[str], tls_hub: Hub, start: Any) -> None:
+    worker = start(tls_hub, *mode, "--redirect-response", "0", "--redirect-url", "https://w.example/films")
+    line = worker.wait_for_error(lambda line: "listening redirects=" in line)
+    for prefix in ("/films/", "/"):  # which the proxy passes on, or takes away
+        with tls_hub.accept() as peer:
+            location = (ask(peer, "POST /echo", body=b"abc").value(b"Location") or b"").decode()
+        start_of_url, _, key = location.rpartition("/")
+        assert (start_of_url, len(key)) == ("https://w.example/films", 43)
+        with wire.Peer.connect(("127.0.0.1", int(line.rpartition(":")[2]))) as consumer:
+            consumer.send(f"GET {prefix}{key} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert consumer.read_response().body == b"abc"
+
+
+# ---- The command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (
+            "--connect http://hub.example --token-file token",
+            "a token would go to http://hub.example in the clear",
+        ),
+        ("--connect https://h --token-file none", "'none' cannot be read: No such file or directory"),
+        ("--connect https://h --token-file empty", "'empty': this is not a token"),
+        ("--connect https://h --token-file ca.key", "'ca.key': this is not a token"),
+        ("--connect https://h --cafile none", "--cafile: 'none' cannot be read: No such file or directory"),
+        ("--connect https://h --cafile empty", "--cafile: there is no certificate in 'empty'"),
+        ("--connect https://h --cafile ca.key", "--cafile: there is no certificate in 'ca.key'"),
+        ("--connect https://h --certfile none", "--certfile: 'none' cannot be read"),
+        ("--connect https://h --certfile worker.pem --keyfile none", "--keyfile: 'none' cannot be read"),
+        (
+            "--connect https://h --certfile worker.pem",
+            "--certfile: no certificate with its key in 'worker.pem'",
+        ),
+        (
+            *("--connect https://h --certfile worker.pem --keyfile ca.key",),
+            "--keyfile: the key in 'ca.key' does not belong to 'worker.pem'",
+        ),
+        (
+            *("--connect https://h --certfile worker.pem --keyfile locked.key",),
+            "--keyfile: the key in 'locked.key' is encrypted, and there is nobody to ask",
+        ),
+        (
+            "--connect https://h --certfile worker-expired.pem --keyfile worker-expired.key",
+            "has expired on 20",
+        ),
+        ("--connect https://h --keyfile worker.key", "--keyfile: there is no --certfile"),
+        ("--connect h:1 --token-file token", "h:1 is a port where nothing is said"),
+        ("--connect h:1 --origin https://a", "h:1 is a port where nothing is said"),
+        ("--connect https://h/path --origin https://a", "the origins stand in the path"),
+        ("--connect https://h --redirect-tls", "--redirect-tls: there is no --redirect-response"),
+        (
+            "--connect https://h --redirect-tls --redirect-response 0",
+            "--redirect-tls: there is no --certfile",
+        ),
+        (
+            "--connect https://h --redirect-url x --redirect-response 0",
+            "--redirect-url: 'x' is not HOST:PORT",
+        ),
+    ],
+)
+def test_credentials_that_cannot_be_used_end_it_with_one_line(
+    options: str, wanted: str, certificates: Path
+) -> None:
+    (certificates / "token").write_text("s3cr3t\n")
+    (certificates / "empty").write_text("")
+    command = wire.python(str(wire.ROOT / "pothead_worker.py"), *options.split(), "pothead_worker:demo_app")
+    ended = subprocess.run(command, cwd=certificates, capture_output=True, text=True, timeout=wire.DEADLINE_S)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended
+    assert wanted in ended.stderr and "s3cr3t" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "[::1]", "a.localhost"]
+)
+def test_token_may_go_to_loopback_in_the_clear(host: str) -> None:
+    hub = pothead_worker.parse_hub(f"http://{host}:1")
+    assert pothead_worker.introduce(hub, Credentials(token=Secret("x")))
+
+
+@pytest.mark.parametrize(
+    "host", ["hub", "127.0.0.1.example", "10.0.0.1", "[::2]", "localhost.example", "127.1"]
+)
+def test_token_may_go_nowhere_else(host: str) -> None:
+    with pytest.raises(ValueError, match="in the clear"):
+        pothead_worker.introduce(pothead_worker.parse_hub(f"http://{host}:1"), Credentials(token=Secret("x")))
+
+
+def test_token_is_not_shown_by_check_and_not_left_to_the_app(tmp_path: Path) -> None:
+    (tmp_path / "mod.py").write_text(
+        "import os\nprint(os.environ.get('POTHEAD_WORKER_TOKEN'))\ndef app(e, s): pass\n"
+    )
+    command = wire.python(str(wire.ROOT / "pothead_worker.py"), "--check", "mod:app")
+    environment = {"POTHEAD_WORKER_TOKEN": "s3cr3t", "POTHEAD_WORKER_CONNECT": "https://h"}
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=wire.DEADLINE_S,
+    )
+    assert ended.returncode == 0 and ended.stderr == ""
+    assert ended.stdout.startswith("None\n")
+    assert "POTHEAD_WORKER_TOKEN (not shown) (POTHEAD_WORKER_TOKEN)" in ended.stdout
+    assert "s3cr3t" not in ended.stdout
+
+
+def test_worker_without_tls_does_not_import_it() -> None:
+    script = (
+        "import pothead_worker as w\n"
+        "w.WorkerPool(w.demo_app, 'http://localhost:1', credentials=w.Credentials(token=w.Secret('x')))\n"
+        "assert 'ssl' not in vars(w)\n"
+        "w.WorkerPool(w.demo_app, 'https://localhost:1')\n"
+        "assert 'ssl' in vars(w)\n"
+    )
+    subprocess.run(wire.python("-c", script), cwd=wire.ROOT, check=True, timeout=wire.DEADLINE_S)
