@@ -895,8 +895,11 @@ class TlsTransport:
         if not self._sending.acquire(blocking=False):
             return  # somebody is stuck there
         try:
-            with self._lock, contextlib.suppress(OSError):  # the other end has not sent its own yet
-                self._tls.unwrap()
+            with self._lock:
+                with contextlib.suppress(OSError):
+                    self._fetch()  # what lay there unread would make a reset of the end
+                with contextlib.suppress(OSError):  # the other end has not sent its own yet
+                    self._tls.unwrap()
             with contextlib.suppress(OSError):
                 self._flush()
         finally:
@@ -2104,8 +2107,9 @@ class TransportWriter(io.BufferedIOBase):
         self._transport = transport
 
     def write(self, data: ReadableBuffer, /) -> int:
-        self._transport.send(bytes(data))
-        return len(bytes(data))
+        piece = bytes(data)
+        self._transport.send(piece)
+        return len(piece)
 
 
 class SidePort(ThreadingHTTPServer):
@@ -3780,6 +3784,8 @@ def parse_hub(text: str) -> Address | HubURL:
     """Understand `host:port`, `https://host[:port][/path]` or the same with http. Raises ValueError."""
     if "://" not in text:
         return parse_address(text)
+    if "@" in text:  # which may be a secret
+        raise ValueError("a hub's URL has neither user nor password; see --token-file")
     match = HUB_URL.fullmatch(text)
     scheme = match[1].lower() if match else ""
     port = int(match[3] or USUAL_PORTS[scheme]) if match else 0
@@ -3831,6 +3837,8 @@ def set_options(sock: socket.socket) -> None:
 OTHER_PORTS = {8080: "consumers", 4041: "admins"}  # of a hub, by default
 HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
 
+PTTH_HINT = "is there a proxy or a firewall before the hub that ends what is idle?"
+
 
 class Backoff:
     """How long to wait before the next try: doubling, at random, so that slots come apart."""
@@ -3858,6 +3866,7 @@ class Reachability:
         self._address = address
         self._slots = slots
         self._description = description
+        self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
         self._connected: set[Seat] = set()
         self._is_reported_complete = False
@@ -3920,7 +3929,7 @@ class Reachability:
         with self._lock:
             if not self._is_doubted:
                 self._is_doubted = True
-                log.warning("a web server answers at %s: %r; %s", self._address, status_line, HINT)
+                log.warning("a web server answers at %s: %r; %s", self._address, status_line, self._hint)
 
     def on_unused(self, opened_at: float, closed_at: float) -> None:
         """A connection was closed without a request: by chance, or each time after the same time?"""
@@ -3931,7 +3940,7 @@ class Reachability:
             self._unused_until, self._unused_s = closed_at, waited_s
             if waited_s > 1 and abs(waited_s - before_s) < waited_s / 10 and not self._is_doubted:
                 self._is_doubted = True
-                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
+                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, self._hint)
 
 
 # ---- The handshake -----------------------------------------------------------------------------------
@@ -4014,10 +4023,16 @@ class Introduction:
             self._token = read_token(credentials.token_file)
         if url.is_tls:
             self.context = make_hub_context(credentials)
+            check_name(self.context, self.tls_name)
         elif self._token and not is_loopback(url.address.host):
             raise ValueError(f"a token would go to {url} in the clear; say https://")
         if len(self.request()) > MAX_REQUEST_BYTES:
             raise ValueError("there are too many origins for one request")
+
+    @property
+    def tls_name(self) -> str:
+        """Whom the hub's certificate has to be for."""
+        return self.url.address.host.rstrip(".")
 
     def request(self) -> bytes:
         """Return the request to be a worker, with the token that the file has now."""
@@ -4077,6 +4092,14 @@ def make_hub_context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
+def check_name(context: ssl.SSLContext, name: str) -> None:
+    """Raises ValueError if no certificate can be for that name."""
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+    except ValueError:
+        raise ValueError(f"{name!r} is not the name of a host") from None
+
+
 def set_up_tls(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -4131,8 +4154,7 @@ class Handshake:
         self._introduction = introduction
         self._go_on = self._ask
         if introduction.context:
-            host = introduction.url.address.host.rstrip(".")
-            self.transport = TlsTransport(sock, introduction.context, host)
+            self.transport = TlsTransport(sock, introduction.context, introduction.tls_name)
             self._go_on = self._begin_tls
         self.transport.limit_time(0)
         self._intake = Intake(self.transport)

@@ -10,6 +10,7 @@ import email.utils
 import itertools
 import os
 import select
+import signal
 import socket
 import ssl
 import subprocess
@@ -270,7 +271,7 @@ def test_hub_is_named_by_a_url(text: str, wanted: tuple[str, str, int, str, str]
     ],
 )
 def test_what_is_no_url_of_a_hub_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not"):
+    with pytest.raises(ValueError, match=r"is not|neither user"):
         pothead_worker.parse_hub(text)
 
 
@@ -758,6 +759,31 @@ def test_app_is_told_within_a_tenth_of_a_second_that_its_consumer_has_gone(
     assert told_at[0] - left_at < 0.1
 
 
+def test_consumer_that_leaves_is_seen_by_the_lobby_alone_too(
+    tls_hub: Hub, pool_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("select.POLLRDHUP")
+    began, told = threading.Event(), threading.Event()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        began.set()
+        environ["wsgi.input"].read()  # the lobby looks at what this waits for
+        if environ["PATH_INFO"] == "/wait" and environ["pothead.cancelled"].wait(wire.DEADLINE_S):
+            told.set()
+        return hello(environ, start_response)
+
+    pool_for(tls_hub, app)
+    with tls_hub.accept() as peer:
+        peer.send(request("POST /", "Content-Length: 3"))
+        assert began.wait(wire.DEADLINE_S)
+        for byte in (b"a", b"b", b"c"):
+            signal.sigtimedwait([], 0.06)
+            peer.send(byte)
+        assert peer.read_response(b"POST").body == b"hello"
+        peer.send(request("GET /wait"))
+    assert told.wait(wire.DEADLINE_S)
+
+
 @pytest.fixture
 def s_server(certificates: Path) -> Iterator[Callable[..., Any]]:
     """OpenSSL's own server on a free port, which sends what it is told, and KeyUpdates."""
@@ -1142,6 +1168,8 @@ def test_consumers_are_sent_to_the_proxy_before_the_worker(mode: list[str], tls_
         ("--connect h:1 --token-file token", "h:1 is a port where nothing is said"),
         ("--connect h:1 --origin https://a", "h:1 is a port where nothing is said"),
         ("--connect https://h/path --origin https://a", "the origins stand in the path"),
+        ("--connect https://a..b", "'a..b' is not the name of a host"),
+        ("--connect https://u:s3cr3t@h", "--connect: a hub's URL has neither user nor password"),
         ("--connect https://h --redirect-tls", "--redirect-tls: there is no --redirect-response"),
         (
             "--connect https://h --redirect-tls --redirect-response 0",
