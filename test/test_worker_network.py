@@ -784,6 +784,28 @@ def test_consumer_that_leaves_is_seen_by_the_lobby_alone_too(
     assert told.wait(wire.DEADLINE_S)
 
 
+def test_who_looks_whether_the_hub_has_gone_takes_nothing_from_who_waits(certificates: Path) -> None:
+    pothead_worker.load_ssl()
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.load_verify_locations(certificates / "hub.pem")
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        link = pothead_worker.TlsTransport(ours, trusting, "localhost")
+        hub = pothead_worker.TlsTransport(theirs, context_for(certificates), None)
+        while link.shake_hands() or hub.shake_hands():
+            pass
+        hub.send(b"ab")
+        assert (link.peek(), link.peek(), link.take(1)) == (b"a", b"a", b"a")
+        assert (link.take(9), link.take(9), link.peek()) == (b"b", None, None)
+        assert link._take(9, will_wait=True) is None  # and now waits for the socket
+        hub.send(b"c")
+        assert link.peek() is None
+        assert link.recv(9) == b"c"
+        hub.say_goodbye()
+        assert (link.peek(), link.recv(9), link.has_news(False)) == (b"", b"", True)
+
+
 @pytest.fixture
 def s_server(certificates: Path) -> Iterator[Callable[..., Any]]:
     """OpenSSL's own server on a free port, which sends what it is told, and KeyUpdates."""
