@@ -793,7 +793,7 @@ def test_who_looks_whether_the_hub_has_gone_takes_nothing_from_who_waits(certifi
     with ours, theirs:
         link = pothead_worker.TlsTransport(ours, trusting, "localhost")
         hub = pothead_worker.TlsTransport(theirs, context_for(certificates), None)
-        while link.shake_hands() or hub.shake_hands():
+        while any([link.shake_hands(), hub.shake_hands()]):
             pass
         hub.send(b"ab")
         assert (link.peek(), link.peek(), link.take(1)) == (b"a", b"a", b"a")
@@ -919,6 +919,8 @@ APP = """
 
     def app(environ, start_response):
         start_response("200 OK", [("X-Pid", str(os.getpid()))])
+        if environ["PATH_INFO"] == "/much":
+            return [bytes(300_000)]
         return PAGES[environ["PATH_INFO"]](environ)
 """
 PROCESSES = pytest.param(["--use-request-subprocess"], id="processes", marks=linux)
@@ -1044,6 +1046,21 @@ def test_process_that_crashes_leaves_a_response_that_is_not_whole(tls_hub: Hub, 
         assert isinstance(peer, TlsPeer) and not peer.ends_with_close_notify()
     worker.wait_for_error(lambda line: "its process ended with status 3" in line)
     worker.errors.clear()
+
+
+@linux
+def test_process_may_end_before_the_hub_has_read_its_response(tls_hub: Hub, start: Any) -> None:
+    tls_hub.listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    start(tls_hub, "--use-request-subprocess")
+    with tls_hub.accept() as peer:
+        peer.send(request("GET /much"))
+        head = peer.read_head()
+        pidfd = os.pidfd_open(int(head.partition(b"X-Pid: ")[2].partition(b"\r")[0]))
+        assert select.select([pidfd], [], [], wire.DEADLINE_S)[0]
+        os.close(pidfd)
+        signal.sigtimedwait([], 0.1)  # the worker gets to know it
+        peer.read_exactly(int(head.partition(b"Content-Length: ")[2].partition(b"\r")[0]))
+        assert ask(peer, "POST /whole", body=b"abc").body == b"abc"
 
 
 @linux
