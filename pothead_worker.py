@@ -4256,19 +4256,18 @@ class Handshake:
 
     def _on_refusal(self, status: int, line: str, fields: Mapping[str, str]) -> int:
         """Take what the hub tells of its reason, for a moment."""
-        hint = hint_for_status(status, fields)
         wait_s = retry_after_s(fields.get("RETRY_AFTER", "")) if status in (429, 503) else 0.0
+        does = "does not switch to PTTH, but answers"
         if status in (401, 403):
             wait_s = BACKOFF_REFUSED_S
+        if status in (401, 403, 429, 503):
+            does = "refuses this worker:"
+        hint = hint_for_status(status, fields, self._introduction.url.is_tls)
 
         def make(reason: str) -> Refusal:
-            told = f"{line}: {reason}" if reason else line
-            does = (
-                "refuses this worker:"
-                if status in (401, 403, 429, 503)
-                else "does not switch to PTTH, but answers"
-            )
-            return Refusal(self._clean(f"{does} {told}") + hint, str(status), wait_s)
+            if not reason.startswith(line):
+                reason = f"{line}: {reason}" if reason else line
+            return Refusal(self._clean(f"{does} {reason}") + hint, str(status), wait_s)
 
         self._refusal = make
         try:
@@ -4345,7 +4344,7 @@ HINTS = {
 }
 
 
-def hint_for_status(status: int, fields: Mapping[str, str]) -> str:
+def hint_for_status(status: int, fields: Mapping[str, str], is_tls: bool) -> str:
     """Return what may help, after a semicolon."""
     if status == 401:
         return "; see --token-file and --certfile"
@@ -4353,6 +4352,8 @@ def hint_for_status(status: int, fields: Mapping[str, str]) -> str:
         return "; see --origin, and what the hub's workers file lets this one serve"
     if status in (429, 503):
         return ""
+    if status == 400 and not is_tls:
+        return "; perhaps it speaks TLS: say https://"
     if "X_REQUEST_ID" in fields:
         return "; this looks like the port that a hub has for consumers"
     server = clean(fields.get("SERVER", ""), 40)

@@ -374,6 +374,11 @@ PORT_HINT = "is this the port where it speaks PTTH?"
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", f"answers 200 OK: hi; {PORT_HINT}"),
         (b"HTTP/1.0 200 OK\r\nServer: nginx\r\n\r\n<html>", "200 OK; this looks like a web server (nginx)"),
         (b"HTTP/1.1 404 Not Found\r\nX-Request-Id: r\r\n\r\n", "the port that a hub has for consumers"),
+        (b"HTTP/1.1 404 No\r\nContent-Length: 9\r\n\r\n404 No: x", "but answers 404 No: x; is"),
+        (
+            b"HTTP/1.1 400 Bad\r\nContent-Length: 2\r\n\r\n<>",
+            "answers 400 Bad; perhaps it speaks TLS: say https",
+        ),
         (b"HTTP/1.1 426 No\r\nContent-Length: 0\r\n\r\n", "does not switch to PTTH, but answers 426 No"),
         (
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nh\x1b\r\n2\r\ni\n\r\n0\r\n\r\n",
