@@ -713,6 +713,19 @@ def test_drain_ends_a_waiting_link_with_close_notify(tls_hub: Hub, pool_for: Any
         assert isinstance(peer, TlsPeer) and peer.ends_with_close_notify()
 
 
+def test_request_that_crosses_a_halt_in_the_handshake_is_served(
+    hub: Hub, pool_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pothead_worker, "CROSSING_S", wire.DEADLINE_S)
+    pool = pool_for(hub)
+    with hub.accept_asking() as peer:
+        pool.stop()
+        while not pool.lobby.is_halted:
+            signal.sigtimedwait([], 0.01)
+        peer.send(SWITCH + request())
+        assert peer.read_response().body == b"hello"
+
+
 def test_last_response_of_a_drain_ends_with_close_notify(tls_hub: Hub, pool_for: Any) -> None:
     def app(environ: Any, start_response: Any) -> Any:
         pool.stop()
