@@ -91,9 +91,10 @@ from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
 if TYPE_CHECKING:
+    import ssl
     from signal import _HANDLER
 
-    from _typeshed import OptExcInfo, WriteableBuffer
+    from _typeshed import OptExcInfo, ReadableBuffer, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "1.0.0"
@@ -125,6 +126,7 @@ MAX_RESPONSE_FIELDS = 97  # the hub takes 100; the worker adds a date, a framing
 MAX_CHUNK_LINE_BYTES = 1 << 10
 MAX_TRAILER_BYTES = 8 << 10
 RECEIVE_BYTES = 64 << 10
+FIRST_BYTES = 200  # of what answers instead of a hub, for the log
 COPY_BELOW_BYTES = 16 << 10  # smaller pieces are joined: a copy costs less than a longer list of buffers
 
 DISCARD_LIMIT_BYTES = 1 << 20  # as much of an unread body is read away; beyond, the connection is closed
@@ -134,6 +136,14 @@ LINGER_S = 2.0  # after closing our direction, how long to wait until the hub ha
 CONNECT_TIMEOUT_S = 10.0
 BACKOFF_FIRST_S = 0.1  # the wait is drawn between half of this and this,
 BACKOFF_LAST_S = 5.0  # doubling until here
+BACKOFF_REFUSED_S = 5.0  # is added to that when the hub does not know, or want, this worker
+MAX_RETRY_AFTER_S = 300.0  # a hub that wants to be left alone for longer is asked again all the same
+MAX_TOKEN_BYTES = 4 << 10
+MAX_REQUEST_BYTES = 8 << 10  # to be a worker; the hub takes no longer line
+MAX_ANSWER_BYTES = 16 << 10
+MAX_INTERIM_HEADS = 20
+MAX_REASON_BYTES = 300
+REASON_TIMEOUT_S = 1.0  # for what a hub tells after the head of a refusal
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
 EXIT_GRACE_S = 2.0  # how long what the app has left running may keep an ended worker alive
 
@@ -650,6 +660,293 @@ class ChunkedBody(RequestBody):
                 self._intake.fail("malformed trailers")
 
 
+# ---- Transports --------------------------------------------------------------------------------------
+
+
+class Transport(Protocol):
+    """What a connection's bytes go over: the socket itself, or TLS on it.
+
+    `sock` is an ordinary socket in any case, for whoever polls it, cuts it or asks for its addresses.
+    """
+
+    sock: socket.socket
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def recv_into(self, target: memoryview, /) -> int: ...
+
+    def take(self, size: int) -> bytes | None:
+        """Receive what has come, without waiting; None if nothing has, b"" at the end. Raises OSError."""
+
+    def send(self, *pieces: bytes) -> None:
+        """Send all pieces in order."""
+
+    def peek(self) -> bytes | None:
+        """Return the next byte if it has come, or b"" if there will be no more."""
+
+    def has_news(self, is_readable: bool) -> bool:
+        """Return whether there is something to receive, or the end; the socket says that it is readable."""
+
+    def limit_time(self, seconds: float | None) -> None:
+        """Have a call raise TimeoutError when it would wait for longer; BlockingIOError with 0."""
+
+    def say_goodbye(self) -> None:
+        """Tell the other end, if that needs no waiting, that its connection ends as it should."""
+
+
+class PlainTransport:
+    """A socket. What it receives, it receives without another call between."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.recv: Callable[[int], bytes] = sock.recv
+        self.recv_into: Callable[[memoryview], int] = sock.recv_into
+        self.limit_time = sock.settimeout
+
+    def take(self, size: int) -> bytes | None:
+        try:
+            return self.sock.recv(size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def send(self, *pieces: bytes) -> None:
+        """Send all pieces in order, in one call where that is possible, without copying large ones."""
+        if sum(map(len, pieces)) < COPY_BELOW_BYTES:
+            self.sock.sendall(b"".join(pieces))
+            return
+        sent = self.sock.sendmsg(pieces)
+        for piece in pieces:
+            if sent < len(piece):
+                self.sock.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
+
+    def peek(self) -> bytes | None:
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def has_news(self, is_readable: bool) -> bool:
+        return is_readable
+
+    def say_goodbye(self) -> None:
+        """A FIN says all that there is to say."""
+
+
+def load_ssl() -> None:
+    """Import `ssl` for this module: it costs 5 to 16 ms and 4 to 6 MB, and most workers need none."""
+    global ssl
+    import ssl
+
+
+class TlsTransport:
+    """TLS on a socket (RFC 8446), through two buffers in memory: whoever polls the socket sees ciphertext.
+
+    So nothing here is ever half sent, and the socket stays what it was. What it cannot say is whether there
+    is something to receive: records may have been taken from it already, and those that come may be only
+    TLS's own. `has_news` and `peek` decrypt to find out.
+
+    Any thread may call any of this. Neither lock is held while something is waited for but room to send.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:
+        """`host` is who has to be at the other end; none makes this the end that has the certificate."""
+        self.sock = sock
+        self.first = b""  # that the other end has said, if it does not speak TLS
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=host is None, server_hostname=host
+        )
+        self._lock = threading.Lock()  # of what decrypts and encrypts
+        self._sending = threading.Lock()  # before the other one
+        self._unsent = memoryview(b"")  # ciphertext, before what is in the outgoing buffer
+        self._ahead = b""  # that was decrypted to see whether there is something
+        self._is_awaited = False  # by a thread that will decrypt what comes
+        self._timeout_s: float | None = None
+
+    def shake_hands(self) -> int:
+        """Go on with the handshake without waiting. Return the event to wait for; 0 when it is complete.
+
+        Raises OSError; an `ssl.SSLError` if the two ends do not agree.
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                if not self._try_to_flush():
+                    return select.POLLOUT
+                if not self._fetch():
+                    return select.POLLIN
+            except OSError:
+                self._try_to_flush()  # the alert, which says why
+                raise
+            else:
+                return 0 if self._try_to_flush() else select.POLLOUT
+
+    def wait_for_hands(self, seconds: float) -> None:
+        """Go through the handshake. Raises OSError; TimeoutError if it takes longer."""
+        ends_at = time.monotonic() + seconds
+        while events := self.shake_hands():
+            if not wait_ready(self.sock.fileno(), events, max(0.0, ends_at - time.monotonic())):
+                raise TimeoutError("timed out")
+
+    # -- receiving
+
+    def recv(self, size: int, /) -> bytes:
+        while (data := self._take(size, self._timeout_s != 0)) is None:
+            try:
+                self._wait(select.POLLIN)
+            except TimeoutError:
+                self._is_awaited = False
+                raise
+        return data
+
+    def _wait(self, event: int) -> None:
+        if self._timeout_s == 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not wait_ready(self.sock.fileno(), event, self._timeout_s):
+            raise TimeoutError("timed out")
+
+    def recv_into(self, target: memoryview, /) -> int:
+        data = self.recv(len(target))
+        target[: len(data)] = data
+        return len(data)
+
+    def limit_time(self, seconds: float | None) -> None:
+        self._timeout_s = seconds
+
+    def peek(self) -> bytes | None:
+        with self._lock:
+            if not self._ahead and not self._is_awaited:
+                try:
+                    ahead = self._decrypt(RECEIVE_BYTES)
+                except OSError:
+                    return b""
+                if not ahead:
+                    return ahead
+                self._ahead = ahead
+            first = self._ahead[:1] or None
+        self._answer()
+        return first
+
+    def has_news(self, is_readable: bool) -> bool:
+        return self.peek() is not None
+
+    def take(self, size: int) -> bytes | None:
+        return self._take(size, will_wait=False)
+
+    def _take(self, size: int, will_wait: bool) -> bytes | None:
+        with self._lock:
+            if self._ahead:
+                data, self._ahead = self._ahead[:size], self._ahead[size:]
+                return data
+            received = self._decrypt(size)
+            self._is_awaited = received is None and will_wait
+        self._answer()
+        return received
+
+    def _decrypt(self, size: int) -> bytes | None:
+        """Return the same of what has not been decrypted yet.
+
+        An end without close_notify is none either, but who cuts a connection off cannot fake the end of a
+        body: those that are received here have a length or chunks (RFC 9112 §9.8).
+        """
+        while True:
+            try:
+                return self._tls.read(size)
+            except ssl.SSLWantReadError:
+                if not self._fetch():
+                    return None
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b""
+
+    def _fetch(self) -> bool:
+        """Take ciphertext from the socket; False if nothing has come."""
+        try:
+            data = self.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self.first = self.first or data[:FIRST_BYTES]
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+        return True
+
+    # -- sending
+
+    def send(self, *pieces: bytes) -> None:
+        data = b"".join(pieces) if sum(map(len, pieces)) < COPY_BELOW_BYTES else b""
+        with self._sending:
+            for piece in [data] if data else pieces:
+                rest = memoryview(piece)
+                while rest:
+                    self._encrypt(rest[:RECEIVE_BYTES])
+                    rest = rest[RECEIVE_BYTES:]
+                    while not self._flush():
+                        self._wait(select.POLLOUT)
+
+    def try_to_send(self, data: bytes) -> bool:
+        """Send as much as is taken, and keep the rest; return whether there is none. Does not wait."""
+        with self._sending:
+            self._encrypt(memoryview(data))
+            return self._flush()
+
+    def send_rest(self) -> bool:
+        """Go on with what was kept."""
+        with self._sending:
+            return self._flush()
+
+    def say_goodbye(self) -> None:
+        """Send close_notify (RFC 8446 §6.1): what was sent has been whole."""
+        if not self._sending.acquire(blocking=False):
+            return  # somebody is stuck there
+        try:
+            with self._lock:
+                with contextlib.suppress(OSError):
+                    self._fetch()  # what lay there unread would make a reset of the end
+                with contextlib.suppress(OSError):  # the other end has not sent its own yet
+                    self._tls.unwrap()
+            with contextlib.suppress(OSError):
+                self._flush()
+        finally:
+            self._sending.release()
+
+    def _answer(self) -> None:
+        """Send what TLS itself has to say to what was received: to a KeyUpdate, for instance."""
+        if self._outgoing.pending:
+            self._try_to_flush()
+
+    def _try_to_flush(self) -> bool:
+        if not self._sending.acquire(blocking=False):
+            return False  # whoever sends will send that, too
+        try:
+            return self._flush()
+        except OSError:  # receiving tells
+            return True
+        finally:
+            self._sending.release()
+
+    def _encrypt(self, data: memoryview) -> None:
+        with self._lock:
+            self._tls.write(data)
+
+    def _flush(self) -> bool:
+        """Send what is taken without waiting; return whether that is all."""
+        while True:
+            if not self._unsent:
+                with self._lock:
+                    self._unsent = memoryview(self._outgoing.read())
+                if not self._unsent:
+                    return True
+            try:
+                self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                return False
+
+
 # ---- Links -------------------------------------------------------------------------------------------
 
 
@@ -668,13 +965,16 @@ def nothing() -> None:
 class Link:
     """One connection: to a hub, or to a consumer that has come for its response itself.
 
-    Only this touches its socket. One thread receives and sends; others may `cut` it, or say that its other
-    end has gone.
+    One thread receives and sends; others may `cut` it, or say that its other end has gone.
     """
 
-    def __init__(self, sock: socket.socket, received: bytes = b"", is_old: bool = False) -> None:
+    def __init__(self, transport: Transport, received: bytes = b"", is_old: bool = False) -> None:
         """`received` is what somebody else has taken from it already. An old end speaks HTTP/1.0."""
-        self._sock = sock
+        self.transport = transport
+        self._sock = sock = transport.sock
+        self.recv = transport.recv
+        self.recv_into = transport.recv_into
+        self.send = transport.send
         self.host = ""  # of the other end
         with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
             self.host = str(sock.getpeername()[0])
@@ -710,51 +1010,38 @@ class Link:
         self.is_gone = True
         self._on_gone()
 
+    def has_news(self, is_readable: bool = False) -> bool:
+        """Return whether there is something to take, or the end, the socket being readable or not.
+
+        To be asked before the socket is waited for, which may have given it away already, and after that: it
+        may have become readable for nothing.
+        """
+        return not self.intake.is_empty or self.transport.has_news(is_readable)
+
     def peek(self) -> bytes | None:
         """Return the next byte if it has come, or b"" if there will be no more."""
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
+        return self.transport.peek()
 
     # -- its thread
 
     def take_in(self) -> bool | None:
         """Receive what has come, for the intake; None if nothing has, False if there will be no more."""
+        if not self.intake.is_empty:
+            return True
         try:
-            return self.intake.add(self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return None
+            data = self.transport.take(RECEIVE_BYTES)
         except OSError:
             return False
-
-    def recv(self, size: int, /) -> bytes:
-        return self._sock.recv(size)
-
-    def recv_into(self, target: memoryview, /) -> int:
-        return self._sock.recv_into(target)
-
-    def send(self, *pieces: bytes) -> None:
-        """Send all pieces in order, in one call where that is possible, without copying large ones."""
-        if sum(map(len, pieces)) < COPY_BELOW_BYTES:
-            self._sock.sendall(b"".join(pieces))
-            return
-        sent = self._sock.sendmsg(pieces)
-        for piece in pieces:
-            if sent < len(piece):
-                self._sock.sendall(memoryview(piece)[sent:])
-            sent = max(0, sent - len(piece))
+        return None if data is None else self.intake.add(data)
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
         """Have receiving raise when it would take longer; with 0, when it would wait at all."""
-        self._sock.settimeout(seconds)
+        self.transport.limit_time(seconds)
         try:
             yield
         finally:
-            self._sock.settimeout(None)
+            self.transport.limit_time(None)
 
     # -- ending it
 
@@ -764,14 +1051,23 @@ class Link:
             cut_off(self._sock)
 
     def finish_sending(self) -> None:
-        self._sock.shutdown(socket.SHUT_WR)
+        self.transport.say_goodbye()
+        with contextlib.suppress(OSError):  # who has all that was sent may have left, with our goodbye unread
+            self._sock.shutdown(socket.SHUT_WR)
 
     def linger(self) -> None:
         """Close our direction and read the other's away until it closes, too.
 
         Closing with unread bytes would send a reset, which destroys a response that has not been read yet.
         """
+        self.transport.say_goodbye()
         close_gently(self._sock)
+
+    def leave(self, ending: Ending) -> None:
+        """End it at once, for whoever else has it, too, so that its other end can tell what this means."""
+        if ending is not Ending.CUT:
+            self.transport.say_goodbye()
+        self.cut()
 
     def end(self, ending: Ending) -> None:
         """End it, before it is closed, so that its other end can tell whether the response is whole."""
@@ -1552,6 +1848,52 @@ class LocalIntake(Intake):
         return data
 
 
+class Upload:
+    """A request's body on its way from the hub to somebody here, framed as it was; it never waits.
+
+    It holds one piece, and takes the next one when that has been sent.
+    """
+
+    def __init__(self, exchange: Exchange | None, sock: socket.socket, head: bytes = b"") -> None:
+        self._exchange = exchange
+        self._sock = sock
+        self.is_taken = exchange is None or exchange.body is None  # all of it, from the hub
+        self.unsent = memoryview(head)
+
+    @property
+    def wants_more(self) -> bool:
+        return not (self.unsent or self.is_taken)
+
+    def take(self) -> None:
+        """Take what has come, be it only a part of a chunk's framing. Raises BodyError."""
+        assert self._exchange is not None and self._exchange.body is not None
+        body = self._exchange.body
+        try:
+            with self._exchange.link.time_limit(0):
+                data = body.read(RECEIVE_BYTES) or b""
+        except BlockingIOError:
+            return
+        self.is_taken = not body.has_rest()
+        if self._exchange.head.is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"0\r\n\r\n" if self.is_taken else b""
+        self.unsent = memoryview(data)
+
+    def send(self) -> None:
+        """Send as much as is taken."""
+        try:
+            self.unsent = self.unsent[self._sock.send(self.unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has closed; perhaps its response is there all the same
+            self.drop()
+
+    def drop(self) -> None:
+        """Nobody wants the rest."""
+        self.is_taken = True
+        self.unsent = memoryview(b"")
+
+
 class LocalConnection:
     """A connection to the local program, as a source of bytes.
 
@@ -1565,8 +1907,7 @@ class LocalConnection:
         self.sock = sock
         self._exchange = exchange
         exchange.when_cancelled(functools.partial(cut_off, sock))
-        self._is_taken = exchange.body is None  # all of the request, from the hub
-        self._unsent = memoryview(head)
+        self._upload = Upload(exchange, sock, head)
 
     def recv(self, size: int, /) -> bytes:
         data = bytearray(size)
@@ -1581,45 +1922,21 @@ class LocalConnection:
 
     def _wait(self) -> None:
         """Send what can be sent until there is something to receive. Raises ConsumerGone, BodyError."""
-        hub, local = self._exchange.link.fileno(), self.sock.fileno()
+        hub, local, upload = self._exchange.link.fileno(), self.sock.fileno(), self._upload
         while True:
-            if not self._unsent and not self._is_taken:
-                self._take_body()
+            if upload.wants_more:
+                upload.take()  # first, since the hub's socket need not tell of all that is there
             poller = select.poll()
-            poller.register(local, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            if not (self._unsent or self._is_taken):
+            poller.register(local, select.POLLIN | (select.POLLOUT if upload.unsent else 0))
+            if upload.wants_more:
                 poller.register(hub, select.POLLIN | self.HANG_UP)
             events = dict(poller.poll())
             if self._exchange.cancelled.is_set() or events.get(hub, 0) & ~select.POLLIN:
                 raise ConsumerGone
-            if self._unsent and events.get(local, 0) & select.POLLOUT:
-                self._send()
+            if upload.unsent and events.get(local, 0) & select.POLLOUT:
+                upload.send()
             if events.get(local, 0) & ~select.POLLOUT:
                 return
-
-    def _take_body(self) -> None:
-        """Take what has come of the request's body, be it only a part of a chunk's framing."""
-        body = self._exchange.body
-        assert body is not None
-        try:
-            with self._exchange.link.time_limit(0):
-                data = body.read(RECEIVE_BYTES) or b""
-        except BlockingIOError:
-            return
-        self._is_taken = not body.has_rest()
-        if self._exchange.head.is_chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" if self._is_taken else b""
-        self._unsent = memoryview(data)
-
-    def _send(self) -> None:
-        try:
-            self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
-        except BlockingIOError:
-            return
-        except OSError:  # it has closed; perhaps its response is there all the same
-            self._is_taken = True
-            self._unsent = memoryview(b"")
 
 
 class LocalExchange:
@@ -1732,12 +2049,15 @@ class Visitor(BaseHTTPRequestHandler):
         super().setup()
         self.address = plain_address(self.client_address[0])
         self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
+        self.transport: Transport = PlainTransport(self.connection)
+        if self.server.context:
+            tls = TlsTransport(self.connection, self.server.context, None)
+            self.transport, self.wfile = tls, TransportWriter(tls)
 
     def recv(self, size: int, /) -> bytes:
         """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
-        self.connection.settimeout(max(0.001, self._deadline - time.monotonic()))
-        data: bytes = self.connection.recv(size)
-        return data
+        self.transport.limit_time(max(0.001, self._deadline - time.monotonic()))
+        return self.transport.recv(size)
 
     def recv_into(self, target: memoryview, /) -> int:
         raise NotImplementedError  # there are no bodies
@@ -1745,6 +2065,8 @@ class Visitor(BaseHTTPRequestHandler):
     def handle(self) -> None:
         intake = Intake(self)
         try:
+            if isinstance(self.transport, TlsTransport):
+                self.transport.wait_for_hands(SIDE_HEAD_TIMEOUT_S)
             data = intake.take_wary_head(SIDE_HEAD_BYTES)
             head = None if data is None else parse_head(data, may_be_old=True)
         except TimeoutError:
@@ -1761,7 +2083,7 @@ class Visitor(BaseHTTPRequestHandler):
 
     def _on_head(self, head: RequestHead) -> None:
         self.command = head.method
-        self.connection.settimeout(SIDE_SEND_TIMEOUT_S)
+        self.transport.limit_time(SIDE_SEND_TIMEOUT_S)
         if head.method in ("GET", "HEAD"):
             self.server.show(self, head)
         else:
@@ -1790,13 +2112,32 @@ class Visitor(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
         self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
 
-    def take_over(self) -> socket.socket:
+    def take_over(self) -> Transport:
         """Return the connection, which is not the port's any longer."""
-        return own(socket.socket(fileno=self.connection.detach()))
+        sock = own(socket.socket(fileno=self.connection.detach()))
+        if not isinstance(self.transport, TlsTransport):
+            return PlainTransport(sock)
+        self.transport.sock = sock
+        self.transport.limit_time(None)
+        return self.transport
 
     def finish(self) -> None:
         super().finish()
-        close_gently(self.connection)
+        if self.connection.fileno() >= 0:
+            self.transport.say_goodbye()
+            close_gently(self.connection)
+
+
+class TransportWriter(io.BufferedIOBase):
+    """What a handler of requests writes to, if that is no socket."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        piece = bytes(data)
+        self._transport.send(piece)
+        return len(piece)
 
 
 class SidePort(ThreadingHTTPServer):
@@ -1815,6 +2156,7 @@ class SidePort(ThreadingHTTPServer):
         self.socket = own(socket.create_server((host, port)) if host else listen_everywhere(port))
         self.socket.setblocking(False)
         self.name = name
+        self.context: ssl.SSLContext | None = None  # for TLS
         self.port = int(self.socket.getsockname()[1])
         self._host = host or "*"
         self._interval_s = interval_s
@@ -1981,10 +2323,17 @@ class PickupPort(SidePort):
         host: str | None = None,
         expiry_s: float = PICKUP_EXPIRY_S,
         interval_s: float = SIDE_INTERVAL_S,
+        url: str | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        """Listen at all addresses; `host` is what consumers are told instead of ours. Raises OSError."""
+        """Listen at all addresses; `host` is what consumers are told instead of ours, or all of `url`.
+
+        With a context the port speaks HTTPS. Raises OSError.
+        """
         super().__init__("redirects", port, interval_s=interval_s)
+        self.context = context
         self.expiry_s = expiry_s
+        self._url = url
         self._public_host = host
         self._pickups_lock = threading.Lock()
         self._pickups: dict[str, Pickup] = {}  # by key
@@ -2005,12 +2354,15 @@ class PickupPort(SidePort):
 
     def location(self, key: str, hub: Link) -> str:
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
-        return f"http://{Address(self._public_host or hub.own_host, self.port)}/{key}"
+        if self._url:
+            return self._url + key
+        scheme = "https" if self.context else "http"
+        return f"{scheme}://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
     # -- for consumers
 
     def show(self, visitor: Visitor, head: RequestHead) -> None:
-        key = head.target[1:]
+        key = head.target.rpartition("/")[2] if self._url else head.target[1:]
         with self._pickups_lock:
             pickup = self._pickups.get(key)
             is_there = pickup is not None and pickup.expires_at > time.monotonic()
@@ -2116,15 +2468,16 @@ class Pickup:
         except OSError as exc:
             raise ConsumerGone from exc
 
-    def on_claim(self, sock: socket.socket, is_old: bool) -> None:
+    def on_claim(self, transport: Transport, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
+        sock = transport.sock
         with contextlib.suppress(OSError):
             set_options(sock)
             if is_old:  # only a reset tells it that the body was cut off
                 set_reset_on_close(sock, True)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
-        self._exchange.consumer = consumer = Link(sock, is_old=is_old)
+        self._exchange.consumer = consumer = Link(transport, is_old=is_old)
         consumer.when_gone(functools.partial(self._on_gone, consumer))
         self._lobby.order(self._lobby.watch, consumer)
         self._on_arrival(consumer)
@@ -2138,6 +2491,11 @@ class Pickup:
         """Nobody has come. Called by the port's thread."""
         self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
         self._exchange.cancel()
+
+    @property
+    def may_need_relay(self) -> bool:
+        """Whether a consumer may come over TLS from now on."""
+        return bool(self._key) and self._port.context is not None
 
     def close(self, ending: Ending) -> Ending:
         """See to the consumer's connection after the response; return how that to the hub may go on."""
@@ -2189,6 +2547,7 @@ PICKED_UP_BY_OLD = b"O"  # as does this, if it speaks HTTP/1.0
 class Order(TypedDict):
     """What a request's process is told before the request."""
 
+    hub: str  # its address
     environ: dict[str, object]  # what else the app shall find there
     callbacks: list[str]  # names of functions that it shall find there, too
     is_last: bool  # on this connection
@@ -2249,8 +2608,8 @@ class ForkServer:
         self._launch()
         self._keeper = start_thread(self._keep, "fork-server")
 
-    def fork(self, process: RequestProcess, control: socket.socket, link: Link) -> None:
-        """Have a process made that owns a copy of `link` and the other end of the control channel.
+    def fork(self, process: RequestProcess, control: socket.socket, connection: Link | socket.socket) -> None:
+        """Have a process made that owns a copy of the connection and the other end of the control channel.
 
         Waits while another fork server is started. Raises ForkServerLost.
         """
@@ -2261,7 +2620,7 @@ class ForkServer:
                     raise ForkServerLost("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
-                socket.send_fds(self._orders, [b"F"], [link.fileno(), control.fileno()])
+                socket.send_fds(self._orders, [b"F"], [connection.fileno(), control.fileno()])
             except OSError as exc:
                 raise ForkServerLost("the fork server has just died") from exc
             self._processes.add(process)
@@ -2416,6 +2775,96 @@ def describe_ending(status: int | None) -> str:
     return f"was killed by signal {-status}"
 
 
+class Relay:
+    """Moves bytes between a link over TLS, whose keys stay here, and the process of its request.
+
+    It holds one piece each way, so whoever reads slowly slows the other down. Of what the hub sends it takes
+    the request's body only: the next request may follow while the process ends.
+    """
+
+    def __init__(self, link: Link, transport: TlsTransport, exchange: Exchange | None) -> None:
+        """Without an exchange, nothing is moved to the process. Raises OSError."""
+        self._link = link
+        self._transport = transport
+        self._ours, self.theirs = own_pair()
+        self._upload = Upload(exchange, self._ours)
+        self._has_rest = False  # of a piece, for the other end of the link
+        self._is_drained = False  # the process sends nothing more
+        self.is_broken = False  # that end takes nothing more
+
+    @property
+    def has_all_of_body(self) -> bool:
+        return self._upload.is_taken
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the other end has all that the process has sent."""
+        return self._is_drained and not self._has_rest and not self.is_broken
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_broken or self.is_complete
+
+    def register(self, poller: select.poll) -> None:
+        """Have the poller return when something can go on."""
+        upload, may_receive = self._upload, not (self._has_rest or self._is_drained or self.is_broken)
+        of_process = (select.POLLIN if may_receive else 0) | (select.POLLOUT if upload.unsent else 0)
+        of_hub = (select.POLLIN if upload.wants_more else 0) | (select.POLLOUT if self._has_rest else 0)
+        for fd, events in ((self._ours.fileno(), of_process), (self._link.fileno(), of_hub)):
+            if events:
+                poller.register(fd, events)
+            else:  # else a hang-up would wake it without end
+                with contextlib.suppress(KeyError):
+                    poller.unregister(fd)
+
+    def has_news(self) -> bool:
+        """Return whether the hub has sent more that can be moved, of which its socket need not tell."""
+        return self._upload.wants_more and self._link.has_news()
+
+    def turn(self, has_ended: bool = False) -> None:
+        """Move a piece each way, if it can be moved. With its process ended, what there is is the rest."""
+        self._move_up()
+        if self.is_done:
+            return
+        try:
+            if self._has_rest:
+                self._has_rest = not self._transport.send_rest()
+            else:
+                self._move_down(has_ended)
+        except OSError:
+            self._break()
+
+    def _move_up(self) -> None:
+        if self._upload.wants_more:
+            try:
+                self._upload.take()
+            except OSError:  # it is cut short, or broken: the process will find out the same way
+                self._upload.drop()
+                with contextlib.suppress(OSError):
+                    self._ours.shutdown(socket.SHUT_WR)
+        if self._upload.unsent:
+            self._upload.send()
+
+    def _move_down(self, has_ended: bool) -> None:
+        try:
+            data = self._ours.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._is_drained = has_ended
+            return
+        except ConnectionResetError:  # it has not read all of the body
+            data = b""
+        self._is_drained = not data
+        self._has_rest = bool(data) and not self._transport.try_to_send(data)
+
+    def _break(self) -> None:
+        self.is_broken, self._has_rest = True, False
+        self._upload.drop()
+        cut_off(self._ours)  # so that the process notices, too
+
+    def close(self) -> None:
+        self._ours.close()
+
+
 class RequestProcess:
     """A request's process, as the worker sees it.
 
@@ -2439,6 +2888,8 @@ class RequestProcess:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._has_ended = False
+        self._relays: list[Relay] = []  # the hub's first, and perhaps the consumer's
+        self._is_delivered = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2454,21 +2905,24 @@ class RequestProcess:
     def run(self, fork_server: ForkServer, halt: Halt) -> Ending:
         """Have the request served; return when its process has ended."""
         exchange = self._exchange
-        received = exchange.data + b"\r\n" + exchange.link.intake.take_received()
         environ = self._ask_gate()
         order: Order = {
+            "hub": exchange.link.host,
             "environ": environ,
             "callbacks": list(self._callbacks),
             "is_last": exchange.keeper.is_last(),
             "may_redirect": self.pickup is not None,
         }
-        with self._control:
+        with self._control, contextlib.closing(self):
             try:
-                with self._other_end:
-                    fork_server.fork(self, self._other_end, exchange.link)
-            except ForkServerLost as exc:
-                self.failure = f"could not be started: {exc}"
+                with self._other_end, self._lend(exchange.link, exchange) as connection:
+                    fork_server.fork(self, self._other_end, connection)
+            except OSError as exc:
+                self.failure = f"could not be started: {exc.strerror or exc}"
                 return self._end()
+            received = exchange.data + b"\r\n"
+            if not self._relays:
+                received += exchange.link.intake.take_received()
             try:
                 with contextlib.suppress(OSError):
                     text = json.dumps(order).encode()
@@ -2476,7 +2930,25 @@ class RequestProcess:
                 self._follow(halt)
             finally:
                 fork_server.on_end(self)
-        return self._end()
+            return self._end()
+
+    @contextlib.contextmanager
+    def _lend(self, link: Link, exchange: Exchange | None = None) -> Iterator[Link | socket.socket]:
+        """Yield what another process can have of a link: itself, or the end of a relay that is kept moving.
+
+        Raises OSError.
+        """
+        if not isinstance(link.transport, TlsTransport):
+            yield link
+            return
+        relay = Relay(link, link.transport, exchange)
+        self._relays.append(relay)
+        with relay.theirs:
+            yield relay.theirs
+
+    def close(self) -> None:
+        for relay in self._relays:
+            relay.close()
 
     def _ask_gate(self) -> dict[str, object]:
         """Return what the gate puts into the environ, as far as it can be told to another process.
@@ -2504,8 +2976,13 @@ class RequestProcess:
             with contextlib.suppress(OSError):
                 link.send(plain_answer("504 Gateway Timeout", text=text))
             link.linger()
+        if not all([relay.is_complete for relay in self._relays]):
+            ending = Ending.CUT
         if self.pickup:
             ending = self.pickup.close(ending)
+        if ending is not Ending.CUT and not all([relay.has_all_of_body for relay in self._relays]):
+            link.linger()
+            ending = Ending.CLOSE
         return Ending.CUT if self.failure else ending
 
     def _log_ending(self) -> None:
@@ -2528,8 +3005,9 @@ class RequestProcess:
     def deliver(self, consumer: Link) -> None:
         """Give the process the consumer's own connection."""
         order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
-        with self._lock, contextlib.suppress(OSError):
-            socket.send_fds(self._control, [order], [consumer.fileno()])
+        with self._lock, contextlib.suppress(OSError), self._lend(consumer) as connection:
+            socket.send_fds(self._control, [order], [connection.fileno()])
+        self._is_delivered = True
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -2543,11 +3021,18 @@ class RequestProcess:
         poller.register(halt, select.POLLIN)
         received = b""
         while not self._has_ended:
-            for fd, _ in poller.poll(self._left_ms()):
+            wait_ms = self._left_ms()
+            if self.pickup and self.pickup.may_need_relay and not self._is_delivered:
+                wait_ms = min(wait_ms, PEEK_INTERVAL_S * 1000)
+            for relay in list(self._relays):
+                relay.turn()
+                relay.register(poller)
+                wait_ms = 0 if relay.has_news() else wait_ms
+            for fd, _ in poller.poll(wait_ms):
                 if fd == halt.fileno():
                     poller.unregister(halt)
                     self._tell_draining()
-                else:
+                elif fd == self._control.fileno():
                     data = self._receive()
                     *lines, received = (received + data).split(b"\n")
                     for line in lines:
@@ -2555,6 +3040,17 @@ class RequestProcess:
                     if not data:
                         self._on_silence()
             self._check_deadline()
+        for relay in self._relays:
+            self._move_rest(relay)
+
+    def _move_rest(self, relay: Relay) -> None:
+        """Move what the process has sent before it ended, as far as somebody wants it."""
+        poller = select.poll()
+        while not (relay.is_done or self.is_unwanted()):
+            relay.turn(has_ended=True)
+            relay.register(poller)
+            if not relay.is_done:
+                poller.poll(PEEK_INTERVAL_S * 1000)  # nothing else tells of a cancellation
 
     def _receive(self) -> bytes:
         try:
@@ -2997,7 +3493,7 @@ class Orders:
             return False
         if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
             sock = own(socket.socket(fileno=fds[0]))
-            self.consumer = Link(sock, is_old=order == PICKED_UP_BY_OLD)
+            self.consumer = Link(PlainTransport(sock), is_old=order == PICKED_UP_BY_OLD)
         self._is_draining = self._is_draining or order == DRAINING
         return bool(order)
 
@@ -3060,7 +3556,9 @@ def serve_one_request(
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
         order, received = orders.take_request()
-        link, keeper = Link(connection, received), ProcessKeeper(AppServer(app), channel, orders, order)
+        link = Link(PlainTransport(connection), received)
+        link.host = order["hub"]
+        keeper = ProcessKeeper(AppServer(app), channel, orders, order)
         ending = RequestHandler(link, keeper).ending
         if ending is Ending.KEEP and not link.intake.is_empty:
             ending = Ending.CLOSE  # somebody else cannot go on from here
@@ -3260,7 +3758,35 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class HubURL(NamedTuple):
+    """Where a hub speaks PTTH, with TLS (https) or without it (http)."""
+
+    scheme: str
+    address: Address
+    path: str  # with its query; "/" for the usual one
+
+    @property
+    def is_tls(self) -> bool:
+        return self.scheme == "https"
+
+    @property
+    def authority(self) -> str:
+        """What the Host field says (RFC 9110 §7.2)."""
+        is_usual = self.address.port == USUAL_PORTS[self.scheme]
+        return str(self.address).rpartition(":")[0] if is_usual else str(self.address)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.path.rstrip('/') and self.path}"
+
+
+USUAL_PORTS = {"http": 80, "https": 443}
 ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]\s]+)):([0-9]{1,5})")
+HUB_URL = re.compile(
+    r"(https?)://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_](?:[0-9A-Za-z._-]*[0-9A-Za-z_])?\.?)(?::([0-9]{1,5}))?"
+    r"(/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*)?",
+    re.IGNORECASE,
+)
+ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([1-9][0-9]{0,4}))?/?")
 
 
 def parse_address(text: str) -> Address:
@@ -3269,6 +3795,33 @@ def parse_address(text: str) -> Address:
     if match is None or not 0 < int(match[3]) < 65536:
         raise ValueError(f"{text!r} is not HOST:PORT, like localhost:4040 or [::1]:4040")
     return Address(match[1] or match[2], int(match[3]))
+
+
+def parse_hub(text: str) -> Address | HubURL:
+    """Understand `host:port`, `https://host[:port][/path]` or the same with http. Raises ValueError."""
+    if "://" not in text:
+        return parse_address(text)
+    if "@" in text:  # which may be a secret
+        raise ValueError("a hub's URL has neither user nor password; see --token-file")
+    match = HUB_URL.fullmatch(text)
+    scheme = match[1].lower() if match else ""
+    port = int(match[3] or USUAL_PORTS[scheme]) if match else 0
+    if match is None or not 0 < port < 65536:
+        raise ValueError(f"{text!r} is not like https://hub.example:4443, http://localhost:4043 or HOST:PORT")
+    return HubURL(scheme, Address(match[2].strip("[]"), port), match[4] or "/")
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Return origins as RFC 6454 §6.2 writes them, of a list with commas. Raises ValueError."""
+    return tuple([parse_origin(each.strip()) for each in text.split(",") if each.strip()])
+
+
+def parse_origin(text: str) -> str:
+    match = ORIGIN.fullmatch(text.lower())
+    if match is None or int(match[3] or 1) > 65535:
+        raise ValueError(f"{text!r} is not an origin like https://api.example or http://localhost:8080")
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port and int(port) != USUAL_PORTS[scheme] else "")
 
 
 # What socket.getaddrinfo returns for each address: family, type, protocol, canonical name, address.
@@ -3301,6 +3854,8 @@ def set_options(sock: socket.socket) -> None:
 OTHER_PORTS = {8080: "consumers", 4041: "admins"}  # of a hub, by default
 HINT = "--connect is for the hub's worker port (4040), not for that of consumers, the admin port or a proxy"
 
+PTTH_HINT = "is there a proxy or a firewall before the hub that ends what is idle?"
+
 
 class Backoff:
     """How long to wait before the next try: doubling, at random, so that slots come apart."""
@@ -3324,26 +3879,31 @@ class Reachability:
     it waits; but a web server gives itself away, by an error or by how it ends what says nothing.
     """
 
-    def __init__(self, address: Address, slots: int, description: str) -> None:
+    def __init__(self, address: Address | HubURL, slots: int, description: str) -> None:
         self._address = address
         self._slots = slots
         self._description = description
+        self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
         self._connected: set[Seat] = set()
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
+        self._refused: set[Seat | None] = set()  # None for all that come and go with each request
+        self._told: set[str] = set()  # what refusals have been, while there are some
         self._is_doubted = False  # and this has been said
         self._unused_until = -math.inf  # when the last connection that no request came on was closed,
         self._unused_s = -math.inf  # and how long it had been open
 
     @property
     def is_reached(self) -> bool:
-        return self._has_connected and not self._is_unreachable
+        is_refused = len(self._refused) >= self._slots
+        return self._has_connected and not self._is_unreachable and not is_refused
 
     def on_connected(self, seat: Seat) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
+            was_unreachable = self._end_refusals(seat) or was_unreachable
             self._has_connected = True
             if not self._is_reported_complete:
                 self._connected.add(seat)
@@ -3352,6 +3912,22 @@ class Reachability:
                 log.info("connected %s hub=%s", self._description, self._address)
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
+
+    def _end_refusals(self, seat: Seat) -> bool:
+        """Return whether these were the last ones of an episode."""
+        was_refused = bool(self._told)
+        self._refused -= {seat, None}
+        if not self._refused:
+            self._told.clear()
+        return was_refused and not self._told
+
+    def on_refused(self, seat: Seat | None, refusal: Refusal) -> None:
+        """The hub does not take the worker, or something else has answered. Each kind is told once."""
+        with self._lock:
+            self._refused.add(seat)
+            if refusal.kind not in self._told:
+                self._told.add(refusal.kind)
+                log.warning("hub %s %s; trying again", self._address, refusal)
 
     def on_failed(self, reason: OSError) -> None:
         with self._lock:
@@ -3370,7 +3946,7 @@ class Reachability:
         with self._lock:
             if not self._is_doubted:
                 self._is_doubted = True
-                log.warning("a web server answers at %s: %r; %s", self._address, status_line, HINT)
+                log.warning("a web server answers at %s: %r; %s", self._address, status_line, self._hint)
 
     def on_unused(self, opened_at: float, closed_at: float) -> None:
         """A connection was closed without a request: by chance, or each time after the same time?"""
@@ -3381,7 +3957,429 @@ class Reachability:
             self._unused_until, self._unused_s = closed_at, waited_s
             if waited_s > 1 and abs(waited_s - before_s) < waited_s / 10 and not self._is_doubted:
                 self._is_doubted = True
-                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, HINT)
+                log.warning("%s closes what has waited for %.0f s; %s", self._address, waited_s, self._hint)
+
+
+# ---- The handshake -----------------------------------------------------------------------------------
+#
+# draft-kazuho-ptth-ptth-01 over HTTP/1.1: the worker asks with an `Upgrade: ptth`, the hub answers 101, and
+# from there on the hub sends the requests.
+
+ANSWER_HEAD = re.compile(
+    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+    rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+)
+REQUEST_START = re.compile(rb"%b [/*][\x21-\x7e]* HTTP/1" % TOKEN.encode())
+BEARER_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750 §2.1
+SECRET = "(not shown)"
+
+
+class Refusal(Exception):
+    """This is no link: a hub said no, or something else answered. The text is for the log."""
+
+    def __init__(self, text: str, kind: str = "", least_wait_s: float = 0.0) -> None:
+        """Refusals of the same kind (the text, if none is said) are logged once an episode."""
+        super().__init__(text)
+        self.kind = kind or text
+        self.least_wait_s = least_wait_s
+
+
+class Secret:
+    """A token that is never shown by mistake."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError if it cannot be a bearer token."""
+        if not BEARER_TOKEN.fullmatch(text):
+            raise ValueError("this is not a token, which has letters, digits and -._~+/ (RFC 6750)")
+        self.text = text
+
+    def __repr__(self) -> str:
+        return SECRET
+
+
+def read_token(path: str) -> Secret:
+    """Raises ValueError, whose text has nothing of what is in the file."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TOKEN_BYTES + 1)
+    except OSError as exc:
+        raise ValueError(f"{path!r} cannot be read: {exc.strerror}") from None
+    try:
+        if len(data) > MAX_TOKEN_BYTES:
+            raise ValueError(f"it is longer than {MAX_TOKEN_BYTES} bytes")
+        return Secret(data.decode("ascii", "replace").strip())
+    except ValueError as exc:
+        raise ValueError(f"{path!r}: {exc}") from None
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a hub is told of this worker, and how the worker knows the hub. Files are PEM."""
+
+    origins: tuple[str, ...] = ()  # that it serves (RFC 6454); none: whatever the hub lets it serve
+    token: Secret | None = None
+    token_file: str | None = None  # read again for each connection
+    cafile: str | None = None  # whom to trust; None: whom the system trusts
+    certfile: str | None = None
+    keyfile: str | None = None  # None: the key is in certfile
+
+    def __bool__(self) -> bool:
+        return self != Credentials()
+
+
+class Introduction:
+    """What is said on each new connection to a hub."""
+
+    def __init__(self, url: HubURL, credentials: Credentials) -> None:
+        """Raises ValueError for credentials that cannot be used, or must not be at this hub."""
+        self.url = url
+        self._credentials = credentials
+        self._token = credentials.token
+        self.context: ssl.SSLContext | None = None
+        if credentials.token_file:
+            self._token = read_token(credentials.token_file)
+        if url.is_tls:
+            self.context = make_hub_context(credentials)
+            check_name(self.context, self.tls_name)
+        elif self._token and not is_loopback(url.address.host):
+            raise ValueError(f"a token would go to {url} in the clear; say https://")
+        if len(self.request()) > MAX_REQUEST_BYTES:
+            raise ValueError("there are too many origins for one request")
+
+    @property
+    def tls_name(self) -> str:
+        """Whom the hub's certificate has to be for."""
+        return self.url.address.host.rstrip(".")
+
+    def request(self) -> bytes:
+        """Return the request to be a worker, with the token that the file has now."""
+        lines = [
+            f"GET {self._target()} HTTP/1.1",
+            f"Host: {self.url.authority}",
+            "Connection: upgrade",
+            "Upgrade: ptth",
+            "ALPN: http%2F1.1",
+        ]
+        if token := self._read_token():
+            lines.append(f"Authorization: Bearer {token.text}")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+    def _target(self) -> str:
+        if self.url.path != "/":
+            return self.url.path
+        origins = ",".join([urllib.parse.quote(each, safe="") for each in self._credentials.origins])
+        return f"/.well-known/ptth/{origins}/" if origins else "/ptth"
+
+    def _read_token(self) -> Secret | None:
+        if self._credentials.token_file:
+            try:
+                self._token = read_token(self._credentials.token_file)
+            except ValueError as exc:
+                log.debug("the last token is used: %s", exc)
+        return self._token
+
+    def redact(self, text: str) -> str:
+        """Return a text for the log without what must not stand there, should the hub say it back."""
+        return text.replace(self._token.text, SECRET) if self._token else text
+
+
+def is_loopback(host: str) -> bool:
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    return name == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", name) is not None
+
+
+def make_hub_context(credentials: Credentials) -> ssl.SSLContext:
+    """Return what checks the hub's certificate and name, and shows ours. Raises ValueError.
+
+    `ssl.create_default_context` would be stricter from Python 3.13 on than before: private authorities often
+    lack what it wants (a keyUsage).
+    """
+    load_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    set_up_tls(context)
+    if credentials.cafile:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may have the hub's own certificate only
+        load_authorities(context, credentials.cafile)
+    else:
+        context.load_default_certs()
+    if credentials.certfile:
+        load_certificate(context, credentials.certfile, credentials.keyfile)
+    return context
+
+
+def check_name(context: ssl.SSLContext, name: str) -> None:
+    """Raises ValueError if no certificate can be for that name."""
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+    except ValueError:
+        raise ValueError(f"{name!r} is not the name of a host") from None
+
+
+def set_up_tls(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+
+
+def load_authorities(context: ssl.SSLContext, path: str) -> None:
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError:
+        raise ValueError(f"--cafile: there is no certificate in {path!r}") from None
+    except OSError as exc:
+        raise ValueError(f"--cafile: {path!r} cannot be read: {exc.strerror}") from None
+
+
+def load_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | None) -> None:
+    """Have the context show a certificate. Raises ValueError."""
+
+    def refuse() -> str:
+        raise ValueError(f"--keyfile: the key in {key!r} is encrypted, and there is nobody to ask")
+
+    key = keyfile or certfile
+    for option, path in (("--certfile", certfile), ("--keyfile", key)):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as exc:
+            raise ValueError(f"{option}: {path!r} cannot be read: {exc.strerror}") from None
+    try:
+        context.load_cert_chain(certfile, keyfile, refuse)
+        decode = getattr(ssl._ssl, "_test_decode_cert")  # type: ignore[attr-defined]  # noqa: B009  # as its tests do
+        ends_at = ssl.cert_time_to_seconds(decode(certfile)["notAfter"])
+    except ssl.SSLError as exc:
+        if exc.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"--keyfile: the key in {key!r} does not belong to {certfile!r}") from None
+        raise ValueError(f"--certfile: no certificate with its key in {certfile!r} and {key!r}") from None
+    if ends_at < time.time():
+        raise ValueError(f"--certfile: {certfile!r} has expired on {timestamp(ends_at)[:10]}")
+
+
+class Handshake:
+    """What is said on a connection before it is a link: TLS, the worker's request, the hub's answer.
+
+    It never waits, and ends with the link or a Refusal.
+    """
+
+    def __init__(self, sock: socket.socket, introduction: Introduction) -> None:
+        self.sock = sock
+        self.has_asked = False
+        self.deadline = math.inf  # beside that of the whole
+        self.transport: PlainTransport | TlsTransport = PlainTransport(sock)
+        self._introduction = introduction
+        self._go_on = self._ask
+        if introduction.context:
+            self.transport = TlsTransport(sock, introduction.context, introduction.tls_name)
+            self._go_on = self._begin_tls
+        self.transport.limit_time(0)
+        self._intake = Intake(self.transport)
+        self._interim_heads = 0
+        self._reason = b""  # for a refusal
+        self._refusal: Callable[[str], Refusal] | None = None
+
+    def proceed(self) -> int:
+        """Go on as far as possible. Return the event to wait for; 0 when the hub has agreed.
+
+        Raises Refusal.
+        """
+        try:
+            return self._go_on()
+        except BlockingIOError:
+            return select.POLLIN
+        except OSError as exc:
+            raise self._refusal(self._told()) if self._refusal else self._explain(exc) from None
+
+    def make_link(self) -> Link:
+        """Return the link, which has received perhaps the first request already."""
+        self.transport.limit_time(None)
+        return Link(self.transport, self._intake.take_received())
+
+    def on_deadline(self) -> Refusal:
+        if self._refusal:
+            return self._refusal(self._told())
+        return Refusal(f"does not answer within {CONNECT_TIMEOUT_S:g} s; {HINTS['silent']}", "silent")
+
+    # -- step by step
+
+    def _begin_tls(self) -> int:
+        assert isinstance(self.transport, TlsTransport)
+        events = self.transport.shake_hands()
+        if events:
+            return events
+        self._go_on = self._ask
+        return self._go_on()
+
+    def _ask(self) -> int:
+        with contextlib.suppress(OSError):  # if it has been refused unasked, receiving tells why
+            self.transport.send(self._introduction.request())
+        self.has_asked = True
+        self._go_on = self._take_answer
+        return self._go_on()
+
+    def _take_answer(self) -> int:
+        try:
+            data = self._intake.take_wary_head(MAX_ANSWER_BYTES, LOCAL_HEAD_START)
+        except HeadTooLong:
+            raise Refusal("answers with a head that is too long", "long") from None
+        except ProtocolError:
+            raise self._guess(self._intake.take_received()) from None
+        if data is None:
+            raise Refusal(f"closes the connection without an answer; {HINTS['closed']}", "closed")
+        match = ANSWER_HEAD.fullmatch(data.decode("latin-1"))
+        if match is None:
+            raise self._guess(data)
+        minor_version, status, phrase, lines = match.groups()
+        fields = parse_fields(lines)
+        if status == "101":
+            self._check_switch(minor_version, fields)
+            return 0
+        if status.startswith("1"):
+            return self._skip_interim()
+        return self._on_refusal(int(status), clean(f"{status} {phrase or ''}"), fields)
+
+    def _skip_interim(self) -> int:
+        self._interim_heads += 1
+        if self._interim_heads > MAX_INTERIM_HEADS:
+            raise Refusal("answers with interim responses only", "interim")
+        return self._go_on()
+
+    def _check_switch(self, minor_version: str, fields: Mapping[str, str]) -> None:
+        """Raises Refusal if the hub has not agreed to what it was asked (RFC 9110 §7.8, RFC 7639)."""
+        said = f"Upgrade: {fields.get('UPGRADE', '-')}, ALPN: {fields.get('ALPN', '-')}"
+        is_upgrade = "upgrade" in connection_options(fields) and fields.get("UPGRADE", "").lower() == "ptth"
+        if minor_version == "0" or not is_upgrade or fields.get("ALPN") != "http%2F1.1":
+            raise Refusal(f"switches to something else than PTTH: {self._clean(said)}", "switch")
+
+    # -- what else there is
+
+    def _on_refusal(self, status: int, line: str, fields: Mapping[str, str]) -> int:
+        """Take what the hub tells of its reason, for a moment."""
+        wait_s = retry_after_s(fields.get("RETRY_AFTER", "")) if status in (429, 503) else 0.0
+        does = "does not switch to PTTH, but answers"
+        if status in (401, 403):
+            wait_s = BACKOFF_REFUSED_S
+        if status in (401, 403, 429, 503):
+            does = "refuses this worker:"
+        hint = hint_for_status(status, fields, self._introduction.url.is_tls)
+
+        def make(reason: str) -> Refusal:
+            if not reason.startswith(line):
+                reason = f"{line}: {reason}" if reason else line
+            return Refusal(self._clean(f"{does} {reason}") + hint, str(status), wait_s)
+
+        self._refusal = make
+        try:
+            length, is_chunked = parse_framing(dict(fields))
+        except ProtocolError:
+            raise make("") from None
+        is_to_end = length is None and not is_chunked
+        limit = MAX_REASON_BYTES if is_to_end else min(length or 0, MAX_REASON_BYTES)
+        self._body = ChunkedBody(self._intake) if is_chunked else FixedBody(self._intake, limit)
+        self.deadline = time.monotonic() + REASON_TIMEOUT_S
+        self._go_on = self._take_reason
+        return self._go_on()
+
+    def _take_reason(self) -> int:
+        assert self._refusal is not None
+        with contextlib.suppress(BodyError):
+            while len(self._reason) < MAX_REASON_BYTES and (data := self._body.read(MAX_REASON_BYTES)):
+                self._reason += data
+        raise self._refusal(self._told())
+
+    def _told(self) -> str:
+        """Return what the hub has said of its reason, if that is for people."""
+        text = self._reason.decode("utf-8", "replace").strip()
+        return "" if text.startswith("<") else text
+
+    def _clean(self, text: str) -> str:
+        return clean(self._introduction.redact(text))
+
+    def _explain(self, exc: OSError) -> Refusal:
+        """Return what a failure means."""
+        if isinstance(self.transport, TlsTransport) and isinstance(exc, ssl.SSLError):
+            return self._explain_tls(exc, self.transport.first)
+        return Refusal(f"breaks the connection off: {exc.strerror or exc}; {HINTS['closed']}", "closed")
+
+    def _explain_tls(self, exc: ssl.SSLError, first: bytes) -> Refusal:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return Refusal(
+                f"has a certificate that is not trusted: {clean(exc.verify_message)}", "certificate"
+            )
+        reason = exc.reason or ""
+        if isinstance(exc, ssl.SSLEOFError):
+            return Refusal("closes the connection before TLS is there; is this a port with TLS?", "closed")
+        if first[:1] not in (b"\x15", b"\x16"):
+            return self._guess(first)
+        if "ALERT_CERTIFICATE_REQUIRED" in reason or (self.has_asked and "HANDSHAKE_FAILURE" in reason):
+            text = "wants a certificate of this worker; see --certfile"
+            return Refusal(text, "certificate", BACKOFF_REFUSED_S)
+        if "CERTIFICATE" in reason or "UNKNOWN_CA" in reason:
+            text = f"does not take this worker's certificate: {words_of(reason)}"
+            return Refusal(text, "certificate", BACKOFF_REFUSED_S)
+        if "NO_APPLICATION_PROTOCOL" in reason:
+            return Refusal("does not speak HTTP/1.1 there, perhaps HTTP/2 only", "tls")
+        return Refusal(f"does not come to terms about TLS: {words_of(reason) or 'no reason given'}", "tls")
+
+    def _guess(self, first: bytes) -> Refusal:
+        """Return what it may be that begins like this."""
+        for looks_like_it, text in GUESSES:
+            if looks_like_it(first):
+                return Refusal(text, "stranger")
+        said = self._clean(ascii(first[:40].partition(b"\n")[0].rstrip())[1:])
+        return Refusal(f"does not answer as a hub would, but with {said}", "stranger")
+
+
+GUESSES: Sequence[tuple[Callable[[bytes], object], str]] = (
+    (lambda data: data.startswith(b"SSH-"), "is an SSH server"),
+    (lambda data: data[:1] in (b"\x15", b"\x16") and data[1:2] == b"\x03", "speaks TLS; say https://"),
+    (lambda data: data[:2] == b"\0\0" and data[3:4] in (b"\x04", b"\x07"), "speaks HTTP/2 only"),
+    (lambda data: data.startswith(b"HTTP/1."), "answers in HTTP without TLS; say http:// if that is meant"),
+    (REQUEST_START.match, "sends requests unasked: this is its port for silent workers; say HOST:PORT"),
+)
+HINTS = {
+    "silent": "is this the port where it speaks PTTH, and not that of consumers or of silent workers?",
+    "closed": "is this the port where it speaks PTTH?",
+}
+
+
+def hint_for_status(status: int, fields: Mapping[str, str], is_tls: bool) -> str:
+    """Return what may help, after a semicolon."""
+    if status == 401:
+        return "; see --token-file and --certfile"
+    if status == 403:
+        return "; see --origin, and what the hub's workers file lets this one serve"
+    if status in (429, 503):
+        return ""
+    if status == 400 and not is_tls:
+        return "; perhaps it speaks TLS: say https://"
+    if "X_REQUEST_ID" in fields:
+        return "; this looks like the port that a hub has for consumers"
+    server = clean(fields.get("SERVER", ""), 40)
+    return f"; this looks like a web server ({server})" if server else f"; {HINTS['closed']}"
+
+
+def retry_after_s(text: str) -> float:
+    """Return what a Retry-After tells (RFC 9110 §10.2.3) in seconds, at most 300; 0 for nonsense."""
+    if re.fullmatch(r"[0-9]{1,20}", text):
+        return min(float(text), MAX_RETRY_AFTER_S)
+    try:
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """Return a peer's text in one line of the log, without what does not print, and not too long."""
+    line = " ".join("".join([each if each.isprintable() else " " for each in text]).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def words_of(reason: str) -> str:
+    """Return OpenSSL's name for a failure as words: `TLSV1_ALERT_UNKNOWN_CA`."""
+    return re.sub(r"^(?:SSLV3|TLSV1|TLSV13)_ALERT_", "", reason).replace("_", " ").lower()
 
 
 # ---- The lobby ---------------------------------------------------------------------------------------
@@ -3399,10 +4397,19 @@ class Lobby:
     waited with is looked at often, and an end behind an unread body is not seen.
     """
 
-    def __init__(self, address: Address, halt: Halt, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        address: Address,
+        halt: Halt,
+        on_end: Callable[[], None],
+        introduction: Introduction | None = None,
+    ) -> None:
+        """With an introduction, the hub is told who comes."""
         self.hang_up = getattr(select, "POLLRDHUP", 0)
         self.is_halted = False
         self.seats: set[Seat] = set()
+        self.introduction = introduction
+        self.rests_until = -math.inf  # for seats that come and go with each request
         self._address = address
         self._halt = halt
         self._on_end = on_end
@@ -3587,6 +4594,7 @@ class Stage(enum.Enum):
 
     LOOKING_UP = enum.auto()  # the hub's addresses
     DIALLING = enum.auto()  # the connection to one of them
+    GREETING = enum.auto()  # the hub's consent
     RESTING = enum.auto()  # the next try
     WAITING = enum.auto()  # a request
     SERVING = enum.auto()  # the slot, which has the link
@@ -3613,6 +4621,7 @@ class Seat:
         self._addresses: list[AddressInfo] = []  # that have not been tried
         self._failure = OSError()
         self._dialled: socket.socket | None = None
+        self._handshake: Handshake | None = None
 
     # -- for its slot
 
@@ -3624,7 +4633,7 @@ class Seat:
         """End SERVING, during which the seat was the slot's."""
         assert self.link is not None
         if ending is not Ending.KEEP:
-            self._lobby.order(self._end_link)
+            self._lobby.order(self._end_link, ending)
             return
         with self._lock:
             is_waiting = self._lobby.wait_again(self.link)
@@ -3641,16 +4650,27 @@ class Seat:
         self._lobby.seats.add(self)
         if self._lobby.is_halted:
             self._leave()
+        elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
+            self._set_deadline(self._lobby.rests_until)
         else:
             self._look_up()
 
     def on_halt(self) -> None:
         if self.stage is Stage.WAITING:
             self._wait_no_longer()
-        elif self._dialled and wait_ready(self._dialled.fileno(), select.POLLOUT, 0):
+        elif self._handshake and self._handshake.has_asked:
+            self._set_deadline(
+                min(self.deadline, time.monotonic() + CROSSING_S)
+            )  # perhaps it is a link already
+        elif self._is_connected_unasked():
             self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
         elif self.stage not in (Stage.SERVING, Stage.LEFT):
             self._leave()
+
+    def _is_connected_unasked(self) -> bool:
+        if self._dialled is None or self._lobby.introduction:
+            return False
+        return wait_ready(self._dialled.fileno(), select.POLLOUT, 0)
 
     def on_deadline(self) -> None:
         if self.stage is Stage.RESTING:
@@ -3659,8 +4679,10 @@ class Seat:
             self._fail(OSError(errno.ETIMEDOUT, "the name service does not answer"))
         elif self.stage is Stage.DIALLING:
             self._on_dialled(errno.ETIMEDOUT)
+        elif self._handshake:
+            self._on_refused(self._handshake.on_deadline())
         else:
-            self._end_link()
+            self._end_link(Ending.CLOSE)
 
     def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
         self._addresses, self._failure = list(found), failure
@@ -3726,24 +4748,69 @@ class Seat:
             self._dial()
         else:
             self._lobby.ignore(sock.fileno())
-            self.link = Link(sock)
-            self._reachability.on_connected(self)
-            self._metrics.on_slot(1)
-            self._wait()
+            if self._lobby.introduction:
+                self.stage = Stage.GREETING  # until when it may take has been said
+                self._handshake = Handshake(sock, self._lobby.introduction)
+                self._greet()
+            else:
+                self._on_link(Link(PlainTransport(sock)))
+
+    def _greet(self, _events: int = 0) -> None:
+        """Go on with the handshake."""
+        handshake = self._handshake
+        assert handshake is not None
+        try:
+            events = handshake.proceed()
+        except Refusal as exc:
+            self._on_refused(exc)
+            return
+        self._set_deadline(min(self.deadline, handshake.deadline))
+        if events:
+            self._lobby.listen(handshake.sock.fileno(), events, self._greet)
+        else:
+            self._handshake = None
+            self._on_link(handshake.make_link())
+
+    def _on_refused(self, refusal: Refusal) -> None:
+        self._drop_handshake()
+        if not self._lobby.is_halted:
+            self._reachability.on_refused(None if self._is_for_one_request else self, refusal)
+        self._rest(refusal.least_wait_s)
+
+    def _drop_handshake(self) -> None:
+        handshake, self._handshake = self._handshake, None
+        if handshake:
+            handshake.transport.say_goodbye()
+            self._lobby.close(handshake.sock)
+
+    def _on_link(self, link: Link) -> None:
+        """The link is ready for requests."""
+        self.link = link
+        self._reachability.on_connected(self)
+        self._metrics.on_slot(1)
+        self._wait()
 
     def _fail(self, reason: OSError) -> None:
         """The hub cannot be reached."""
         self._reachability.on_failed(reason)
-        if self._is_for_one_request:
+        self._rest()
+
+    def _rest(self, least_wait_s: float = 0.0) -> None:
+        """Wait for the next try; or leave that to the next slot."""
+        wait_s = least_wait_s + self.backoff.next_wait_s()
+        if self._is_for_one_request and least_wait_s:
+            self._lobby.rests_until = time.monotonic() + wait_s
+        if self._is_for_one_request or self._lobby.is_halted:
             self._leave()
         else:
-            self._wait_for(Stage.RESTING, self.backoff.next_wait_s())
+            self._wait_for(Stage.RESTING, wait_s)
 
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
         self._wait_for(Stage.LEFT)
         if self._dialled:
             self._lobby.close(self._dialled)
+        self._drop_handshake()
         self._lobby.seats.discard(self)
         self._inbox.put(None)
 
@@ -3755,6 +4822,8 @@ class Seat:
         self._lobby.wait_with(self.link, self._on_event)
         if self._lobby.is_halted:
             self._wait_no_longer()
+        elif self.link.has_news():  # which has been received together with something else
+            self._on_arrival(0)
 
     def _wait_no_longer(self) -> None:
         """A request that has come is served; and so is one that is on its way.
@@ -3780,17 +4849,17 @@ class Seat:
         assert link is not None
         has_come = link.take_in()
         if has_come is False:
-            self._end_link()
+            self._end_link(Ending.CLOSE)
         elif has_come:  # else the event was of a moment ago
             self._wait_for(Stage.SERVING)
             link.is_gone = bool(self._lobby.hang_up & events)
             self._lobby.watch_for(link, self._on_event)
             self._inbox.put(link)
 
-    def _end_link(self) -> None:
+    def _end_link(self, ending: Ending) -> None:
         link, now = self.link, time.monotonic()
         assert link is not None
-        link.cut()  # closing is not enough while another process holds it, too
+        link.leave(ending)  # closing is not enough while another process holds it, too
         self._lobby.dismiss(link)
         self.link = None
         self._metrics.on_slot(-1)
@@ -3850,18 +4919,19 @@ class Slot:
             log.exception("a fault of the worker itself")
             ending = Ending.CUT
         if ending is not Ending.KEEP:
-            link.cut()
+            link.leave(ending)
         return ending
 
     # -- as the keeper of its requests
 
     def has_next(self, link: Link) -> bool:
-        if not link.intake.is_empty:
+        if link.has_news():
             return True
         if self._poller is None:
             return False
         fd = link.fileno()
-        return any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
+        is_readable = any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
+        return is_readable and link.has_news(is_readable)
 
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
@@ -4037,6 +5107,22 @@ class GateLoop:
 # ---- The pool ----------------------------------------------------------------------------------------
 
 
+def resolve_hub(connect: str | tuple[str, int] | HubURL) -> Address | HubURL:
+    """Raises ValueError."""
+    if isinstance(connect, str):
+        return parse_hub(connect)
+    return connect if isinstance(connect, HubURL) else Address(*connect)
+
+
+def introduce(hub: Address | HubURL, credentials: Credentials) -> Introduction | None:
+    """Return what is said to a hub, if anything. Raises ValueError."""
+    if isinstance(hub, HubURL):
+        return Introduction(hub, credentials)
+    if credentials:
+        raise ValueError(f"{hub} is a port where nothing is said; origins and credentials need https://")
+    return None
+
+
 class WorkerPool:
     """The slots of one application. It installs no signal handlers and may be run in any thread.
 
@@ -4047,7 +5133,7 @@ class WorkerPool:
     def __init__(
         self,
         application: WSGIApplication | Forwarder | None,
-        connect: str | tuple[str, int] = "localhost:4040",
+        connect: str | tuple[str, int] | HubURL = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
         *,
@@ -4056,6 +5142,7 @@ class WorkerPool:
         request_timeout_s: float = math.inf,
         pickups: PickupPort | None = None,
         metrics: Metrics | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         """`application` is an app, or a Forwarder to a program that serves in its place.
 
@@ -4063,8 +5150,11 @@ class WorkerPool:
         meaning. With a fork server, its own app is what serves, and a request may have a time limit;
         `application` is needed for its gate only. The pool ends the fork server and the pickup port.
 
-        Raises ValueError for an address that is not `host:port`, for less than one worker, and if there is
-        no app or no gate.
+        `connect` is `host:port` of the hub's silent port, or a URL of the port where it speaks PTTH, which
+        `credentials` are for.
+
+        Raises ValueError for another address, for credentials that cannot be used, for less than one worker,
+        and if there is no app or no gate.
         """
         if workers < 1:
             raise ValueError("workers must be at least 1")
@@ -4076,7 +5166,8 @@ class WorkerPool:
         self._application = application
         self._request_timeout_s = request_timeout_s
         self.pickups = pickups
-        self.address = parse_address(connect) if isinstance(connect, str) else Address(*connect)
+        self.hub = resolve_hub(connect)
+        self.introduction = introduce(self.hub, credentials or Credentials())
         self.workers = workers
         self.graceful_timeout_s = graceful_timeout_s
         self._lock = threading.RLock()
@@ -4103,8 +5194,9 @@ class WorkerPool:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
             slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
-            self.reachability = Reachability(self.address, slots, description)
-            self.lobby = Lobby(self.address, halt, self._on_end)
+            self.reachability = Reachability(self.hub, slots, description)
+            address = self.hub.address if isinstance(self.hub, HubURL) else self.hub
+            self.lobby = Lobby(address, halt, self._on_end, self.introduction)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
@@ -4575,7 +5667,12 @@ def format_import_error(exc: BaseException) -> str:
 class Options:
     """What the command line and the environment say, validated. Durations are seconds, `math.inf` for off."""
 
-    connect: Address = Address("localhost", 4040)  # noqa: RUF009  # a tuple, which nobody can change
+    connect: Address | HubURL = Address("localhost", 4040)  # noqa: RUF009  # tuples, which nobody can change
+    origin: tuple[str, ...] = ()
+    token_file: str | None = None
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
     workers: int = 1
     poll_jobs: bool = False
     forward: str | None = None
@@ -4586,6 +5683,8 @@ class Options:
     request_timeout: float = math.inf
     redirect_response: int | None = None
     redirect_host: str | None = None
+    redirect_url: str | None = None
+    redirect_tls: bool = False
     log_format: str = "text"
     log_level: str = "info"
     app: str | None = None
@@ -4593,6 +5692,11 @@ class Options:
     pickup_interval_s: float = SIDE_INTERVAL_S
     metrics_directory: str | None = None
     metrics_port: int = 9090
+    token: Secret | None = None
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.origin, self.token, self.token_file, self.cafile, self.certfile, self.keyfile)
 
 
 class UsageError(Exception):
@@ -4695,6 +5799,19 @@ def parse_url(text: str) -> str | None:
     return text or None
 
 
+def parse_redirect_url(text: str) -> str | None:
+    """Return a URL, perhaps with a path, with the slash that keys come after. Raises ValueError."""
+    if text:
+        hub = parse_hub(text)
+        if not isinstance(hub, HubURL) or "?" in text:
+            raise ValueError(f"{text!r} is not like https://worker1.example/films/")
+    return text.rstrip("/") + "/" if text else None
+
+
+def parse_path(text: str) -> str | None:
+    return text or None
+
+
 def parse_metrics_directory(text: str) -> str | None:
     """Check that the directory is one that may be emptied. Raises ValueError."""
     if not text:
@@ -4719,12 +5836,32 @@ def parse_metrics_directory(text: str) -> str | None:
 
 
 ENVIRONMENT_PREFIX = "POTHEAD_WORKER_"
+TOKEN_VARIABLE = "POTHEAD_WORKER_TOKEN"
 
 # option of Options: (group, reader, placeholder (none: it is a switch), what it is)
 OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "connect": (
-        "the hub", parse_address, "HOST:PORT",
-        "the hub's worker port (default: $POTHEAD_CONNECT, then localhost:4040)",
+        "the hub", parse_hub, "HUB",
+        "https://HOST:PORT or http://HOST:PORT where the hub speaks PTTH, or HOST:PORT of its silent worker "
+        "port (default: $POTHEAD_CONNECT, then localhost:4040)",
+    ),
+    "origin": (
+        "the hub", parse_origins, "URL",
+        "an origin that this worker serves, like https://api.example; may be repeated, or have commas "
+        "(default: whatever the hub lets it serve)",
+    ),
+    "token_file": (
+        "the hub", parse_path, "FILE", "has the token that the hub knows this worker by; read each time",
+    ),
+    "cafile": (
+        "the hub", parse_path, "FILE",
+        "certificates (PEM) of whom to trust with the hub's name (default: those of the system)",
+    ),
+    "certfile": (
+        "the hub", parse_path, "FILE", "the certificate (PEM) that the hub knows this worker by",
+    ),
+    "keyfile": (
+        "the hub", parse_path, "FILE", "its key, without a password (default: in the same file)",
     ),
     "workers": (
         "the hub", parse_workers, "N",
@@ -4763,6 +5900,13 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
         "ports", parse_host, "HOST",
         "the worker's address as consumers know it (default: the one it connects to the hub from)",
     ),
+    "redirect_url": (
+        "ports", parse_redirect_url, "URL",
+        "what consumers are told instead, which leads to that port; each response's key is appended",
+    ),
+    "redirect_tls": (
+        "ports", parse_switch, "", "speak HTTPS on the port of --redirect-response, with --certfile",
+    ),
     "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
     "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
 }  # fmt: skip
@@ -4773,7 +5917,9 @@ VARIABLES: Mapping[str, tuple[str, Callable[[str], object]]] = {
     "pickup_interval_s": ("OOB_CLEANUP_INTERVAL_SECONDS", parse_interval),
     "metrics_directory": ("PROMETHEUS_MULTIPROC_DIR", parse_metrics_directory),
     "metrics_port": ("PROMETHEUS_PORT", parse_port),
+    "token": (TOKEN_VARIABLE, Secret),
 }
+REPEATABLE = ("origin",)
 OLDER_VARIABLES = {"connect": ["POTHEAD_CONNECT"], "workers": ["POTHEAD_WORKERS"]}
 
 
@@ -4785,7 +5931,7 @@ def write_value(value: object, parse: Callable[[str], object]) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return "off" if value == math.inf else f"{value:g}s"
-    return str(value)
+    return ",".join(value) if parse is parse_origins and isinstance(value, tuple) else str(value)
 
 
 def flag_of(name: str) -> str:
@@ -4838,6 +5984,20 @@ def join_negatives(words: Sequence[str]) -> list[str]:
     return joined
 
 
+def join_repeated(words: Sequence[str]) -> list[str]:
+    """Return words in which an option that may be repeated is there once, with all values and commas."""
+    joined: list[str] = []
+    values: dict[str, list[str]] = {flag_of(name): [] for name in REPEATABLE}
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in values and (equals or (value := next(rest, ""))):
+            values[flag].append(value)
+        else:
+            joined.append(word)
+    return [f"{flag}={','.join(given)}" for flag, given in values.items() if given] + joined
+
+
 def describe_unknown(words: Sequence[str]) -> str:
     """Returns a sentence about words that are no options."""
     word = next((each for each in words if each.startswith("-")), words[0]).partition("=")[0]
@@ -4887,7 +6047,7 @@ class Given:
     """What the user has said, on the command line and in the environment.  Raises ``UsageError``."""
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self._arguments, unknown = build_parser().parse_known_args(join_negatives(argv))
+        self._arguments, unknown = build_parser().parse_known_args(join_repeated(join_negatives(argv)))
         if unknown:
             raise UsageError(describe_unknown(unknown))
         self._environ = environ
@@ -4956,8 +6116,19 @@ def check_options(options: Options) -> None:
         raise UsageError("--use-request-subprocess needs an app; --forward has none")
     if options.request_timeout < math.inf and not options.use_request_subprocess:
         raise UsageError("--request-timeout: only a process can be stopped; add --use-request-subprocess")
-    if options.redirect_host and options.redirect_response is None:
-        raise UsageError("--redirect-host: there is no --redirect-response")
+    if options.token and options.token_file:
+        raise UsageError(f"--token-file and {TOKEN_VARIABLE} exclude each other")
+    if options.keyfile and not options.certfile:
+        raise UsageError("--keyfile: there is no --certfile")
+    if options.origin and isinstance(options.connect, HubURL) and options.connect.path != "/":
+        raise UsageError("--origin: the origins stand in the path, but --connect names another")
+    for name in ("redirect_host", "redirect_url", "redirect_tls"):
+        if getattr(options, name) and options.redirect_response is None:
+            raise UsageError(f"{flag_of(name)}: there is no --redirect-response")
+    if options.redirect_host and options.redirect_url:
+        raise UsageError("--redirect-url has a host, so --redirect-host has no meaning")
+    if options.redirect_tls and not options.certfile:
+        raise UsageError("--redirect-tls: there is no --certfile")
     if options.use_request_subprocess and not ForkServer.is_supported():
         raise UsageError("--use-request-subprocess: this system cannot hand a connection to another process")
 
@@ -5264,14 +6435,31 @@ def open_metrics(options: Options, stack: contextlib.ExitStack) -> tuple[Metrics
     return metrics, scrapes
 
 
+def make_pickup_context(options: Options) -> ssl.SSLContext:
+    """Return what the pick-up port shows to consumers. Raises ValueError."""
+    assert options.certfile is not None
+    load_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    set_up_tls(context)
+    context.num_tickets = 0  # nobody comes twice
+    load_certificate(context, options.certfile, options.keyfile)
+    return context
+
+
 def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
     """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
-    host, expiry_s, interval_s = options.redirect_host, options.pickup_expiry_s, options.pickup_interval_s
+    try:
+        introduce(options.connect, options.credentials)  # before the app takes its time
+        context = make_pickup_context(options) if options.redirect_tls else None
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
+    host, url = options.redirect_host, options.redirect_url
+    expiry_s, interval_s = options.pickup_expiry_s, options.pickup_interval_s
     pickups = bind(
         stack,
         "--redirect-response",
         options.redirect_response,
-        lambda port: PickupPort(port, host, expiry_s, interval_s),
+        lambda port: PickupPort(port, host, expiry_s, interval_s, url, context),
     )
     inspection = bind(
         stack,
@@ -5291,6 +6479,7 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         request_timeout_s=options.request_timeout,
         pickups=pickups,
         metrics=metrics,
+        credentials=options.credentials,
     )
     if inspection:
         inspection.pages = Inspection(pool).pages
@@ -5337,9 +6526,9 @@ def obey(pool: WorkerPool, signals: Signals) -> bool:
     return is_clean
 
 
-def warn_of_other_port(hub: Address) -> None:
+def warn_of_other_port(hub: Address | HubURL) -> None:
     """Warn if the port is one that a hub usually has for somebody else."""
-    if hub.port in OTHER_PORTS:
+    if isinstance(hub, Address) and hub.port in OTHER_PORTS:
         log.warning("%s is usually the hub's port for %s; %s", hub, OTHER_PORTS[hub.port], HINT)
 
 
@@ -5372,6 +6561,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             given = Given(words, os.environ)
             options = given.options
+            os.environ.pop(TOKEN_VARIABLE, None)  # no business of the app's, nor of what it starts
             signals = stack.enter_context(contextlib.closing(Signals()))
             configure_logging(options.log_level.upper(), options.log_format)
             sys.excepthook = log_uncaught

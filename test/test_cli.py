@@ -280,7 +280,7 @@ SENSELESS_OF_THE_WORKER = [
                 "hub.example:1_0",
                 "hub.example: 1",
                 "::1:4040",
-                "http://hub.example:4040",
+                "ftp://hub.example:4040",
                 "[]:1",
                 "a b:1",
                 "",

@@ -454,6 +454,7 @@ def test_variables_of_the_worker_are_told_with_their_defaults() -> None:
         "PROMETHEUS_MULTIPROC_DIR": "none",
         "PROMETHEUS_PORT": str(options.metrics_port),
         "POTHEAD_CPU_PROMISED": "0",
+        "POTHEAD_WORKER_TOKEN": "none",
         "OOB_ITEM_EXPIRY_SECONDS": f"{options.pickup_expiry_s:g}",
         "OOB_CLEANUP_INTERVAL_SECONDS": f"{options.pickup_interval_s:g}",
     }

@@ -243,7 +243,7 @@ def test_send_that_was_interrupted_is_completed(sent_at_first: int) -> None:
     pieces = [b"a" * 20_000, b"", b"b" * 20_000, b"\r\n"]
     one, two = socket.socketpair()
     with Interrupted(fileno=one.detach()) as sender, two:
-        pothead_worker.Link(sender).send(*pieces)
+        pothead_worker.PlainTransport(sender).send(*pieces)
         assert two.recv(40_002, socket.MSG_WAITALL) == b"".join(pieces)
 
 
