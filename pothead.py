@@ -69,6 +69,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import urllib.parse
 from collections import Counter, deque
@@ -109,6 +110,8 @@ class Limits:
     shortcut_bytes: int = 64 * KIB  # of a body still to come, from where on moving it uncopied pays
     patience_s: float = 0.25  # in sum, that a slot waits for its consumer before the response is absorbed
     handshake_bytes: int = 16 * KIB  # of the head with which a worker joins
+    offered_bytes: int = 64 * KIB  # of a body, before the request is claimed
+    unclaimed_s: float = 2.0  # before a request that nobody has claimed is taken back
     envoy_pause_s: float = 0.05  # after the 101, before an Envoy is asked for an echo ...
     envoy_echo_s: float = 1.0  # ... and how long that may take
     newcomers: int = 2000  # connections at once that have not shown yet who they are; the oldest goes
@@ -318,7 +321,7 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key", b"max-forwards", b"upgrade", b"alpn",
+        b"idempotency-key", b"max-forwards", b"upgrade", b"alpn", b"pothead-claim", b"pothead-worker",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"authorization", b"pothead-action", b"sec-fetch-site",
     )
@@ -430,6 +433,7 @@ class ResponseHead:
     keep_alive: bool
     has_date: bool
     request_id: bytes  # the worker's own, mostly none
+    holds: bool  # the connection until the next handshake on it
 
 
 def take_request_head(buffer: Inbuf) -> RequestHead | None:
@@ -513,7 +517,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
         forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
         status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
-        b"date" in known, known.get(b"x-request-id", NO_ID)[0],
+        b"date" in known, known.get(b"x-request-id", NO_ID)[0], b"hold" in options,
     )  # fmt: skip
 
 
@@ -1158,6 +1162,7 @@ _ORIGIN: Final = re.compile(
 )
 _SCOPE: Final = re.compile(rb"/\.well-known/ptth/([^/?]+)/")
 _PERCENT_ENCODED: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2})+")
+_CLAIMANT: Final = re.compile(rb"([A-Za-z0-9._\-]{1,64}); *slots=([1-9][0-9]{0,4})")
 _ENVOY_FIELD: Final = re.compile(
     rb"\r\n(?i:x-envoy-reverse-tunnel-(?:node|cluster|tenant)-id):"
 )  # it sends all
@@ -1183,6 +1188,8 @@ class Registration(NamedTuple):
 
     permit: Permit | None = None
     origins: frozenset[str] = frozenset()  # that it serves; none: all that it may
+    process: str = ""  # the worker's id, if it claims each request: it may offer the same slot elsewhere, too
+    slots: int = 0  # that the process has
 
     @property
     def name(self) -> str:
@@ -1200,6 +1207,8 @@ class Offer(NamedTuple):
     protocol: bytes  # to switch to
     origins: frozenset[str]
     is_envoy: bool  # which must be treated with care
+    process: str = ""  # the id of a worker that will claim what it is sent
+    slots: int = 0
 
 
 def is_origin(text: str) -> bool:
@@ -1233,7 +1242,16 @@ def read_offer(head: RequestHead, compatible: Sequence[str] = ()) -> Offer:
         raise ProtocolError(400, "the field ALPN must offer http%2F1.1")
     origins = frozenset(_origins(scope[1])) if scope else frozenset[str]()
     is_envoy = len(_ENVOY_FIELD.findall(head.forwarded)) > 1
-    return Offer(b"PTTH/1.0" if is_old else b"ptth", origins, is_envoy)
+    process, slots = _claimant(known) if b"102" in known.get(b"pothead-claim", ()) else ("", 0)
+    return Offer(b"PTTH/1.0" if is_old else b"ptth", origins, is_envoy, process, slots)
+
+
+def _claimant(known: KnownFields) -> tuple[str, int]:
+    """Returns which process it is that claims requests, and how many slots it has."""
+    match = _CLAIMANT.fullmatch(b", ".join(known.get(b"pothead-worker", ())))
+    if match is None:
+        raise ProtocolError(400, "with Pothead-Claim there is one Pothead-Worker: ID; slots=N")
+    return match[1].decode(), int(match[2])
 
 
 def _members(values: Iterable[bytes]) -> list[bytes]:
@@ -1294,12 +1312,12 @@ def register(
 ) -> Registration:
     """Returns with what a worker joins; without ``permits`` anybody may.  Raises ``ProtocolError``."""
     if permits is None:
-        return Registration(None, offer.origins)
+        return Registration(None, offer.origins, offer.process, offer.slots)
     permit = find_permit(head, names, permits)
     if permit.origins and not offer.origins <= permit.origins:
         refused = ", ".join(sorted(offer.origins - permit.origins))
         raise ProtocolError(403, f"worker {permit.name} may not serve {refused}")
-    return Registration(permit, offer.origins or permit.origins)
+    return Registration(permit, offer.origins or permit.origins, offer.process, offer.slots)
 
 
 def read_permits(text: str, path: str) -> dict[str, Permit]:
@@ -2217,6 +2235,15 @@ class Transport:
             self._poll.register(self._sock, select.POLLIN | getattr(select, "POLLRDHUP", 0))
         return self._poll.poll(0)  # a third of the price of a recv that has nothing to peek at
 
+    def has_delivered(self, size: int) -> bool:
+        """Whether the peer's machine may have received any of the last ``size`` bytes that were sent."""
+        queued = array.array("i", [0])
+        try:
+            fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, queued)  # SIOCOUTQ: not acknowledged yet
+        except OSError:
+            return True  # nothing tells
+        return sys.platform != "linux" or queued[0] < size
+
     def set_unacknowledged_s(self, seconds: float) -> None:
         """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
         if seconds != self._unacknowledged_s and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -2813,11 +2840,12 @@ ALLOWED_METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 class Progress(enum.Enum):
     """How far one attempt has come."""
 
-    SENT = "sent"  # or on its way: the slot has not said a word
+    OFFERED = "offered"  # to a slot that claims what it takes, and has not: nobody has begun
+    SENT = "sent"  # or on its way: the slot has not said a word, or has claimed it
     HEARD = "heard"  # a byte of a response, if only of an interim one: nobody else may answer any more
 
 
-UNHEARD, HEARD = Progress
+OFFERED, UNHEARD, HEARD = Progress
 
 
 class Attempt:
@@ -2829,7 +2857,7 @@ class Attempt:
         self.slot = slot
         self.since = now
         self.written_before = slot.stream.written  # bytes
-        self.progress = UNHEARD
+        self.progress = OFFERED if slot.registration.process else UNHEARD
         self.interims = 0  # interim responses
         self.is_chunked = False  # the body of the request, as it is sent
         self.body_sent = False
@@ -2982,10 +3010,13 @@ class Exchange:
         length = self._length_for_worker()
         attempt.is_chunked = length is None
         fields = self._hub.forwarding.fields(self, now - self.received_at)
+        if attempt.progress is OFFERED:
+            fields += self._hub.waiting_field()
         head = forwarded_request(self.head, length, fields)
         attempt.body_sent = self.spool is None
-        if self.spool is not None and self.spool.size and not attempt.is_chunked:
-            head += self._take_body(LIMITS.large_body_bytes)  # one packet for both, mostly
+        may_send = attempt.progress is not OFFERED or not self._hub.options.stream_requests
+        if self.spool is not None and self.spool.size and not attempt.is_chunked and may_send:
+            head += self._take_body(LIMITS.offered_bytes)  # one packet for both, mostly
         if self.spool is not None and (self.spool.size or not self.received):
             slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
         slot.stream.write(head)
@@ -3010,6 +3041,8 @@ class Exchange:
         attempt, spool = self.attempt, self.spool
         if attempt is None or spool is None or attempt.body_sent:
             return
+        if attempt.progress is OFFERED and (spool.size or not self.received):
+            return  # the rest is for who claims it
         stream = attempt.slot.stream
         if spool.size and stream.outbuf is None:
             data = self._take_body(LIMITS.receive_bytes)
@@ -3054,9 +3087,16 @@ class Exchange:
             self.consumer.stream.outbuf.spill(self._hub.options.spool_memory)
 
     def on_heard(self) -> None:
-        """The slot has said something: from now on nobody else may answer."""
+        """The slot has said something: from now on nobody else may answer, unless it does not claim it."""
         assert self.attempt is not None
-        self.attempt.progress = HEARD
+        if self.attempt.progress is UNHEARD:
+            self.attempt.progress = HEARD
+
+    def on_claimed(self) -> None:
+        """The slot begins with it."""
+        assert self.attempt is not None
+        self.attempt.progress = UNHEARD
+        self.pump()
 
     def on_interim(self, head: ResponseHead) -> None:
         """An interim response: 103 is of use to a consumer, the others end here (RFC 9110 §15.2)."""
@@ -3155,6 +3195,9 @@ class Exchange:
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
         assert self.attempt is not None
+        if self.attempt.progress is OFFERED:
+            self.on_turned_away()
+            return
         self.attempt.slot.machine.failures += 1
         self._hub.policy.rest(self.attempt.slot.machine, self._hub.loop.now)
         if self.has_begun:
@@ -3164,6 +3207,30 @@ class Exchange:
             self._requeue(self.attempt)
         else:
             self.finish(Outcome.WORKER_LOST, detail)
+
+    def on_turned_away(self, *, is_held: bool = False) -> None:
+        """Nobody claims it: it has its old place again, whatever its method, as if it had not been sent."""
+        attempt = self.attempt
+        assert attempt is not None
+        self._hub.counters.turned_away += 1
+        self.attempts -= 1
+        attempt.body_sent = True  # nothing more of it, if the connection is held
+        self._end_attempt(reusable=is_held)
+        self._wait_again(attempt.since, away_s=0)
+
+    def _on_unclaimed(self, attempt: Attempt) -> None:
+        """It was sent a while ago, and not claimed: the worker hangs, or its machine is gone.
+
+        What has reached that machine may be claimed yet, so only what may run twice is taken back then.
+        """
+        slot = attempt.slot
+        sent = slot.stream.written - attempt.written_before
+        if slot.stream.transport.has_delivered(sent) and not self.head.is_idempotent:
+            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
+            return
+        slot.stream.close(abort=True)
+        self.on_turned_away()
+        self._hub.drop_process(slot.registration.process)
 
     def _may_run_again(self, attempt: Attempt) -> bool:
         if attempt.progress is HEARD or not self._replayable:
@@ -3177,13 +3244,18 @@ class Exchange:
         log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.slot_address)
         if not attempt.was_seen:
             self.attempts -= 1  # as if it had not been made
+        self._hub.counters.requeues += 1
         self._end_attempt(reusable=False)
+        self._wait_again(self._hub.loop.now, away_s=self.worker_s)
+
+    def _wait_again(self, since: float, away_s: float) -> None:
+        """Goes back to its place in the queue; it waits ``since`` then, and ``away_s`` do not count."""
         if self.spool is not None:
             self.spool.rewind()
         self._to(QUEUED)
-        self.since = self._hub.loop.now
+        self.since = since
         assert self.ticket is not None
-        self._hub.requeue(self.ticket, self.worker_s)
+        self._hub.requeue(self.ticket, away_s)
 
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
@@ -3194,7 +3266,10 @@ class Exchange:
     def on_worker_deadline(self) -> None:
         """No response in time; or the slot has waited for its consumer for long enough."""
         assert self.attempt is not None
-        if self.state is RESPONDING:
+        limit_s = self._hub.options.response_timeout
+        if self.attempt.progress is OFFERED and self._hub.loop.now < self.attempt.since + limit_s:
+            self._on_unclaimed(self.attempt)
+        elif self.state is RESPONDING:
             self._absorb()
         else:
             self.attempt.slot.machine.failures += 1
@@ -3570,17 +3645,19 @@ class Applicant:
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_stream")
+    __slots__ = ("_held", "_hub", "_inbuf", "_stream")
 
-    def __init__(self, hub: Hub, stream: Stream) -> None:
+    def __init__(self, hub: Hub, stream: Stream, held: Registration | None = None) -> None:
         self._hub = hub
         self._stream = stream
+        self._held = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf()
         stream.role = self
-        if stream.deadline == math.inf:  # TLS has not begun it
-            stream.deadline = hub.loop.now + hub.options.head_timeout
         hub.loop.touch(stream)
-        hub.greet(stream)
+        if held is None:
+            hub.greet(stream)
+            if stream.deadline == math.inf:  # TLS has not begun it
+                stream.deadline = hub.loop.now + hub.options.head_timeout
 
     def settle(self) -> int:
         return LIMITS.handshake_bytes + 1 - len(self._inbuf)
@@ -3605,16 +3682,22 @@ class Applicant:
         registration = register(head, offer, names, self._hub.permits)
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
-        self._hub.newcomers.pop(self._stream, None)
+        self._leave()
         self._stream.deadline = math.inf
-        self._stream.write(SWITCHING % offer.protocol)
+        extra = self._hub.claim_fields() if offer.process else b""
+        self._stream.write(SWITCHING % (offer.protocol, extra))
         if offer.is_envoy:
             Rehearsal(self._hub, self._stream, registration)
         else:
             self._hub.enlist(self._stream, registration)
 
-    def _refuse(self, error: ProtocolError) -> None:
+    def _leave(self) -> None:
         self._hub.newcomers.pop(self._stream, None)
+        if self._held is not None:
+            self._hub.count_process(self._held, -1)
+
+    def _refuse(self, error: ProtocolError) -> None:
+        self._leave()
         self._hub.complain("ptth", self._stream.address, f"refused as a worker with {error}")
         self._hub.counters.refused_workers[error.status] += 1
         fields = [*error.fields]
@@ -3629,7 +3712,7 @@ class Applicant:
     def on_drained(self) -> None: ...
 
     def on_hangup(self, *, reset: bool) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._leave()
         self._stream.close()
 
     def on_deadline(self) -> None:
@@ -3641,7 +3724,7 @@ class Applicant:
         self._refuse(ProtocolError(503, "too many connections have not shown yet who they are"))
 
     def on_fault(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._leave()
 
 
 class Rehearsal:
@@ -3697,7 +3780,7 @@ class Rehearsal:
 
 
 SWITCHING: Final = (
-    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: %b\r\nALPN: http%%2F1.1\r\n\r\n"
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: %b\r\nALPN: http%%2F1.1\r\n%b\r\n"
 )
 
 
@@ -3705,8 +3788,8 @@ class Slot:
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
-        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine", "name",
-        "parked_at", "registration", "served", "since", "stream",
+        "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
+        "name", "parked_at", "registration", "served", "since", "stream",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -3723,17 +3806,20 @@ class Slot:
         self.served = 0
         self._reader = MessageReader(take_response_head, self._body_of)
         self._has_old_body = False  # still to be sent, of a request that was answered before it was read
-        self._keep_alive = True  # the connection, after the response under way
+        self._keep_alive = True  # the connection, after the response under way ...
+        self._holds = False  # ... but nothing is sent on it before another handshake
         stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
 
     def _body_of(self, head: ResponseHead) -> BodyReader | None:
-        assert self.exchange is not None
-        return response_body(head, self.exchange.head.method)
+        return response_body(head, b"GET" if self.exchange is None else self.exchange.head.method)
 
     def begin(self, exchange: Exchange) -> None:
         """The slot is busy with ``exchange``."""
         self.exchange = exchange
-        self.stream.deadline = self._hub.loop.now + self._hub.options.response_timeout
+        limit_s = self._hub.options.response_timeout
+        if self.registration.process:
+            limit_s = min(limit_s, LIMITS.unclaimed_s)
+        self.stream.deadline = self._hub.loop.now + limit_s
         self._hub.loop.touch(self.stream)
 
     def end(self, *, reusable: bool) -> None:
@@ -3742,6 +3828,10 @@ class Slot:
         self.stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
+        if reusable and self._holds:
+            self._hub.policy.release(self)
+            self._hub.hold(self, self._reader.inbuf)
+            return
         reusable = reusable and self._keep_alive and not self._reader.inbuf
         if reusable and self.stream.outbuf is not None:
             self._has_old_body = True
@@ -3781,11 +3871,15 @@ class Slot:
 
     def on_bytes(self, data: memoryview) -> None:
         exchange, reader = self.exchange, self._reader
-        if exchange is None:
+        if exchange is None and not self.registration.process:
             self._hub.on_breach(self)
             return
-        exchange.on_heard()
         reader.feed(data)
+        if exchange is None or (exchange.attempt is not None and exchange.attempt.progress is OFFERED):
+            if not self._is_claimed(exchange):
+                return
+            assert exchange is not None
+        exchange.on_heard()
         try:
             while (event := reader.next()) is not None:
                 if event is END:
@@ -3805,6 +3899,36 @@ class Slot:
         elif reader.body is not None and reader.body.verbatim > LIMITS.receive_bytes:
             self._take_shortcut(exchange, reader.body)
 
+    def _is_claimed(self, exchange: Exchange | None) -> bool:
+        """Looks at what a slot says that has not claimed the request, or has none; false if it does not.
+
+        It turns a request away, or withdraws its offer, by a 503 that holds the connection.
+        """
+        try:
+            head = self._reader.next()
+            if head is None:
+                return False
+            assert isinstance(head, ResponseHead)
+            if exchange is not None and head.status == 102:
+                self._reader.next()  # its end
+                exchange.on_claimed()
+                return True
+            if head.status != 503 or not head.holds or self._reader.next() is not END:
+                raise ProtocolError(502, "a response to a request that it had not claimed")
+        except ProtocolError as error:
+            if exchange is None:
+                self._hub.on_breach(self)
+            else:
+                exchange.on_worker_garbage(error)
+            return False
+        self._holds = True
+        if exchange is not None:
+            exchange.on_turned_away(is_held=True)
+        else:
+            self._hub.policy.remove(self)
+            self._hub.hold(self, self._reader.inbuf)
+        return False
+
     def _on_head(self, exchange: Exchange, head: ResponseHead) -> None:
         if head.status < 200:
             exchange.on_interim(head)
@@ -3812,6 +3936,7 @@ class Slot:
         body = self._reader.body
         assert body is not None
         self._keep_alive = head.keep_alive and not isinstance(body, UntilCloseBody)
+        self._holds = head.holds and self._keep_alive and bool(self.registration.process)
         self.stream.deadline = math.inf
         exchange.on_response(head, body)
 
@@ -3846,6 +3971,9 @@ class Slot:
         elif exchange is None:
             self._hub.on_worker_left(self)
         elif reset or exchange.state is not RESPONDING:
+            if self._reader.inbuf:  # it may have been about to claim it
+                exchange.on_claimed()
+                exchange.on_heard()
             exchange.on_worker_gone("it reset the connection" if reset else "it closed the connection")
         else:
             self._end_body(exchange)
@@ -4245,6 +4373,11 @@ class Hub:
         self.paused = False  # nothing is handed to a slot
         self.permits: Mapping[str, Permit] | None = None
         self.certificate: Certificate | None = None
+        self.id = os.urandom(8).hex()  # so that workers know two addresses of one hub
+        # Workers that claim requests, by their id: their slots, and how many connections they have.
+        self.processes: dict[str, list[int]] = {}
+        self._announced = 0  # slots of these
+        self._claiming = 0  # connections of these that wait or run
         self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
@@ -4332,11 +4465,59 @@ class Hub:
     def enlist(self, stream: Stream, registration: Registration) -> None:
         """Has a stream wait as a slot."""
         slot = Slot(self, stream, registration)
+        self.count_process(registration, 1)
+        self._claiming += registration.process != ""
         self.slots.add(slot)
         self.policy.park(slot)
         self._is_lonely = False
         if slot.name:
             log.debug("worker %s joined from %s for %s", slot.name, stream.address, registration.serves())
+
+    def hold(self, slot: Slot, received: Inbuf) -> None:
+        """The worker keeps the connection, but is to be sent nothing before another handshake on it."""
+        stream = slot.stream
+        if stream.closed or stream.outbuf is not None:  # what has not been sent could not be taken back
+            self._forget(slot)
+            return
+        self.slots.discard(slot)
+        self.policy.leave(slot.machine, self.loop.now)
+        self._claiming -= 1
+        applicant = Applicant(self, stream, slot.registration)
+        if received:
+            applicant.on_bytes(memoryview(bytes(received)))
+
+    def count_process(self, registration: Registration, change: int) -> None:
+        """Counts a connection more or less of a worker that claims requests."""
+        if not registration.process:
+            return
+        process = self.processes.setdefault(registration.process, [0, 0])
+        self._announced += registration.slots - process[0]
+        process[0] = registration.slots
+        process[1] += change
+        if not process[1]:
+            self._announced -= process[0]
+            del self.processes[registration.process]
+
+    @property
+    def total_slots(self) -> int:
+        """How many slots there are; of workers that claim requests, those that they have announced."""
+        return len(self.slots) - self._claiming + self._announced
+
+    def drop_process(self, process: str) -> None:
+        """Closes what waits of a worker whose machine does not answer: its other slots are no better."""
+        for slot in [each for each in self.slots if each.registration.process == process]:
+            if slot.exchange is None:
+                self.on_worker_left(slot)
+
+    def claim_fields(self) -> bytes:
+        """Returns what the 101 tells a worker that claims requests."""
+        return b"Pothead-Claim: 102\r\nPothead-Hub: %b\r\n%b" % (self.id.encode(), self.waiting_field())
+
+    def waiting_field(self) -> bytes:
+        """Returns the field that tells how many requests wait, if any does that a slot could have."""
+        waiting = 0 if self.paused else self.policy.waiting
+        oldest_s = self.policy.oldest_wait(self.loop.now) if waiting else 0
+        return b"Pothead-Waiting: %d; oldest=%.3f\r\n" % (waiting, oldest_s) if waiting else b""
 
     @property
     def needs_no_workers(self) -> bool:
@@ -4376,13 +4557,18 @@ class Hub:
         if self._queue_timer.deadline != (event := policy.next_event()):
             self._queue_timer.deadline = event
             self.loop.touch(self._queue_timer)
-        if policy.waiting and not self.slots and self._lonely_timer.deadline == math.inf:
+        if (
+            policy.waiting
+            and not self.slots
+            and not self.processes
+            and self._lonely_timer.deadline == math.inf
+        ):
             self._lonely_timer.deadline = self.loop.now + LIMITS.lonely_s
             self.loop.touch(self._lonely_timer)
 
     def _tell_of_loneliness(self) -> None:
         """Warns, once an episode, that requests wait and no worker is there."""
-        if self.policy.waiting and not self.slots and not self._is_lonely:
+        if self.policy.waiting and not self.total_slots and not self._is_lonely:
             self._is_lonely = True
             log.warning("requests wait, and no worker is connected: %d", self.policy.waiting)
 
@@ -4413,13 +4599,12 @@ class Hub:
 
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
-        detail = "" if self.slots else "no worker is connected"
+        detail = "" if self.total_slots else "no worker is connected"
         for exchange in self.policy.expire(self.loop.now):
             self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT, detail)
 
     def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
-        """Puts a request whose worker was lost back to its place in the queue."""
-        self.counters.requeues += 1
+        """Puts a request that was sent and not answered back to its place in the queue."""
         self.needy.add(ticket.item.consumer)
         self.policy.put_back(ticket, away_s)
 
@@ -4438,6 +4623,8 @@ class Hub:
     def _forget(self, slot: Slot) -> None:
         if slot in self.slots:
             self.slots.remove(slot)
+            self.count_process(slot.registration, -1)
+            self._claiming -= slot.registration.process != ""
             self.policy.leave(slot.machine, self.loop.now)
         slot.stream.close()
 
@@ -4453,8 +4640,12 @@ class Hub:
 
         One that has waited in vain is not told to be back in a moment, whatever the estimate.
         """
-        slots = self.policy.idle + self.policy.running
-        estimate_s = wait_estimate(self.policy.waiting, slots, self.counters.mean_service_s)
+        if self.processes:  # their slots serve other hubs, too: what this one gets is what it has got
+            rate = self.rate.read(self.loop.now)
+            estimate_s = max(1, math.ceil(self.policy.waiting / rate)) if rate else None
+        else:
+            slots = self.policy.idle + self.policy.running
+            estimate_s = wait_estimate(self.policy.waiting, slots, self.counters.mean_service_s)
         if estimate_s is None or has_waited:
             return max(estimate_s or 0, math.ceil(self.options.retry_after))
         return estimate_s
@@ -4469,7 +4660,7 @@ class Hub:
 
     def _note(self) -> None:
         """Keeps the plot of the status page; a step of the loop, so that an idle hub need not wake for it."""
-        self.history.note(self.loop.now, (self.policy.waiting, self.policy.running, len(self.slots)))
+        self.history.note(self.loop.now, (self.policy.waiting, self.policy.running, self.total_slots))
 
     def on_finished(self, exchange: Exchange) -> None:
         """Counts and logs."""
@@ -4642,6 +4833,7 @@ class Counters:
         self.requests: dict[tuple[bytes, int, Outcome], int] = {}  # (method, status, outcome) -> how many
         self.worker_errors: Counter[int] = Counter()  # of what workers answered, by status from 500 on
         self.requeues = 0
+        self.turned_away = 0  # requests that were offered to a slot which was not free any more
         self.breaches = 0
         self.refused_workers: Counter[int] = Counter()  # by status
         self.by_worker: Counter[str] = Counter()  # requests that workers with a name were given, by that
@@ -5108,7 +5300,8 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "max_queue": hub.options.max_queue,
         "queue_oldest_seconds": round(hub.policy.oldest_wait(now), 3),
         "requests_in_flight": len(running),
-        "slots": {"idle": hub.policy.idle, "busy": hub.policy.running},
+        "hub": hub.id,
+        "slots": {"idle": max(0, hub.total_slots - hub.policy.running), "busy": hub.policy.running},
         "demand": hub.policy.waiting + len(running),
         "requests_per_second": round(hub.rate.read(now), 3),
         "mean_service_seconds": round(counters.mean_service_s, 6),
@@ -5121,6 +5314,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "disk_budget_bytes": hub.budget.disk_limit,
         "worker_errors": dict(sorted(counters.worker_errors.items())),
         "requeues": counters.requeues,
+        "turned_away": counters.turned_away,
         "breaches": counters.breaches,
         "bytes": {"in": counters.bytes_in, "out": counters.bytes_out},
         "outcomes": {outcome.code: count for outcome, count in counters.outcomes.items()},
@@ -5131,6 +5325,7 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "machines": describe_machines(hub.policy, now),
         "machines_not_listed": max(0, len(hub.policy.machines) + len(hub.policy.gone) - LIMITS.listed_rows),
         "workers": [each.describe(now) for each in workers[: LIMITS.listed_rows]],
+        "processes": describe_processes(hub),
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
@@ -5157,6 +5352,15 @@ def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
         row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
         rows.append(row)
     return rows
+
+
+def describe_processes(hub: Hub) -> dict[str, dict[str, int]]:
+    """Returns the workers that claim requests, by their id: whoever adds hubs up counts each once."""
+    busy = Counter(slot.registration.process for slot in hub.slots if slot.exchange is not None)
+    return {
+        process: {"slots": slots, "busy_here": busy[process], "connections": connections}
+        for process, (slots, connections) in itertools.islice(hub.processes.items(), LIMITS.listed_rows)
+    }
 
 
 def describe_machines(policy: Policy[Exchange, Slot], now: float) -> list[dict[str, object]]:
@@ -5288,7 +5492,7 @@ class MetricsCollector:
         yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
         yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
         slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
-        slots.add_metric(["idle"], hub.policy.idle)
+        slots.add_metric(["idle"], max(0, hub.total_slots - busy))
         slots.add_metric(["busy"], busy)
         yield slots
         yield Gauge(
@@ -5370,6 +5574,10 @@ class MetricsCollector:
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )
+        yield Counts(
+            "pothead_hub_turned_away", "Requests offered to a slot that was not free any more.",
+            counters.turned_away,
+        )  # fmt: skip
         rejected = Counts("pothead_hub_rejected", "Requests that the hub turned away.", labels=["reason"])
         for outcome, reason in REJECTED.items():
             rejected.add_metric([reason], counters.outcomes[outcome])

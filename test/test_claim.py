@@ -1,0 +1,249 @@
+"""Workers that offer a slot to several hubs at once, and so claim a request before it is theirs. In bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+import wire
+from wire import OK, HubProcess, Peer, get, hub_process, post
+
+CLAIM = b"HTTP/1.1 102 Processing\r\n\r\n"
+AWAY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n"
+HELD_OK = b"HTTP/1.1 200 OK\r\nConnection: hold\r\nContent-Length: 2\r\n\r\nok"
+
+
+def offer(process: bytes = b"one", slots: int = 1) -> bytes:
+    return (
+        b"GET /ptth HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%%2F1.1\r\n"
+        b"Pothead-Claim: 102\r\nPothead-Worker: %b; slots=%d\r\n\r\n" % (process, slots)
+    )
+
+
+@pytest.fixture
+def hub() -> Iterator[HubProcess]:
+    with hub_process("--ptth-port", "0") as process:
+        yield process
+
+
+def shake(peer: Peer, process: bytes = b"one", slots: int = 1) -> bytes:
+    """Send the handshake; return the fields of the 101."""
+    peer.send(offer(process, slots))
+    head = peer.read_head()
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert b"\r\nPothead-Claim: 102\r\n" in head
+    return head
+
+
+def bell(hub: HubProcess, process: bytes = b"one", slots: int = 1) -> Peer:
+    peer = Peer.connect(hub.ptth)
+    shake(peer, process, slots)
+    return peer
+
+
+def ask(hub: HubProcess, data: bytes) -> Peer:
+    peer = Peer.connect(hub.main)
+    peer.send(data)
+    return peer
+
+
+def test_hub_agrees_and_says_who_it_is(hub: HubProcess) -> None:
+    with Peer.connect(hub.ptth) as first, Peer.connect(hub.ptth) as second:
+        ids = [re.findall(rb"\r\nPothead-Hub: ([0-9a-f]{16})\r\n", shake(each)) for each in (first, second)]
+        assert ids[0] == ids[1] and len(ids[0]) == 1
+        assert hub.stats()["hub"] == ids[0][0].decode()
+
+
+def test_claimed_request_is_answered(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, post(b"/work", b"body")) as consumer:
+        assert slot.read_request().body == b"body"
+        slot.send(CLAIM)
+        slot.send(OK)
+        assert consumer.read_response().status == 200
+        with ask(hub, get(b"/next")) as other:
+            assert slot.read_request().target == b"/next"
+            slot.send(CLAIM + OK)
+            assert other.read_response().status == 200
+
+
+@pytest.mark.parametrize("how", ["away", "close"])
+def test_post_that_is_turned_away_goes_to_the_next_and_counts_once(hub: HubProcess, how: str) -> None:
+    with bell(hub) as full:
+        with ask(hub, post(b"/once", b"body")) as consumer:
+            full.read_request()
+            if how == "away":
+                full.send(AWAY)
+            else:
+                full.close()
+            with bell(hub, b"two") as free:
+                request = free.read_request()
+                assert (request.target, request.body) == (b"/once", b"body")
+                assert request.value(b"Pothead-Attempt") == b"1"
+                free.send(CLAIM + OK)
+                assert consumer.read_response().status == 200
+    line = hub.wait_for_line(lambda line: "path=/once " in line)
+    assert " attempts=1 " in line
+    stats = hub.stats()
+    assert (stats["turned_away"], stats["requeues"]) == (1, 0)
+
+
+def test_held_connection_is_sent_nothing_before_its_next_handshake(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, get(b"/waits")) as consumer:
+        slot.read_request()
+        slot.send(AWAY)
+        hub.until(lambda stats: stats["queue_length"] == 1)
+        assert not slot.has_bytes()
+        head = shake(slot)
+        assert re.search(rb"\r\nPothead-Waiting: 1; oldest=[0-9]+\.[0-9]{3}\r\n", head)
+        assert slot.read_request().target == b"/waits"
+        slot.send(CLAIM + HELD_OK)
+        assert consumer.read_response().body == b"ok"
+        with ask(hub, get(b"/later")) as late:
+            hub.until(lambda stats: stats["queue_length"] == 1)
+            assert not slot.has_bytes()
+            shake(slot)
+            assert slot.read_request().target == b"/later"
+            slot.send(CLAIM + OK)
+            assert late.read_response().status == 200
+
+
+def test_handshake_may_come_right_behind_what_holds_the_connection(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, get(b"/turned")) as consumer:
+        slot.read_request()
+        slot.send(AWAY + offer())
+        assert slot.read_head().startswith(b"HTTP/1.1 101 ")
+        assert slot.read_request().target == b"/turned"
+        slot.send(CLAIM + OK)
+        assert consumer.read_response().status == 200
+
+
+def test_offer_is_withdrawn_unasked(hub: HubProcess) -> None:
+    with bell(hub) as slot:
+        hub.until(lambda stats: len(stats["workers"]) == 1)
+        slot.send(AWAY)
+        hub.until(lambda stats: not stats["workers"])
+        assert hub.stats()["breaches"] == 0
+        with ask(hub, get(b"/waits")):
+            hub.until(lambda stats: stats["queue_length"] == 1)
+            assert not slot.has_bytes()
+
+
+def test_rest_of_a_large_body_is_for_who_claims_it(hub: HubProcess) -> None:
+    body = bytes(range(256)) * 1024
+    with bell(hub) as slot, ask(hub, post(b"/large", body)) as consumer:
+        slot.read_head()
+        wire.until_asleep(hub.pid)
+        slot.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while slot._receive():
+                pass
+        slot.sock.settimeout(wire.DEADLINE_S)
+        first = slot.read_exactly(len(slot.received))
+        assert body.startswith(first) and 0 < len(first) <= 64 * 1024
+        slot.send(CLAIM)
+        assert first + slot.read_exactly(len(body) - len(first)) == body
+        slot.send(OK)
+        assert consumer.read_response().status == 200
+
+
+@pytest.mark.parametrize("answer", [OK, b"HTTP/1.1 103 Early Hints\r\n\r\n", b"garbage\r\n\r\n"])
+def test_response_without_a_claim_is_garbage(hub: HubProcess, answer: bytes) -> None:
+    with bell(hub) as slot, ask(hub, get(b"/work")) as consumer:
+        slot.read_request()
+        slot.send(answer)
+        assert consumer.read_response().status == 502
+        slot.expect_eof()
+
+
+@pytest.mark.parametrize("unasked", [CLAIM, OK, AWAY.replace(b"hold", b"close")])
+def test_claim_of_nothing_is_a_breach(hub: HubProcess, unasked: bytes) -> None:
+    with bell(hub) as slot:
+        hub.until(lambda stats: len(stats["workers"]) == 1)
+        slot.send(unasked)
+        slot.expect_eof()
+        assert hub.stats()["breaches"] == 1
+
+
+def test_worker_that_dies_after_its_claim_is_a_lost_worker(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, post(b"/work", b"body")) as consumer:
+        slot.read_request()
+        slot.send(CLAIM)
+        hub.until(lambda stats: stats["requests_in_flight"] == 1)
+        slot.close()
+        assert consumer.read_response().status == 502
+
+
+def test_worker_that_dies_within_its_claim_may_have_begun(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, post(b"/work", b"body")) as consumer:
+        slot.read_request()
+        slot.send(CLAIM[:-5])
+        slot.close()
+        assert consumer.read_response().status == 502
+
+
+def test_unclaimed_get_is_taken_back_and_unclaimed_post_waits() -> None:
+    with hub_process("--ptth-port", "0", limits={"unclaimed_s": 0.2}) as hub:
+        with bell(hub) as hung, ask(hub, get(b"/get")) as consumer:
+            hung.read_request()
+            hung.expect_eof()
+            with bell(hub, b"two") as free:
+                assert free.read_request().target == b"/get"
+                free.send(CLAIM + OK)
+                assert consumer.read_response().status == 200
+        with bell(hub) as hung, ask(hub, post(b"/post", b"x")) as consumer:
+            hung.read_request()
+            with bell(hub, b"two") as free, ask(hub, get(b"/behind")) as other:
+                assert free.read_request().target == b"/behind"
+                free.send(CLAIM + OK)
+                assert other.read_response().status == 200
+            hung.send(CLAIM + OK)
+            assert consumer.read_response().status == 200
+
+
+def test_slots_count_as_announced_however_many_connections_there_are(hub: HubProcess) -> None:
+    with bell(hub, b"one", 4) as first, bell(hub, b"one", 4) as second, bell(hub, b"two", 3):
+        stats = hub.until(lambda stats: len(stats["workers"]) == 3)
+        assert stats["slots"] == {"idle": 7, "busy": 0}
+        assert stats["processes"] == {
+            "one": {"slots": 4, "busy_here": 0, "connections": 2},
+            "two": {"slots": 3, "busy_here": 0, "connections": 1},
+        }
+        first.send(AWAY)
+        stats = hub.until(lambda stats: len(stats["workers"]) == 2)
+        assert stats["slots"] == {"idle": 7, "busy": 0}
+        first.close()
+        second.close()
+        stats = hub.until(lambda stats: len(stats["workers"]) == 1)
+        assert stats["slots"] == {"idle": 3, "busy": 0}
+        assert list(hub.until(lambda stats: len(stats["processes"]) == 1)["processes"]) == ["two"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"", b"Pothead-Worker: x\r\n", b"Pothead-Worker: x; slots=0\r\n", b"Pothead-Worker: x y; slots=1\r\n"],
+)
+def test_claim_without_a_worker_is_refused(hub: HubProcess, field: bytes) -> None:
+    with Peer.connect(hub.ptth) as peer:
+        peer.send(offer().replace(b"Pothead-Worker: one; slots=1\r\n", field))
+        assert peer.read_response().status == 400
+
+
+def test_request_that_crosses_a_withdrawal_is_turned_away_by_it(hub: HubProcess) -> None:
+    with bell(hub) as slot:
+        hub.until(lambda stats: len(stats["workers"]) == 1)
+        hub.send_signal(signal.SIGSTOP)
+        consumer = ask(hub, post(b"/crosses", b"x"))
+        slot.send(AWAY)
+        hub.send_signal(signal.SIGCONT)
+        hub.until(lambda stats: stats["queue_length"] == 1 and not stats["workers"])
+        slot.send(offer())
+        assert slot.read_until(b"\r\n\r\n").split(b"HTTP/1.1 101 ")[-1]
+        with consumer:
+            while slot.read_request().target != b"/crosses":
+                pass
+            slot.send(CLAIM + OK)
+            assert consumer.read_response().status == 200
