@@ -3647,11 +3647,13 @@ class Applicant:
 
     __slots__ = ("_held", "_hub", "_inbuf", "_stream")
 
-    def __init__(self, hub: Hub, stream: Stream, held: Registration | None = None) -> None:
+    def __init__(
+        self, hub: Hub, stream: Stream, held: Registration | None = None, received: bytes = b""
+    ) -> None:
         self._hub = hub
         self._stream = stream
         self._held = held  # what a worker had joined with that holds the connection now
-        self._inbuf = Inbuf()
+        self._inbuf = Inbuf(received)
         stream.role = self
         hub.loop.touch(stream)
         if held is None:
@@ -4482,9 +4484,9 @@ class Hub:
         self.slots.discard(slot)
         self.policy.leave(slot.machine, self.loop.now)
         self._claiming -= 1
-        applicant = Applicant(self, stream, slot.registration)
+        Applicant(self, stream, slot.registration, received)
         if received:
-            applicant.on_bytes(memoryview(bytes(received)))
+            stream.take_rest_later()  # once the request that was turned away is back in the queue
 
     def count_process(self, registration: Registration, change: int) -> None:
         """Counts a connection more or less of a worker that claims requests."""

@@ -115,7 +115,7 @@ def test_handshake_may_come_right_behind_what_holds_the_connection(hub: HubProce
     with bell(hub) as slot, ask(hub, get(b"/turned")) as consumer:
         slot.read_request()
         slot.send(AWAY + offer())
-        assert slot.read_head().startswith(b"HTTP/1.1 101 ")
+        assert b"\r\nPothead-Waiting: 1; oldest=" in slot.read_head()
         assert slot.read_request().target == b"/turned"
         slot.send(CLAIM + OK)
         assert consumer.read_response().status == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import shutil
@@ -29,7 +30,8 @@ def blocks(language: str) -> list[str]:
 
 # What differs from run to run, in the document as on the wire.
 VARYING = re.compile(
-    rb"(?m)^(X-Request-Id: [0-9a-f]{12}-[0-9a-f]+|X-Request-Start: t=[0-9]+\.[0-9]{3}"
+    rb"(?m)^(Pothead-Hub: [0-9a-f]{16}|Pothead-Waiting: 1; oldest=[0-9]+\.[0-9]{3}"
+    rb"|X-Request-Id: [0-9a-f]{12}-[0-9a-f]+|X-Request-Start: t=[0-9]+\.[0-9]{3}"
     rb"|Pothead-Queue-Seconds: [0-9]+\.[0-9]{3}|Date: \w{3}, [0-9]{2} \w{3} [0-9]{4} [0-9:]{8} GMT)"
 )
 
@@ -383,3 +385,28 @@ def test_worker_of_the_document_works_over_tls(tmp_path: Path) -> None:
             assert (worker["served"], worker["name"]) == (3, "node")
         with wire.running(wire.Program(command, tmp_path, {"TOKEN": "another"})) as refused:
             refused.wait_for_error(lambda line: "refused: 401" in line)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+def test_worker_of_the_document_serves_several_hubs_and_no_request_twice(tmp_path: Path) -> None:
+    (tmp_path / "worker.js").write_text(blocks("js")[2])
+    with wire.hub_process("--ptth-port", "0") as one, wire.hub_process("--ptth-port", "0") as two:
+        hubs = [f"{host}:{port}" for host, port in (one.ptth, two.ptth)]
+        command = ["node", "worker.js", *hubs]
+        with (
+            wire.running(wire.Program(command, tmp_path)),
+            wire.running(wire.Program(command, tmp_path)),
+            contextlib.ExitStack() as stack,
+        ):
+            consumers = [stack.enter_context(wire.Peer.connect(hub.main)) for hub in (one, one, one, two)]
+            for turn in range(30):
+                bodies = [random.Random(turn + number).randbytes(1000 * turn + 1) for number in range(4)]
+                for consumer, body in zip(consumers, bodies, strict=True):
+                    consumer.send(post(b"/", body))
+                for consumer, body in zip(consumers, bodies, strict=True):
+                    response = consumer.read_response()
+                    assert (response.status, response.body == body[::-1]) == (200, True)
+            for hub in (one, two):
+                stats = hub.stats()
+                assert (stats["breaches"], stats["requeues"]) == (0, 0)
+            assert sum(hub.stats()["outcomes"]["OK"] for hub in (one, two)) == 120
