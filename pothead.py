@@ -3648,7 +3648,7 @@ class Applicant:
     __slots__ = ("_held", "_hub", "_inbuf", "_stream")
 
     def __init__(
-        self, hub: Hub, stream: Stream, held: Registration | None = None, received: bytes = b""
+        self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
         self._stream = stream
