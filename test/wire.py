@@ -28,6 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -207,6 +209,8 @@ HANDSHAKE = (
     b"GET /ptth HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
 )
 OVER_TLS = bool(os.environ.get("POTHEAD_TEST_OVER_TLS"))  # the port for consumers, and PTTH for slots
+SCHEME = b"https" if OVER_TLS else b"http"  # of consumers
+in_clear_only = pytest.mark.skipif(OVER_TLS, reason="what it does to the connection cannot be done to TLS")
 _secure: dict[Address, str] = {}  # what listens there
 # ---- Messages that tests send ------------------------------------------------------------------------
 
