@@ -144,6 +144,10 @@ class Limits:
     rest_s: float = 0.05  # of a machine that has lost a slot: who dies takes all his slots along ...
     rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
+    remembered_pools: int = 100  # with those in use, before one that is not is forgotten
+    remembered_tenants: int = 1000  # that neither wait nor run, with what they have had
+    tenant_bytes: int = 64  # of a tenant's name; a longer one is told by its beginning and a digest
+    listed_tenants: int = 10  # those with the most worker time
 
 
 LIMITS: Final = Limits()
@@ -1073,6 +1077,14 @@ def _reason(status: int) -> bytes:
 
 
 # ---- The policy: who is next, and who serves it (pure) ----------------------------------------------------
+#
+# A ticket has a rank: what its tenant has had, then its place (its arrival less its head start).  A slot has
+# a rank: how many pools it serves, how much its machine runs, how long it waits.  What is first is found with
+# ``Ranking``; the tenant that is next among those that wait in some pools, with ``Standings``.
+
+ANYTHING: Final[frozenset[str]] = frozenset()  # the origins of a slot that serves all pools
+NORMAL_URGENCY: Final = 3  # RFC 9218 §4.1
+Rank = tuple[Any, ...]
 
 
 class SlotLike(Protocol):
@@ -1082,23 +1094,420 @@ class SlotLike(Protocol):
     def machine(self) -> Machine[Any]:
         """The machine that it is on, as ``Policy.join`` has given it."""
 
+    @property
+    def origins(self) -> frozenset[str]:
+        """The pools that it serves, as ``Policy.join`` has been told; none for all of them."""
+
 
 ItemT = TypeVar("ItemT")
 SlotT = TypeVar("SlotT", bound=SlotLike)
+RankedT = TypeVar("RankedT")
+
+
+class Ranking(Generic[RankedT]):
+    """Things by rank, the least first; the rank is a function of the thing, ``None`` if it is not to be had.
+
+    A rank may rise at any time and nobody need tell: it is looked at when the thing comes to the top.  One
+    that has fallen must be filed again.
+    """
+
+    __slots__ = ("_filed", "_heap", "_numbers", "_rank")
+
+    def __init__(self, rank: Callable[[RankedT], Rank | None]) -> None:
+        self._rank = rank
+        self._heap: list[tuple[Rank, int, RankedT]] = []  # with some that are stale
+        self._filed: dict[RankedT, Rank] = {}  # the entry that counts
+        self._numbers = itertools.count()
+
+    def file(self, thing: RankedT) -> bool:
+        """Takes the thing up, or its rank that has fallen; returns whether that changed anything."""
+        rank = self._rank(thing)
+        if rank is None:
+            return False
+        filed = self._filed.get(thing)
+        if filed is not None and filed <= rank:
+            return False
+        self._filed[thing] = rank
+        heap = self._heap
+        entry = rank, next(self._numbers), thing
+        if heap and heap[0][2] is thing:
+            heapq.heapreplace(heap, entry)
+        else:
+            heapq.heappush(heap, entry)
+            if len(heap) > 2 * len(self._filed) + 64:
+                self._heap = [each for each in heap if self._filed.get(each[2]) is each[0]]
+                heapq.heapify(self._heap)
+        return True
+
+    def drop(self, thing: RankedT) -> None:
+        """Forgets the thing."""
+        if self._filed.pop(thing, None) is not None and not self._filed:
+            self._heap.clear()  # nothing is kept alive that has gone
+
+    def first(self) -> RankedT | None:
+        """Returns what has the least rank."""
+        heap, filed = self._heap, self._filed
+        while heap:
+            rank, number, thing = heap[0]
+            if filed.get(thing) is not rank:
+                heapq.heappop(heap)
+                continue
+            now = self._rank(thing)
+            if now == rank:
+                return thing
+            if now is None:
+                heapq.heappop(heap)
+                del filed[thing]
+            else:
+                filed[thing] = now
+                heapq.heapreplace(heap, (now, number, thing))
+        return None
 
 
 class Ticket(Generic[ItemT]):
     """A request's place in the line.  One that does not wait may come back to it."""
 
-    __slots__ = ("expires_at", "filed", "item", "number", "since", "waits")
+    __slots__ = (
+        "expires_at", "filed", "item", "line", "number", "origin", "place", "run", "since", "urgency",
+        "waits",
+    )  # fmt: skip
 
-    def __init__(self, item: ItemT, number: int, since: float, expires_at: float) -> None:
+    def __init__(
+        self,
+        item: ItemT,
+        number: int,
+        since: float,
+        expires_at: float,
+        place: float,
+        urgency: int,
+        origin: str,
+    ) -> None:
         self.item = item
         self.number = number  # by arrival
         self.since = since  # monotonic seconds
         self.expires_at = expires_at
+        self.place = place  # monotonic seconds: when one without a head start would have come
+        self.urgency = urgency
+        self.origin = origin  # the pool that it belongs to, if that has a name
+        self.line: Line[ItemT]  # where it waits, or has waited last
+        self.run: Run | None = None  # the last one, if its tenant is charged for it
         self.filed = 0  # the number of its entry among the expiries
         self.waits = True
+
+
+class Line(Generic[ItemT]):
+    """The requests of one tenant in one pool, by place."""
+
+    __slots__ = ("_early", "_late", "_odd", "pool", "tenant", "waiting")
+
+    def __init__(self, pool: Pool, tenant: Tenant) -> None:
+        self.pool = pool
+        self.tenant = tenant
+        self.waiting = 0
+        self._late: deque[Ticket[ItemT]] = deque()  # by place, as they came; with some that do not wait
+        self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
+        self._odd: dict[int, int] = {}  # how many wait with another urgency than the normal one
+
+    def put(self, ticket: Ticket[ItemT]) -> None:
+        """Takes up one that came after all others."""
+        ticket.line = self
+        self.waiting += 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
+        if self._late and ticket.place < self._late[-1].place:
+            heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+        else:
+            self._late.append(ticket)
+
+    def put_back(self, ticket: Ticket[ItemT]) -> None:
+        """Takes up one that has been here before."""
+        ticket.line = self
+        self.waiting += 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
+        heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+        self._sweep()
+
+    def first(self) -> Ticket[ItemT] | None:
+        """Returns the one that is next."""
+        late, early = self._late, self._early
+        while late and not late[0].waits:
+            late.popleft()
+        while early and not early[0][2].waits:
+            heapq.heappop(early)
+        if not early:
+            return late[0] if late else None
+        if not late or early[0][:2] < (late[0].place, late[0].number):
+            return early[0][2]
+        return late[0]
+
+    def take(self) -> Ticket[ItemT]:
+        """Removes and returns the one that is next; there must be one."""
+        if self._early:
+            return self._take_between()
+        late = self._late
+        ticket = late.popleft()
+        while not ticket.waits:
+            ticket = late.popleft()
+        self._count_off(ticket)
+        return ticket
+
+    def _take_between(self) -> Ticket[ItemT]:
+        ticket = self.first()
+        assert ticket is not None
+        if self._late and self._late[0] is ticket:
+            self._late.popleft()
+        else:
+            heapq.heappop(self._early)
+        self._count_off(ticket)
+        return ticket
+
+    def withdraw(self, ticket: Ticket[ItemT]) -> None:
+        """Has a request that waits not wait any more."""
+        self._count_off(ticket)
+        self._sweep()
+
+    def _count_off(self, ticket: Ticket[ItemT]) -> None:
+        ticket.waits = False
+        self.waiting -= 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] -= 1
+
+    def _sweep(self) -> None:
+        """Drops what does not wait any more, when it is more than what does."""
+        if len(self._late) + len(self._early) > 2 * self.waiting + 8:
+            self._late = deque(ticket for ticket in self._late if ticket.waits)
+            self._early = [each for each in self._early if each[2].waits]
+            heapq.heapify(self._early)
+
+    def rank(self) -> Rank | None:
+        """Returns the place of the request that is next."""
+        ticket = self.first()
+        return None if ticket is None else (ticket.place, ticket.number)
+
+    def count_ahead(self, urgency: int) -> int:
+        """Returns how many of these are served before one that would come now, whatever happens."""
+        later = sum(count for each, count in self._odd.items() if each > urgency)
+        if urgency < NORMAL_URGENCY:
+            later += self.waiting - sum(self._odd.values())
+        return self.waiting - later
+
+    def __iter__(self) -> Iterator[Ticket[ItemT]]:
+        """Yields what waits, by place."""
+        late = ((ticket.place, ticket.number, ticket) for ticket in self._late)
+        for _, _, ticket in heapq.merge(late, sorted(self._early)):
+            if ticket.waits:
+                yield ticket
+
+    def oldest(self) -> float:
+        """Returns since when the oldest waits, infinity without one."""
+        if self._odd:
+            return min((ticket.since for ticket in self), default=math.inf)
+        late = itertools.islice((ticket.since for ticket in self._late if ticket.waits), 1)
+        return min([*late, *(each[2].since for each in self._early if each[2].waits)], default=math.inf)
+
+    def remove(self, origin: str) -> list[Ticket[ItemT]]:
+        """Removes and returns those of a pool that has got a name."""
+        found = [ticket for ticket in self if ticket.origin == origin]
+        if found:
+            kept = [ticket for ticket in self if ticket.origin != origin]
+            self._late, self._early, self._odd, self.waiting = deque(), [], {}, 0
+            for ticket in kept:
+                self.put(ticket)
+        return found
+
+
+class Run:
+    """What a tenant is charged for one request that a slot serves, or has served."""
+
+    __slots__ = ("counted_s", "had_s", "is_charged", "since", "tenant", "turn")
+
+    GROWTH: Final = 1.25
+
+    def __init__(self, tenant: Tenant, now: float, counted_s: float) -> None:
+        self.tenant = tenant
+        self.since = now
+        self.counted_s = counted_s  # by estimate, and a little too much
+        self.had_s = 0.0  # for certain, and a little too little
+        self.turn = tenant.turn  # when that had one before
+        self.is_charged = True  # not any more when the request has to be run again
+
+
+class Tenant:
+    """One of those who share the slots, and what it has had of them."""
+
+    __slots__ = (
+        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order", "rank",
+        "running", "turn", "waiting", "worked_s",
+    )  # fmt: skip
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name = name
+        self.number = number
+        self.charge_s = 0.0  # worker time as it counts, with estimates for what runs
+        self.had_s = 0.0  # worker time as it counts, so far
+        self.epoch = 0  # in which these count
+        self.worked_s = 0.0  # worker time, as it was, of what has ended
+        self.waiting = 0
+        self.running = 0
+        self.turn = number  # when it last got a slot, or began to wait for one; a running number
+        self.rank: Rank = (0.0, 0)  # charge and turn; of the only one: the same for ever
+        self.lines: dict[Pool, Line[Any]] = {}
+        self.mask = 0  # the pools that it waits in
+        self.order: Ranking[Line[Any]] = Ranking(Line.rank)  # its lines, by place
+        self.newest: list[tuple[int, Ticket[Any]]] = []  # heap, with some that do not wait
+
+    def set_rank(self) -> None:
+        """Has the rank say what has changed."""
+        self.rank = (self.charge_s, self.turn)
+
+    def first_line(self, scope: Scope[Any]) -> Line[Any] | None:
+        """Returns the line with the request that is next, of those that these slots serve."""
+        if not scope.origins:
+            return self.order.first()
+        best, least = None, None
+        for line in filter(None, map(self.lines.get, scope.served)):
+            if (rank := line.rank()) is not None and (least is None or rank < least):
+                best, least = line, rank
+        return best
+
+    def activity(self) -> Rank | None:
+        """Returns its rank among those that wait or run."""
+        return (self.had_s,) if self.waiting or self.running else None
+
+    def size(self) -> Rank | None:
+        """Returns its rank by what waits, most first."""
+        return (-self.waiting, self.number) if self.waiting else None
+
+    def newest_ticket(self) -> Ticket[Any]:
+        """Returns the last to come of those that wait; there must be one."""
+        while not self.newest[0][1].waits:
+            heapq.heappop(self.newest)
+        return self.newest[0][1]
+
+    def note(self, ticket: Ticket[Any]) -> None:
+        """Keeps in mind one that waits now."""
+        heapq.heappush(self.newest, (-ticket.number, ticket))
+        if len(self.newest) > 2 * self.waiting + 8:
+            self.newest = sorted({each for each in self.newest if each[1].waits})
+
+
+class Standings:
+    """The tenants that wait, by rank; tells the first of those that wait in some pools.
+
+    Sorted pieces of a bounded length, each with a mask of the pools in which somebody in it waits, or has
+    waited not long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
+    """
+
+    __slots__ = ("_filed", "_masks", "_pieces")
+
+    LENGTH: Final = 64
+
+    def __init__(self) -> None:
+        self._pieces: list[list[tuple[float, int, Tenant]]] = [[]]
+        self._masks = [0]
+        self._filed: dict[Tenant, tuple[float, int, Tenant]] = {}
+
+    def file(self, tenant: Tenant) -> None:
+        """Takes a tenant up, or its new rank."""
+        self.drop(tenant)
+        entry = self._filed[tenant] = (tenant.charge_s, tenant.turn, tenant)
+        number = self._find(entry)
+        piece = self._pieces[number]
+        bisect.insort(piece, entry)
+        self._masks[number] |= tenant.mask
+        if len(piece) > 2 * self.LENGTH:
+            self._pieces[number : number + 1] = [piece[: self.LENGTH], piece[self.LENGTH :]]
+            self._masks.insert(number, self._masks[number])
+
+    def note(self, tenant: Tenant) -> None:
+        """The tenant waits in another pool, too."""
+        self._masks[self._find(self._filed[tenant])] |= tenant.mask
+
+    def drop(self, tenant: Tenant) -> None:
+        """Forgets the tenant."""
+        entry = self._filed.pop(tenant, None)
+        if entry is None:
+            return
+        number = self._find(entry)
+        piece = self._pieces[number]
+        del piece[bisect.bisect_left(piece, entry)]
+        if not piece and len(self._pieces) > 1:
+            del self._pieces[number], self._masks[number]
+
+    def first(self, mask: int) -> Tenant | None:
+        """Returns the first that waits in one of these pools."""
+        for number, known in enumerate(self._masks):
+            if known & mask:
+                seen = 0
+                for _, _, tenant in self._pieces[number]:
+                    if tenant.mask & mask:
+                        return tenant
+                    seen |= tenant.mask
+                self._masks[number] = seen
+        return None
+
+    def _find(self, entry: tuple[float, int, Tenant]) -> int:
+        number = bisect.bisect_left(self._pieces, entry, key=_last) if len(self._pieces) > 1 else 0
+        return min(number, len(self._pieces) - 1)
+
+
+def _last(piece: list[tuple[float, int, Tenant]]) -> tuple[float, int, Tenant]:
+    return piece[-1]
+
+
+class Pool:
+    """The requests that the same slots may serve."""
+
+    __slots__ = ("idle_since", "is_kept", "mask", "members", "origin", "scopes", "slots", "waiting")
+
+    def __init__(self, origin: str, mask: int, everything: Scope[Any]) -> None:
+        self.origin = origin  # none: all origins that have no pool of their own
+        self.mask = mask  # a bit of its own
+        self.is_kept = False
+        self.waiting = 0
+        self.slots = 0  # that have named it
+        self.idle_since = -math.inf  # without such a slot
+        self.members: dict[Tenant, Line[Any]] = {}
+        self.scopes: list[Scope[Any]] = [everything]  # that serve it
+
+
+class Scope(Generic[SlotT]):
+    """The slots that serve the same pools."""
+
+    __slots__ = ("idle", "mask", "offers", "origins", "served", "slots")
+
+    def __init__(self, origins: frozenset[str]) -> None:
+        self.origins = origins
+        self.served: list[Pool] = []  # by name; none if it is all
+        self.mask = 0 if origins else -1  # these pools
+        self.offers: Ranking[Offer[SlotT]] = Ranking(Offer.rank)
+        self.slots = 0
+        self.idle = 0
+
+    def rank(self) -> Rank | None:
+        """Returns the rank of the slot that is next."""
+        offer = self.offers.first()
+        return None if offer is None else (len(self.origins) or math.inf, *(offer.rank() or ()))
+
+
+class Offer(Generic[SlotT]):
+    """The slots of one machine and one scope."""
+
+    __slots__ = ("idle", "machine", "scope", "slots")
+
+    def __init__(self, machine: Machine[SlotT], scope: Scope[SlotT]) -> None:
+        self.machine = machine
+        self.scope = scope
+        self.slots = 0
+        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
+
+    def rank(self) -> Rank | None:
+        """Returns the rank of the slot that is next: fewest running, last parked."""
+        idle, machine = self.idle, self.machine
+        if not idle or machine.rests_until != -math.inf:
+            return None
+        return machine.running, -idle[next(reversed(idle))]
 
 
 class Machine(Generic[SlotT]):
@@ -1108,16 +1517,15 @@ class Machine(Generic[SlotT]):
     """
 
     __slots__ = (
-        "entry", "failures", "idle", "left_at", "may_rest_at", "name", "requeues", "rests_until", "running",
+        "failures", "left_at", "may_rest_at", "name", "offers", "requeues", "rests_until", "running",
         "served", "slots",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.slots = 0  # connected now
-        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
+        self.offers: dict[frozenset[str], Offer[SlotT]] = {}  # those slots, by what they serve
         self.running = 0
-        self.entry: tuple[int, int, Machine[SlotT]] | None = None  # in the policy's heap, if it can be given
         self.rests_until = self.may_rest_at = -math.inf
         self.served = 0
         self.failures = 0
@@ -1128,43 +1536,123 @@ class Machine(Generic[SlotT]):
 class Policy(Generic[ItemT, SlotT]):
     """Requests and slots in, pairs out.
 
-    Requests are served first come, first served; one that comes back has its old place again.  Of the slots
-    that wait, one on the machine with the fewest running is taken, there the one parked last.  Each step
-    costs O(log n) at most.  ``now`` is monotonic seconds.
+    Requests are served by rank; one that comes back has its old rank again.  Without pools, urgencies and
+    fair shares that is first come, first served.  Of the slots that wait and may serve it, one that serves
+    the fewest pools is taken, then one on the machine with the fewest running, there the one parked last.
+    Each step costs O(log n) at most in requests, slots and machines, and less than O(√n) in tenants that
+    wait; what it costs in pools and kinds of slots is linear, since people write those down.  ``now`` is
+    monotonic seconds.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(
+        self,
+        max_length: int,
+        *,
+        no_worker_s: float = math.inf,
+        is_fair: bool = False,
+        origins: Iterable[str] = (),
+    ) -> None:
         self._max_length = max_length
+        self._no_worker_s = no_worker_s  # that a request waits at most while no slot could serve it
+        self._gives_up = no_worker_s < math.inf  # before its time is over
+        self.is_fair = is_fair
         self._numbers = itertools.count(1)
-        self._line: deque[Ticket[ItemT]] = deque()  # with tickets that do not wait any more, until swept
-        self._returned: list[tuple[int, Ticket[ItemT]]] = []  # heap; these came before those in the line
         self._unfiled: list[Ticket[ItemT]] = []  # came in this turn, and mostly go in it
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
-        self._machines: list[tuple[int, int, Machine[SlotT]]] = []  # heap: fewest running, last parked
+        self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
+        self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
+        self._anything = self._scopes[ANYTHING]
+        self._idle_since = -math.inf  # without a slot that serves everything
+        self._others = Pool("", 1, self._anything)
+        self._mask = 0  # the pools that somebody waits in
+        self._everybody = Tenant("", 0)
+        self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
+        self._others.members[self._everybody] = self._everybody.lines[self._others] = self._line
+        self._is_plain = not is_fair  # there is only one line
+        self.pools: dict[str, Pool] = {}  # those that have a name
         self.machines: dict[str, Machine[SlotT]] = {}  # that have slots
         self._resting: deque[Machine[SlotT]] = deque()  # by when that is over
         self.gone: dict[str, Machine[SlotT]] = {}  # that had some, in the order in which they went
         self.waiting = 0  # requests
         self.idle = 0  # slots
         self.running = 0  # slots
+        # What fair shares need.
+        self._now = 0.0
+        self.typical_s = 1.0  # what a request is charged at its start
+        self.tenants: dict[str, Tenant] = {}
+        self._away: dict[Tenant, None] = {}  # those of them that neither wait nor run, the first to go first
+        self._epoch = 0  # changes when nobody waits or runs: all start afresh
+        self._standings = Standings()
+        self._active: Ranking[Tenant] = Ranking(Tenant.activity)
+        self._largest: Ranking[Tenant] = Ranking(Tenant.size)
+        self._runs: dict[SlotT, Run] = {}
+        self._growing: list[tuple[float, int, Run]] = []  # heap, with some that are over
+        for origin in origins:
+            self._name(origin).is_kept = True
 
     # .. requests ..
 
     def __iter__(self) -> Iterator[ItemT]:
         """Yields what waits, in the order in which it will be served."""
-        for ticket in itertools.chain((ticket for _, ticket in sorted(self._returned)), self._line):
-            if ticket.waits:
-                yield ticket.item
+        return (ticket.item for ticket in self.tickets())
+
+    def tickets(self) -> Iterator[Ticket[ItemT]]:
+        """Yields what waits, as it will be served if all take equally long and any slot serves any pool."""
+        if self._is_plain:
+            yield from self._line
+            return
+        heap: list[tuple[Rank, float, int, Ticket[ItemT], Iterator[Ticket[ItemT]]]] = []
+        ranks: dict[Tenant, Rank] = {}
+        turns = itertools.count(next(self._numbers))
+        for line in self._lines():
+            rest = iter(line)
+            for ticket in itertools.islice(rest, 1):
+                heap.append((line.tenant.rank, ticket.place, ticket.number, ticket, rest))
+        heapq.heapify(heap)
+        while heap:
+            rank, place, number, ticket, rest = heap[0]
+            tenant = ticket.line.tenant
+            if rank != (due := ranks.get(tenant, rank)):
+                heapq.heapreplace(heap, (due, place, number, ticket, rest))
+                continue
+            heapq.heappop(heap)
+            yield ticket
+            if self.is_fair:
+                rank = ranks[tenant] = (rank[0] + self.typical_s, next(turns))
+            for ticket in itertools.islice(rest, 1):
+                heapq.heappush(heap, (rank, ticket.place, ticket.number, ticket, rest))
+
+    def _lines(self) -> Iterator[Line[ItemT]]:
+        for pool in self.all_pools():
+            yield from pool.members.values()
+
+    def all_pools(self) -> Iterator[Pool]:
+        """Yields those that have a name, then the one of all others."""
+        yield from self.pools.values()
+        yield self._others
 
     @property
     def is_full(self) -> bool:
         """Whether no other request may wait."""
         return self.waiting >= self._max_length
 
-    def put(self, item: ItemT, now: float, limit_s: float) -> Ticket[ItemT]:
-        """Has ``item`` wait behind all others, for so many seconds at most.  Ask ``is_full`` before."""
-        ticket = Ticket(item, next(self._numbers), now, now + limit_s)
-        self._line.append(ticket)
+    def put(
+        self,
+        item: ItemT,
+        now: float,
+        limit_s: float,
+        *,
+        origin: str = "",
+        tenant: str = "",
+        urgency: int = NORMAL_URGENCY,
+        head_start_s: float = 0.0,
+    ) -> Ticket[ItemT]:
+        """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
+        ticket = Ticket(item, next(self._numbers), now, now + limit_s, now - head_start_s, urgency, origin)
+        if self._is_plain:
+            self._line.put(ticket)
+        else:
+            self._put(ticket, self._find_tenant(tenant))
         if not self.waiting:
             self._unfiled.clear()  # of those that have gone without having waited
         self._unfiled.append(ticket)
@@ -1172,26 +1660,65 @@ class Policy(Generic[ItemT, SlotT]):
         return ticket
 
     def put_back(self, ticket: Ticket[ItemT], away_s: float) -> None:
-        """Has a request wait again, at its old place; the ``away_s`` seconds do not count as waiting."""
+        """Has a request wait again, at its old place; the ``away_s`` seconds do not count as waiting.
+
+        Its tenant is not charged for a run that has come to nothing.
+        """
         ticket.since += away_s
         ticket.expires_at += away_s
         ticket.waits = True
-        heapq.heappush(self._returned, (ticket.number, ticket))
-        self._file_expiry(ticket)
         self.waiting += 1
+        if self._is_plain:
+            self._line.put_back(ticket)
+        else:
+            self._put_back(ticket)
+        self._file_expiry(ticket)
         self._sweep()
 
     def withdraw(self, ticket: Ticket[ItemT]) -> None:
         """Has a request not wait any more; does nothing if it does not."""
         if ticket.waits:
-            ticket.waits = False
             self.waiting -= 1
+            ticket.line.withdraw(ticket)
+            if not self._is_plain:
+                self._after_removal(ticket.line)
             self._sweep()
+
+    def evicted_by(self, tenant: str) -> Ticket[ItemT] | None:
+        """Returns which request has to go, of those of the tenant with the most, for one of this tenant."""
+        largest = self._largest.first() if self.is_fair else None
+        if largest is None:
+            return None
+        known = self.tenants.get(tenant)
+        if known is not None and known.waiting >= largest.waiting:
+            return None
+        return largest.newest_ticket()
+
+    def count_ahead(self, origin: str, tenant: str, urgency: int) -> int:
+        """Returns how many requests are certain to be served before one that would come now."""
+        known = self.tenants.get(tenant) if self.is_fair else self._everybody
+        line = None if known is None else self.pool_of(origin).members.get(known)
+        return 0 if line is None else line.count_ahead(urgency)
+
+    def pool_of(self, origin: str) -> Pool:
+        """Returns the pool of an origin: the common one if it has none of its own."""
+        return self.pools.get(origin, self._others)
+
+    def slots_of(self, pool: Pool) -> int:
+        """Returns how many slots serve it, idle or busy."""
+        return pool.slots + self._anything.slots
+
+    def idle_of(self, pool: Pool) -> int:
+        """Returns how many of these are idle."""
+        return sum(scope.idle for scope in pool.scopes)
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
         over_at = self._resting[0].rests_until if self._resting else math.inf
-        return min(over_at, self.next_expiry()) if self.waiting else over_at
+        if not self.waiting:
+            return over_at
+        given_up_at = self._orphaned[0][0] if self._orphaned else math.inf
+        return min(over_at, given_up_at, self.next_expiry())
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
@@ -1199,13 +1726,26 @@ class Policy(Generic[ItemT, SlotT]):
             if ticket.waits and not ticket.filed:
                 self._file_expiry(ticket)
         self._unfiled.clear()
-        while self._expiries and not _is_of_now(self._expiries[0]):
-            heapq.heappop(self._expiries)
-        return self._expiries[0][0] if self._expiries else math.inf
+        while self._expiries:
+            at, _, ticket = self._expiries[0]
+            if not _is_of_now(self._expiries[0]):
+                heapq.heappop(self._expiries)
+            elif self._gives_up and at < self._due(ticket):  # meanwhile there is somebody to serve it
+                heapq.heappop(self._expiries)
+                self._file_expiry(ticket)
+            else:
+                return at
+        return math.inf
 
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
         expired = []
+        while self._orphaned and self._orphaned[0][0] <= now:
+            pool = self._orphaned.popleft()[1]
+            for line in list(pool.members.values()):
+                for ticket in [each for each in line if self._due(each) <= now]:
+                    self.withdraw(ticket)
+                    expired.append(ticket.item)
         while self.next_expiry() <= now:
             ticket = heapq.heappop(self._expiries)[2]
             self.withdraw(ticket)
@@ -1214,44 +1754,287 @@ class Policy(Generic[ItemT, SlotT]):
 
     def oldest_wait(self, now: float) -> float:
         """Returns how long the request that has waited longest has waited, in seconds."""
-        first = itertools.islice((ticket.since for ticket in self._line if ticket.waits), 1)
-        returned = (ticket.since for _, ticket in self._returned if ticket.waits)
-        return now - min([*first, *returned], default=now)
+        oldest = min((line.oldest() for line in self._lines()), default=math.inf)
+        return now - oldest if oldest < math.inf else 0.0
+
+    def _due(self, ticket: Ticket[ItemT]) -> float:
+        """Returns when its time is over, as things stand."""
+        pool = ticket.line.pool
+        if self.slots_of(pool):
+            return ticket.expires_at
+        alone_since = max(ticket.since, pool.idle_since, self._idle_since)
+        return min(ticket.expires_at, alone_since + self._no_worker_s)
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
-        if ticket.expires_at < math.inf:
-            heapq.heappush(self._expiries, (ticket.expires_at, ticket.filed, ticket))
-
-    def _take_ticket(self) -> Ticket[ItemT]:
-        while True:
-            ticket = heapq.heappop(self._returned)[1] if self._returned else self._line.popleft()
-            if ticket.waits:
-                ticket.waits = False
-                self.waiting -= 1
-                return ticket
+        due = self._due(ticket) if self._gives_up else ticket.expires_at
+        if due < math.inf:
+            heapq.heappush(self._expiries, (due, ticket.filed, ticket))
 
     def _sweep(self) -> None:
-        """Drops what does not wait any more, when it is more than what does."""
-        if len(self._line) + len(self._returned) + len(self._expiries) > 4 * self.waiting + 64:
-            self._line = deque(ticket for ticket in self._line if ticket.waits)
-            self._returned = [each for each in self._returned if each[1].waits]
+        """Drops expiries of what does not wait any more, when they are more than the others."""
+        if len(self._expiries) > 4 * self.waiting + 64:
             self._expiries = [each for each in self._expiries if _is_of_now(each)]
-            heapq.heapify(self._returned)
             heapq.heapify(self._expiries)
+
+    # .. lines and pools ..
+
+    def _line_of(self, pool: Pool, tenant: Tenant) -> Line[ItemT]:
+        line = pool.members.get(tenant)
+        if line is None:
+            line = pool.members[tenant] = tenant.lines[pool] = Line(pool, tenant)
+        return line
+
+    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
+        line = self._line_of(self.pool_of(ticket.origin), tenant)
+        if self.is_fair and not tenant.waiting:
+            self._enter(tenant)
+            self._lift(tenant)
+        line.put(ticket)
+        self._after_arrival(line, ticket)
+
+    def _put_back(self, ticket: Ticket[ItemT]) -> None:
+        tenant = ticket.line.tenant
+        if self.is_fair:
+            self.tenants[tenant.name] = tenant  # it may have been forgotten
+            if ticket.run is not None:
+                self._refund(ticket.run)
+                ticket.run = None
+            if not tenant.waiting:
+                self._enter(tenant)
+        line = self._line_of(self.pool_of(ticket.origin), tenant)
+        line.put_back(ticket)
+        self._after_arrival(line, ticket)
+
+    def _after_arrival(self, line: Line[ItemT], ticket: Ticket[ItemT]) -> None:
+        pool, tenant = line.pool, line.tenant
+        pool.waiting += 1
+        self._mask |= pool.mask
+        tenant.mask |= pool.mask
+        if line.first() is ticket:
+            tenant.order.file(line)
+        if not self.is_fair:
+            return
+        tenant.waiting += 1
+        tenant.note(ticket)
+        self._largest.file(tenant)
+        if tenant.waiting == 1:
+            self._active.file(tenant)
+            self._standings.file(tenant)
+        elif line.waiting == 1:
+            self._standings.note(tenant)
+
+    def _after_removal(self, line: Line[ItemT]) -> None:
+        pool, tenant = line.pool, line.tenant
+        pool.waiting -= 1
+        if not pool.waiting:
+            self._mask &= ~pool.mask
+        if not self.is_fair:
+            return
+        if not line.waiting:
+            self._drop_line(line)
+        tenant.waiting -= 1
+        if not tenant.waiting:
+            tenant.newest.clear()
+            self._standings.drop(tenant)
+            self._exit(tenant)
+
+    def _drop_line(self, line: Line[ItemT]) -> None:
+        line.tenant.mask &= ~line.pool.mask
+        line.tenant.order.drop(line)
+        del line.pool.members[line.tenant]
+        del line.tenant.lines[line.pool]
+
+    def _name(self, origin: str) -> Pool:
+        """Returns the pool of an origin, which gets one of its own if it has none."""
+        pool = self.pools.get(origin)
+        if pool is None:
+            if len(self.pools) >= LIMITS.remembered_pools:
+                self._forget_a_pool()
+            used = functools.reduce(lambda mask, each: mask | each.mask, self.all_pools(), 0)
+            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything)
+            self._end_plainness()
+            for line in list(self._others.members.values()):
+                self._move(line, pool)
+        return pool
+
+    def _end_plainness(self) -> None:
+        if self._is_plain:
+            self._is_plain = False
+            self._others.waiting = self.waiting
+            self._mask = self._others.mask if self.waiting else 0
+            self._everybody.order.file(self._line)
+
+    def _move(self, line: Line[ItemT], pool: Pool) -> None:
+        """Moves those of a line that belong to the pool."""
+        found = line.remove(pool.origin)
+        if not found:
+            return
+        tenant = line.tenant
+        target = self._line_of(pool, tenant)
+        for ticket in found:
+            target.put(ticket)
+        pool.waiting += len(found)
+        self._mask |= pool.mask
+        tenant.mask |= pool.mask
+        tenant.order.file(target)
+        line.pool.waiting -= len(found)
+        if not line.pool.waiting:
+            self._mask &= ~line.pool.mask
+        if self.is_fair:
+            self._standings.note(tenant)
+            if not line.waiting:
+                self._drop_line(line)
+
+    def _forget_a_pool(self) -> None:
+        """Forgets the first pool that nobody has, serves or waits for."""
+        for pool in self.pools.values():
+            if not (pool.is_kept or pool.slots or pool.waiting):
+                del self.pools[pool.origin]
+                return
+
+    # .. tenants ..
+
+    def _find_tenant(self, name: str) -> Tenant:
+        if not self.is_fair:
+            return self._everybody
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = Tenant(name, next(self._numbers))
+        return tenant
+
+    def _enter(self, tenant: Tenant) -> None:
+        """A tenant that had nothing waiting has a request."""
+        self._away.pop(tenant, None)
+        if tenant.epoch != self._epoch:
+            tenant.epoch, tenant.charge_s, tenant.had_s = self._epoch, 0.0, 0.0
+        tenant.set_rank()
+
+    def _lift(self, tenant: Tenant) -> None:
+        """Has a tenant that had nothing waiting begin at the least that the other active ones have had."""
+        self._active.drop(tenant)
+        least = self._active.first()
+        if least is not None and least.had_s > tenant.had_s:
+            tenant.charge_s += least.had_s - tenant.had_s
+            tenant.had_s = least.had_s
+        tenant.turn = next(self._numbers)
+        tenant.set_rank()
+
+    def _exit(self, tenant: Tenant) -> None:
+        """Forgets a tenant, sooner or later, if it neither waits nor runs."""
+        if tenant.waiting or tenant.running:
+            return
+        self._active.drop(tenant)
+        self._largest.drop(tenant)
+        self._away[tenant] = None
+        if len(self._away) > LIMITS.remembered_tenants:
+            oldest = next(iter(self._away))
+            del self._away[oldest]
+            del self.tenants[oldest.name]
+        if self._active.first() is None:
+            self._epoch += 1
+
+    def _charge(self, slot: SlotT, ticket: Ticket[ItemT]) -> None:
+        """Charges a tenant for a request that begins, by estimate."""
+        tenant = ticket.line.tenant
+        run = ticket.run = self._runs[slot] = Run(tenant, self._now, max(self.typical_s, 0.001))
+        tenant.running += 1
+        tenant.charge_s += run.counted_s
+        tenant.turn = next(self._numbers)
+        tenant.set_rank()
+        heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+        if len(self._growing) > 4 * len(self._runs) + 64:
+            running = set(self._runs.values())
+            self._growing = [each for each in self._growing if each[2] in running]
+            heapq.heapify(self._growing)
+
+    def _grow(self, now: float) -> None:
+        """Charges a quarter more for each request that has run for as long as it has been charged for.
+
+        So what a tenant is charged changes in steps, of which a request has few, however long it runs.
+        """
+        while self._growing and self._growing[0][0] <= now:
+            run = heapq.heappop(self._growing)[2]
+            while run.is_charged and run.since + run.counted_s <= now:
+                tenant, more_s = run.tenant, run.counted_s * (Run.GROWTH - 1)
+                tenant.had_s += run.counted_s - run.had_s
+                tenant.charge_s += more_s
+                run.had_s = run.counted_s
+                run.counted_s += more_s
+                self._file_tenant(tenant)
+            if run.is_charged and run.since < math.inf:
+                heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+
+    def _settle(self, run: Run, now: float) -> None:
+        """Corrects what was charged for a request that has ended."""
+        tenant = run.tenant
+        tenant.running -= 1
+        if run.is_charged:
+            worked_s = now - run.since
+            tenant.charge_s += worked_s - run.counted_s
+            tenant.had_s += worked_s - run.had_s
+            tenant.worked_s += worked_s
+            run.counted_s = run.had_s = worked_s
+            run.since = math.inf  # it is charged no more
+        self._file_tenant(tenant)
+        self._exit(tenant)
+
+    def _refund(self, run: Run) -> None:
+        """Takes back what was charged for a request that has to be run again."""
+        run.tenant.charge_s -= run.counted_s
+        run.tenant.had_s -= run.had_s
+        if run.since == math.inf:
+            run.tenant.worked_s -= run.counted_s
+        run.is_charged = False
+        run.tenant.turn = min(run.tenant.turn, run.turn)
+        self._file_tenant(run.tenant)
+
+    def _file_tenant(self, tenant: Tenant) -> None:
+        """What a tenant has had is not what it was."""
+        tenant.set_rank()
+        self._active.file(tenant)
+        if tenant.waiting:
+            self._standings.file(tenant)
 
     # .. slots ..
 
-    def join(self, name: str) -> Machine[SlotT]:
-        """Counts a new slot of the machine, and returns that."""
+    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Machine[SlotT]:
+        """Counts a new slot of the machine, which serves these origins, and returns the machine."""
         machine = self.machines.get(name)
         if machine is None:
             machine = self.machines[name] = self.gone.pop(name) if name in self.gone else Machine(name)
         machine.slots += 1
+        offer = machine.offers.get(origins)
+        if offer is None:
+            offer = machine.offers[origins] = Offer(machine, self._scope_of(origins))
+        offer.slots += 1
+        offer.scope.slots += 1
+        for pool in offer.scope.served:
+            pool.slots += 1
         return machine
 
-    def leave(self, machine: Machine[SlotT], now: float) -> None:
+    def _scope_of(self, origins: frozenset[str]) -> Scope[SlotT]:
+        scope = self._scopes.get(origins)
+        if scope is None:
+            scope = self._scopes[origins] = Scope(origins)
+            for origin in sorted(origins):
+                pool = self._name(origin)
+                pool.slots += 1  # so that it is not forgotten for the next one
+                scope.served.append(pool)
+                scope.mask |= pool.mask
+                pool.scopes.append(scope)
+            for pool in scope.served:
+                pool.slots -= 1
+        return scope
+
+    def leave(self, machine: Machine[SlotT], now: float, origins: frozenset[str] = ANYTHING) -> None:
         """Counts one slot less; it must not wait or run any more."""
+        offer = machine.offers[origins]
+        offer.slots -= 1
+        if not offer.slots:
+            del machine.offers[origins]
+            offer.scope.offers.drop(offer)
+        self._count_off(offer.scope, now)
         machine.slots -= 1
         if not machine.slots:
             machine.left_at = now
@@ -1259,40 +2042,85 @@ class Policy(Generic[ItemT, SlotT]):
             if len(self.gone) > LIMITS.remembered_machines:
                 del self.gone[next(iter(self.gone))]
 
+    def _count_off(self, scope: Scope[SlotT], now: float) -> None:
+        scope.slots -= 1
+        for pool in scope.served:
+            pool.slots -= 1
+            if not pool.slots:
+                pool.idle_since = now
+                self._orphan(pool, now)
+        if scope.slots:
+            return
+        if scope is self._anything:
+            self._idle_since = now
+            for pool in self.all_pools():
+                self._orphan(pool, now)
+        else:
+            del self._scopes[scope.origins]
+            for pool in scope.served:
+                pool.scopes.remove(scope)
+
+    def _orphan(self, pool: Pool, now: float) -> None:
+        """Notes when the requests of a pool give up, if it has no slots any more."""
+        if self._gives_up and not self.slots_of(pool):
+            self._orphaned.append((now + self._no_worker_s, pool))
+
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
-        slot.machine.idle[slot] = next(self._numbers)
+        offer = slot.machine.offers[slot.origins]
+        offer.idle[slot] = next(self._numbers)
+        offer.scope.idle += 1
         self.idle += 1
         self._file(slot.machine)
 
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
-        if slot.machine.idle.pop(slot, None) is not None:
+        offer = slot.machine.offers[slot.origins]
+        if offer.idle.pop(slot, None) is not None:
+            offer.scope.idle -= 1
             self.idle -= 1
-            self._file(slot.machine)
 
-    def release(self, slot: SlotT, *, park: bool = False) -> None:
+    def release(self, slot: SlotT, now: float, *, park: bool = False) -> None:
         """Stops counting a slot as running; with ``park`` it waits again."""
         slot.machine.running -= 1
         self.running -= 1
+        if self._runs and (run := self._runs.pop(slot, None)) is not None:
+            self._settle(run, now)
         if park:
             self.park(slot)
         else:
             self._file(slot.machine)
 
     def take_slot(self) -> SlotT | None:
-        """Returns the slot that is next, and counts it as running."""
-        while self._machines:
-            entry = heapq.heappop(self._machines)
-            machine = entry[2]
-            if machine.entry is entry:
-                slot, _ = machine.idle.popitem()
-                machine.running += 1
-                self.idle -= 1
-                self.running += 1
-                self._file(machine)
+        """Returns the slot that is next for what any slot may serve, and counts it as running."""
+        scope = self._anything if len(self._scopes) == 1 else self._best(self._scopes.values())
+        return None if scope is None else self._take_slot(scope)
+
+    def take_spare(self, needed: int) -> SlotT | None:
+        """Returns, counted as running, a slot of which there are more than needed of its kind."""
+        for scope in self._scopes.values():
+            if scope.idle > needed and (slot := self._take_slot(scope)) is not None:
                 return slot
         return None
+
+    def _best(self, scopes: Iterable[Scope[SlotT]]) -> Scope[SlotT] | None:
+        """Returns the scope whose slot is next."""
+        best, least = None, None
+        for scope in scopes:
+            if scope.idle and (rank := scope.rank()) is not None and (least is None or rank < least):
+                best, least = scope, rank
+        return best
+
+    def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
+        offer = scope.offers.first()
+        if offer is None:
+            return None
+        slot, _ = offer.idle.popitem()
+        offer.machine.running += 1
+        scope.idle -= 1
+        self.idle -= 1
+        self.running += 1
+        return slot
 
     def rest(self, machine: Machine[SlotT], now: float) -> None:
         """Gives a machine that has lost a slot nothing for a moment: its others may be about to go, too."""
@@ -1300,25 +2128,21 @@ class Policy(Generic[ItemT, SlotT]):
             machine.rests_until = now + LIMITS.rest_s
             machine.may_rest_at = now + LIMITS.rest_again_s
             self._resting.append(machine)
-            self._file(machine)
 
     def wake(self, now: float) -> None:
-        """Ends the rest of those that have rested."""
+        """Ends the rest of those that have rested, and brings what runs up to date."""
+        self._now = now
         while self._resting and self._resting[0].rests_until <= now:
             machine = self._resting.popleft()
             machine.rests_until = -math.inf
             self._file(machine)
+        if self._growing:
+            self._grow(now)
 
     def _file(self, machine: Machine[SlotT]) -> None:
-        """Makes a new entry for a machine that has changed; the one before is stale and skipped."""
-        machine.entry = None
-        if machine.idle and machine.rests_until == -math.inf:
-            newest = machine.idle[next(reversed(machine.idle))]
-            machine.entry = entry = (machine.running, -newest, machine)
-            heapq.heappush(self._machines, entry)
-            if len(self._machines) > 4 * len(self.machines) + 64:
-                self._machines = [each.entry for each in self.machines.values() if each.entry is not None]
-                heapq.heapify(self._machines)
+        """The rank of a machine's slots may have fallen."""
+        for offer in machine.offers.values():
+            offer.scope.offers.file(offer)
 
     # .. pairs ..
 
@@ -1327,12 +2151,43 @@ class Policy(Generic[ItemT, SlotT]):
 
         The slot counts as running.  What does not come about is returned with ``put_back`` and ``release``.
         """
-        if not self.waiting or (slot := self.take_slot()) is None:
+        if not self.waiting:
             return None
-        return self._take_ticket(), slot
+        if self._is_plain:
+            slot, line = self._take_slot(self._anything), self._line
+        elif (first := self._next_line()) is not None:
+            scope = self._best(first.pool.scopes)
+            assert scope is not None
+            slot, line = self._take_slot(scope), first
+        else:
+            return None
+        if slot is None:
+            return None
+        ticket = line.take()
+        self.waiting -= 1
+        if not self._is_plain:
+            if self.is_fair:
+                self._charge(slot, ticket)
+            self._after_removal(line)
+            if line.tenant.waiting:
+                self._standings.file(line.tenant)
+        return ticket, slot
+
+    def _next_line(self) -> Line[ItemT] | None:
+        """Returns the line whose first request is next, of those that a waiting slot serves."""
+        best, least = None, None
+        for scope in self._scopes.values():
+            mask = scope.mask & self._mask
+            if not mask or not scope.idle or scope.offers.first() is None:
+                continue
+            tenant = self._standings.first(mask) if self.is_fair else self._everybody
+            line = None if tenant is None else tenant.first_line(scope)
+            if line is not None and (least is None or (line.tenant.rank, line.rank()) < least):
+                best, least = line, (line.tenant.rank, line.rank())
+        return best
 
 
-def _is_of_now(expiry: tuple[float, int, Ticket[ItemT]]) -> bool:
+def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:
     """Whether the request waits, and has not been away since."""
     _, filed, ticket = expiry
     return ticket.waits and ticket.filed == filed
@@ -2941,15 +3796,16 @@ class Slot:
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
-        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "parked_at", "served",
-         "since", "stream",
+        "_has_old_body", "_hub", "_keep_alive", "_reader", "exchange", "machine", "origins", "parked_at",
+        "served", "since", "stream",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub, stream: Stream) -> None:
+    def __init__(self, hub: Hub, stream: Stream, origins: frozenset[str] = ANYTHING) -> None:
         self._hub = hub
         self.stream = stream
         stream.role = self
-        self.machine: Machine[Slot] = hub.policy.join(stream.address.rpartition(":")[0])
+        self.origins = origins  # as origin_of writes them; none: it serves all
+        self.machine: Machine[Slot] = hub.join(stream.address.rpartition(":")[0], origins)
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
@@ -3535,6 +4391,10 @@ class Hub:
 
     # .. pairing ..
 
+    def join(self, name: str, origins: frozenset[str]) -> Machine[Slot]:
+        """Counts a new slot of a machine, which serves these origins, and returns the machine."""
+        return self.policy.join(name, origins)
+
     def dispatch(self) -> None:
         """Hands requests to waiting slots; the only place where the two meet."""
         policy = self.policy
@@ -3557,10 +4417,10 @@ class Hub:
     def _pair(self, ticket: Ticket[Exchange], slot: Slot) -> None:
         exchange, consumer = ticket.item, ticket.item.consumer
         if slot.stream.transport.has_news():  # it has left, or spoken: it will be told which
-            self.policy.release(slot)
+            self.policy.release(slot, self.loop.now)
             self.policy.put_back(ticket, 0)
         elif consumer.stream.transport.has_hung_up():
-            self.policy.release(slot, park=True)
+            self.policy.release(slot, self.loop.now, park=True)
             self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
         else:
             self.needy.discard(consumer)
@@ -3593,7 +4453,7 @@ class Hub:
     def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
         reusable = reusable and not slot.stream.closed
-        self.policy.release(slot, park=reusable)
+        self.policy.release(slot, self.loop.now, park=reusable)
         if not reusable:
             self._forget(slot)
 
@@ -3605,7 +4465,7 @@ class Hub:
     def _forget(self, slot: Slot) -> None:
         if slot in self.slots:
             self.slots.remove(slot)
-            self.policy.leave(slot.machine, self.loop.now)
+            self.policy.leave(slot.machine, self.loop.now, slot.origins)
         slot.stream.close()
 
     def on_breach(self, slot: Slot) -> None:
@@ -3724,7 +4584,7 @@ class Hub:
         needed = self.policy.waiting or len(self.needy)
         if not self.ports.leave_workers(self.policy.idle >= needed):
             return
-        while self.policy.idle > needed and (slot := self.policy.take_slot()):
+        while self.policy.idle > needed and (slot := self.policy.take_spare(needed)):
             self.release(slot, reusable=False)
 
     def _end_drain(self) -> None:
