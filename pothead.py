@@ -146,6 +146,8 @@ class Limits:
     remembered_machines: int = 100  # that worked once and may come back
     remembered_pools: int = 100  # with those in use, before one that is not is forgotten
     remembered_tenants: int = 1000  # that neither wait nor run, with what they have had
+    served_to_estimate: int = 10  # requests, before anybody is refused since his turn would come too late
+    claim_bytes: int = 1 * KIB  # of a field that says who goes first; a longer one is ignored
     tenant_bytes: int = 64  # of a tenant's name; a longer one is told by its beginning and a digest
     listed_tenants: int = 10  # those with the most worker time
 
@@ -170,6 +172,10 @@ class Options:
     admin_allowed_hosts: tuple[str, ...] = ()  # names of the admin port, beside localhost and IP addresses
     max_queue: int = 1000
     queue_timeout: float = 60.0
+    no_worker_timeout: float = math.inf  # the queue's holds anyway
+    route: tuple[str, ...] = ()  # each PREFIX=ORIGIN
+    priority_step: float = 30.0
+    fair_by: str = "none"
     retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
     response_timeout: float = math.inf
     max_attempts: int = 2
@@ -197,12 +203,22 @@ class Options:
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
         for name in ("main_host", "worker_host", "admin_host"):
             _check(getattr(self, name) != "", name, "is empty")
-        for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
+        for name in (
+            "queue_timeout", "no_worker_timeout", "response_timeout", "head_timeout", "keep_alive",
+            "stall_timeout",
+        ):  # fmt: skip
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
         _check(0 < self.retry_after < math.inf, "retry_after", "must be longer than nothing, and have an end")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
+        read_routes(self.route)
+        _check(
+            0 <= self.priority_step < math.inf, "priority_step", "cannot be negative, and must have an end"
+        )
+        _check(
+            _TOKEN_ONLY.fullmatch(self.fair_by.encode()) is not None, "fair_by", "is none, address or a field"
+        )
         for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget", "disk_budget"):
             _check(getattr(self, name) >= 0, name, "cannot be negative")
         if self.spool_dir is not None:
@@ -224,6 +240,39 @@ _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 def _check(holds: bool, name: str, complaint: str) -> None:
     if not holds:
         raise ValueError(f"--{name.replace('_', '-')} {complaint}")
+
+
+def read_routes(routes: Iterable[str]) -> list[tuple[bytes, str]]:
+    """Returns the prefix and the origin of each route, the longest prefix first.  Raises ``ValueError``."""
+    found: dict[bytes, str] = {}
+    for route in routes:
+        prefix, _, text = route.partition("=")
+        origin = read_origin(text.encode())
+        is_prefix = re.fullmatch(r"/[!-~]*", prefix) is not None and not set(prefix) & set("?#")
+        _check(is_prefix, "route", f"needs a path prefix, as in /render=http://render.example: {route!r}")
+        _check(
+            origin is not None, "route", f"names no origin, as in /render=http://render.example: {route!r}"
+        )
+        _check(prefix.encode() not in found, "route", f"names the prefix {prefix} twice")
+        found[prefix.encode()] = origin or ""
+    return sorted(found.items(), key=lambda route: -len(route[0]))
+
+
+_ORIGIN: Final = re.compile(rb"(https?)://([a-z0-9._~%-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_DEFAULT_PORTS: Final = {b"http": b"80", b"https": b"443"}
+
+
+@functools.lru_cache(maxsize=1024)
+def read_origin(text: bytes) -> str | None:
+    """Returns an origin as RFC 6454 serializes it, without a default port; ``None`` if it is none."""
+    match = _ORIGIN.fullmatch(text.lower())
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    port = b"" if port is None else port.lstrip(b"0") or b"0"
+    return (
+        scheme + b"://" + host + (b":" + port if port not in (b"", _DEFAULT_PORTS[scheme]) else b"")
+    ).decode()
 
 
 def _is_network(text: str) -> bool:
@@ -269,7 +318,7 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key", b"max-forwards",
+        b"idempotency-key", b"max-forwards", b"prefer", b"priority",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"pothead-action", b"sec-fetch-site",
     )
@@ -1013,14 +1062,16 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
 
 
 def forwarded_response(
-    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b""
-) -> bytes:
+    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b"",
+    hub_fields: bytes = b"",
+) -> bytes:  # fmt: skip
     """Returns the head to send to a consumer.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
+    ``hub_fields`` are ready field lines.
     """
-    parts = [head.forwarded]
+    parts = [head.forwarded, hub_fields]
     if framing is IN_CHUNKS:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if request_id := head.request_id or request_id:
@@ -1164,6 +1215,16 @@ class Ranking(Generic[RankedT]):
         return None
 
 
+class Claim(NamedTuple):
+    """What decides when a request is served, beside its arrival."""
+
+    origin: str = ""  # its pool
+    tenant: str = ""
+    urgency: int = NORMAL_URGENCY
+    head_start_s: float = 0.0
+    wait_s: float | None = None  # that its consumer would wait at most, if it has said so
+
+
 class Ticket(Generic[ItemT]):
     """A request's place in the line.  One that does not wait may come back to it."""
 
@@ -1249,7 +1310,10 @@ class Line(Generic[ItemT]):
         ticket = late.popleft()
         while not ticket.waits:
             ticket = late.popleft()
-        self._count_off(ticket)
+        ticket.waits = False
+        self.waiting -= 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] -= 1
         return ticket
 
     def _take_between(self) -> Ticket[ItemT]:
@@ -1276,9 +1340,12 @@ class Line(Generic[ItemT]):
     def _sweep(self) -> None:
         """Drops what does not wait any more, when it is more than what does."""
         if len(self._late) + len(self._early) > 2 * self.waiting + 8:
-            self._late = deque(ticket for ticket in self._late if ticket.waits)
-            self._early = [each for each in self._early if each[2].waits]
-            heapq.heapify(self._early)
+            self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        self._late = deque(ticket for ticket in self._late if ticket.waits)
+        self._early = [each for each in self._early if each[2].waits]
+        heapq.heapify(self._early)
 
     def rank(self) -> Rank | None:
         """Returns the place of the request that is next."""
@@ -1309,11 +1376,10 @@ class Line(Generic[ItemT]):
     def remove(self, origin: str) -> list[Ticket[ItemT]]:
         """Removes and returns those of a pool that has got a name."""
         found = [ticket for ticket in self if ticket.origin == origin]
+        for ticket in found:
+            self._count_off(ticket)
         if found:
-            kept = [ticket for ticket in self if ticket.origin != origin]
-            self._late, self._early, self._odd, self.waiting = deque(), [], {}, 0
-            for ticket in kept:
-                self.put(ticket)
+            self._drop_gone()
         return found
 
 
@@ -1641,18 +1707,19 @@ class Policy(Generic[ItemT, SlotT]):
         item: ItemT,
         now: float,
         limit_s: float,
-        *,
-        origin: str = "",
-        tenant: str = "",
-        urgency: int = NORMAL_URGENCY,
-        head_start_s: float = 0.0,
+        claim: Claim | None = None,
     ) -> Ticket[ItemT]:
         """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
-        ticket = Ticket(item, next(self._numbers), now, now + limit_s, now - head_start_s, urgency, origin)
+        number, expires_at = next(self._numbers), now + limit_s
+        if claim is None:
+            ticket = Ticket(item, number, now, expires_at, now, NORMAL_URGENCY, "")
+        else:
+            place = now - claim.head_start_s
+            ticket = Ticket(item, number, now, expires_at, place, claim.urgency, claim.origin)
         if self._is_plain:
             self._line.put(ticket)
         else:
-            self._put(ticket, self._find_tenant(tenant))
+            self._put(ticket, self._find_tenant("" if claim is None else claim.tenant))
         if not self.waiting:
             self._unfiled.clear()  # of those that have gone without having waited
         self._unfiled.append(ticket)
@@ -1694,11 +1761,11 @@ class Policy(Generic[ItemT, SlotT]):
             return None
         return largest.newest_ticket()
 
-    def count_ahead(self, origin: str, tenant: str, urgency: int) -> int:
+    def count_ahead(self, claim: Claim) -> int:
         """Returns how many requests are certain to be served before one that would come now."""
-        known = self.tenants.get(tenant) if self.is_fair else self._everybody
-        line = None if known is None else self.pool_of(origin).members.get(known)
-        return 0 if line is None else line.count_ahead(urgency)
+        known = self.tenants.get(claim.tenant) if self.is_fair else self._everybody
+        line = None if known is None else self.pool_of(claim.origin).members.get(known)
+        return 0 if line is None else line.count_ahead(claim.urgency)
 
     def pool_of(self, origin: str) -> Pool:
         """Returns the pool of an origin: the common one if it has none of its own."""
@@ -1714,11 +1781,12 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        over_at = self._resting[0].rests_until if self._resting else math.inf
-        if not self.waiting:
-            return over_at
-        given_up_at = self._orphaned[0][0] if self._orphaned else math.inf
-        return min(over_at, given_up_at, self.next_expiry())
+        at = self.next_expiry() if self.waiting else math.inf
+        if self._resting:
+            at = min(at, self._resting[0].rests_until)
+        if self._orphaned and self.waiting:
+            at = min(at, self._orphaned[0][0])
+        return at
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
@@ -1727,14 +1795,13 @@ class Policy(Generic[ItemT, SlotT]):
                 self._file_expiry(ticket)
         self._unfiled.clear()
         while self._expiries:
-            at, _, ticket = self._expiries[0]
-            if not _is_of_now(self._expiries[0]):
-                heapq.heappop(self._expiries)
-            elif self._gives_up and at < self._due(ticket):  # meanwhile there is somebody to serve it
-                heapq.heappop(self._expiries)
-                self._file_expiry(ticket)
-            else:
+            at, filed, ticket = self._expiries[0]
+            is_of_now = ticket.waits and ticket.filed == filed
+            if is_of_now and not (self._gives_up and at < self._due(ticket)):
                 return at
+            heapq.heappop(self._expiries)
+            if is_of_now:  # meanwhile there is somebody to serve it
+                self._file_expiry(ticket)
         return math.inf
 
     def expire(self, now: float) -> list[ItemT]:
@@ -1873,7 +1940,8 @@ class Policy(Generic[ItemT, SlotT]):
         tenant = line.tenant
         target = self._line_of(pool, tenant)
         for ticket in found:
-            target.put(ticket)
+            ticket.waits = True
+            target.put_back(ticket)
         pool.waiting += len(found)
         self._mask |= pool.mask
         tenant.mask |= pool.mask
@@ -1894,6 +1962,18 @@ class Policy(Generic[ItemT, SlotT]):
                 return
 
     # .. tenants ..
+
+    def worker_times(self, now: float) -> dict[Tenant, float]:
+        """Returns how many seconds each tenant has had of the slots, with what runs."""
+        times = {tenant: tenant.worked_s for tenant in self.tenants.values()}
+        for run in self._runs.values():
+            if run.is_charged and run.since < math.inf:
+                times[run.tenant] += now - run.since
+        return times
+
+    def charge_of(self, tenant: Tenant) -> float:
+        """Returns what a tenant's worker time counts."""
+        return tenant.charge_s if tenant.epoch == self._epoch else 0.0
 
     def _find_tenant(self, name: str) -> Tenant:
         if not self.is_fair:
@@ -2067,11 +2147,15 @@ class Policy(Generic[ItemT, SlotT]):
 
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
-        offer = slot.machine.offers[slot.origins]
+        offers = slot.machine.offers
+        offer = offers[slot.origins]
         offer.idle[slot] = next(self._numbers)
         offer.scope.idle += 1
         self.idle += 1
-        self._file(slot.machine)
+        if len(offers) == 1:
+            offer.scope.offers.file(offer)
+        else:
+            self._file(slot.machine)
 
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
@@ -2154,23 +2238,23 @@ class Policy(Generic[ItemT, SlotT]):
         if not self.waiting:
             return None
         if self._is_plain:
-            slot, line = self._take_slot(self._anything), self._line
-        elif (first := self._next_line()) is not None:
-            scope = self._best(first.pool.scopes)
-            assert scope is not None
-            slot, line = self._take_slot(scope), first
-        else:
-            return None
-        if slot is None:
+            slot = self._take_slot(self._anything)
+            if slot is None:
+                return None
+            self.waiting -= 1
+            return self._line.take(), slot
+        line = self._next_line()
+        scope = None if line is None else self._best(line.pool.scopes)
+        slot = None if scope is None else self._take_slot(scope)
+        if line is None or slot is None:
             return None
         ticket = line.take()
         self.waiting -= 1
-        if not self._is_plain:
-            if self.is_fair:
-                self._charge(slot, ticket)
-            self._after_removal(line)
-            if line.tenant.waiting:
-                self._standings.file(line.tenant)
+        if self.is_fair:
+            self._charge(slot, ticket)
+        self._after_removal(line)
+        if line.tenant.waiting:
+            self._standings.file(line.tenant)
         return ticket, slot
 
     def _next_line(self) -> Line[ItemT] | None:
@@ -2191,6 +2275,56 @@ def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:
     """Whether the request waits, and has not been away since."""
     _, filed, ticket = expiry
     return ticket.waits and ticket.filed == filed
+
+
+# Structured fields (RFC 9651), as far as a dictionary of them needs to be understood.
+_SF_KEY: Final = rb"[a-z*][a-z0-9_.*-]*"
+_SF_BARE: Final = (
+    rb"(?:-?[0-9]{1,15}(?:\.[0-9]{1,3})?|\"(?:[ !#-\[\]-~]|\\[\"\\])*\"|:[A-Za-z0-9+/=]*:|\?[01]"
+    rb"|[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*)"
+)
+_SF_PARAMETERS: Final = rb"(?:; *" + _SF_KEY + rb"(?:=" + _SF_BARE + rb")?)*"
+_SF_INNER_LIST: Final = rb"\( *(?:" + _SF_BARE + _SF_PARAMETERS + rb"(?: +|(?=\))))*\)"
+_SF_MEMBER: Final = (
+    rb"(" + _SF_KEY + rb")(?:=(" + _SF_BARE + rb"|" + _SF_INNER_LIST + rb"))?" + _SF_PARAMETERS
+)
+_SF_DICTIONARY: Final = re.compile(rb" *" + _SF_MEMBER + rb"(?:[ \t]*,[ \t]*" + _SF_MEMBER + rb")* *")
+_SF_MEMBERS: Final = re.compile(_SF_MEMBER + rb"(?:[ \t]*,[ \t]*)?")
+_WORD: Final = rb"(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
+_PARAMETER: Final = _TOKEN + rb"(?:[ \t]*=[ \t]*" + _WORD + rb")?"
+_PREFERENCE: Final = (
+    rb"(" + _TOKEN + rb")(?:[ \t]*=[ \t]*(" + _WORD + rb"))?(?:[ \t]*;(?:[ \t]*" + _PARAMETER + rb")?)*"
+)
+_PREFERENCES: Final = re.compile(rb"[ \t,]*" + _PREFERENCE + rb"[ \t]*(?:,|\Z)")
+
+
+def read_urgency(values: Sequence[bytes]) -> int:
+    """Returns what a Priority field tells (RFC 9218 §4.1), the normal urgency if it makes no sense."""
+    text, urgency = b", ".join(values), NORMAL_URGENCY
+    if len(text) <= LIMITS.claim_bytes and _SF_DICTIONARY.fullmatch(text):
+        for match in _SF_MEMBERS.finditer(text):
+            if match[1] == b"u":
+                told = match[2] or b""
+                urgency = int(told) if re.fullmatch(rb"0*[0-7]", told) else NORMAL_URGENCY
+    return urgency
+
+
+def read_wait(values: Sequence[bytes]) -> float | None:
+    """Returns the seconds that a Prefer field would wait (RFC 7240 §4.3), ``None`` if it does not tell."""
+    text, position, wait_s = b", ".join(values), 0, None
+    if len(text) > LIMITS.claim_bytes:
+        return None
+    while position < len(text):
+        match = _PREFERENCES.match(text, position)
+        if match is None:
+            return wait_s if not text[position:].strip(b" \t,") else None
+        if match[1].lower() == b"wait" and wait_s is None:
+            told = (match[2] or b"").strip(b'"')
+            if not re.fullmatch(rb"[0-9]{1,9}", told):
+                return None
+            wait_s = float(told)
+        position = match.end()
+    return wait_s
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
@@ -2728,6 +2862,8 @@ class Transport:
 
     __slots__ = ("_poll", "_sock", "_unacknowledged_s")
 
+    scheme = b"http"  # of what a consumer asks for over it
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._unacknowledged_s = math.nan  # not set yet
@@ -3078,6 +3214,7 @@ class Outcome(enum.Enum):
     COMPLETED = ("OK", 0, "")
     QUEUE_FULL = ("QF", 503, "the queue is full")
     QUEUE_TIMEOUT = ("QT", 503, "no worker became free in time")
+    QUEUE_TOO_LONG = ("QW", 503, "the queue is longer than the consumer would wait")
     DRAINING = ("DR", 503, "the service is shutting down")
     CANCELLED = ("AC", 503, "an operator cancelled the request")
     WORKER_LOST = ("WL", 502, "the worker was lost before it answered")
@@ -3141,9 +3278,9 @@ class Exchange:
 
     __slots__ = (
         "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
-        "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
-        "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address", "spool",
-        "state", "status", "ticket", "worker_s",
+        "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "claim", "consumer", "detail",
+        "head", "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address",
+        "spool", "state", "status", "ticket", "worker_s",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
@@ -3163,6 +3300,7 @@ class Exchange:
         self.received_at = hub.loop.now
         self.since = hub.loop.now  # it waits
         self.queued_s = self.worker_s = 0.0
+        self.claim: Claim | None = None  # what it claims of the order, if anybody asks
         self.outcome: Outcome | None = None
         self.detail = ""
         self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
@@ -3193,7 +3331,7 @@ class Exchange:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not has_body:
             self.on_request_end()
-        elif not hub.has_room():
+        elif not hub.has_room() and not hub.can_make_room(self):
             self.finish(Outcome.QUEUE_FULL)
         elif not hub.has_room_for_upload(head_bytes):
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
@@ -3251,12 +3389,28 @@ class Exchange:
         hub = self._hub
         if self._upload_bytes:
             self._count_upload(0)
-        if not hub.has_room():
+        limit_s, tenant = hub.options.queue_timeout, ""
+        claim = self.claim = hub.claims.of(self)
+        if claim is not None:
+            tenant = claim.tenant
+            if claim.wait_s is not None:
+                limit_s = min(limit_s, claim.wait_s)
+                if (estimate_s := hub.estimate_start_s(claim)) > claim.wait_s:
+                    self.finish(
+                        Outcome.QUEUE_TOO_LONG, f"about {estimate_s:.0f} s, and not {claim.wait_s:.0f}"
+                    )
+                    return
+        if not hub.has_room() and not hub.make_room(tenant):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(QUEUED)
-        self.since = hub.loop.now
-        self.ticket = hub.policy.put(self, hub.loop.now, hub.options.queue_timeout)
+        self.since = now = hub.loop.now
+        self.ticket = hub.policy.put(self, now, limit_s, claim)
+
+    @property
+    def wait_s(self) -> float | None:
+        """For how many seconds the consumer would wait at most, if it has said so."""
+        return None if self.claim is None else self.claim.wait_s
 
     # .. to the slot ..
 
@@ -3369,7 +3523,10 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        self._prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
+        applied = b"" if self.claim is None or self.claim.wait_s is None else PREFERENCE_APPLIED
+        self._prefix = forwarded_response(
+            head, self._framing, connection, time.time(), self.request_id, applied
+        )
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
         """A piece of the response's body."""
@@ -3532,14 +3689,17 @@ class Exchange:
         """Sends the hub's own error response, for a person to read."""
         assert self.outcome is not None
         sentence = self.outcome.sentence
-        if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE, Outcome.QUEUE_TIMEOUT):
+        if detail and self.outcome in TOLD_IN_DETAIL:
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
         if status == 503 and self.outcome is not Outcome.CANCELLED:
             has_waited = self.outcome is Outcome.QUEUE_TIMEOUT
-            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s(has_waited=has_waited)))
+            retry_after_s = self._hub.retry_after_s(self.ticket, has_waited=has_waited)
+            fields.append((b"Retry-After", b"%d" % retry_after_s))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
+        if self.wait_s is not None:
+            fields.append((b"Preference-Applied", b"wait"))
         request_id = self.request_id.decode()
         text = f"{status} {http.HTTPStatus(status).phrase}: {sentence}.\nrequest id: {request_id}\n"
         keep_alive = self.keeps_consumer
@@ -3561,6 +3721,20 @@ class Exchange:
         if self.attempt is not None:
             description["worker"] = self.slot_address
             description["worker_seconds"] = round(now - self.attempt.since, 3)
+        return {**description, **self.describe_order()}
+
+    def describe_order(self) -> Mapping[str, str | int]:
+        """Returns what its place in the line depends on, as far as that is in use."""
+        ticket, claims = self.ticket, self._hub.claims
+        if self.claim is None or ticket is None:
+            return NOTHING
+        description: dict[str, str | int] = {}
+        if claims.uses_pools:
+            description["pool"] = ticket.origin or "-"
+        if ticket.urgency != NORMAL_URGENCY:
+            description["urgency"] = ticket.urgency
+        if claims.is_fair:
+            description["tenant"] = ticket.line.tenant.name
         return description
 
     def _end_attempt(self, *, reusable: bool) -> Attempt:
@@ -3572,6 +3746,11 @@ class Exchange:
         return attempt
 
 
+TOLD_IN_DETAIL: Final = (
+    Outcome.REFUSED, Outcome.WORKER_GARBAGE, Outcome.QUEUE_TIMEOUT, Outcome.QUEUE_TOO_LONG
+)  # fmt: skip
+NOTHING: Final[Mapping[str, str | int]] = {}
+PREFERENCE_APPLIED: Final = b"Preference-Applied: wait\r\n"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -3850,6 +4029,7 @@ class Slot:
             "state": "idle" if self.exchange is None else "busy",
             "served": self.served,
             "connected_seconds": round(now - self.since, 3),
+            **({"pools": sorted(self.origins)} if self.origins else {}),
         }
 
     def resume(self) -> None:
@@ -4275,7 +4455,7 @@ class Forwarding:
     def fields(self, exchange: Exchange, age_s: float) -> bytes:
         """Returns the field lines for a worker; ``age_s`` is how long ago the request came."""
         head, consumer = exchange.head, exchange.consumer
-        hops, proto, host = consumer.host, b"http", head.host or b""
+        hops, proto, host = consumer.host, consumer.stream.transport.scheme, head.host or b""
         if consumer.is_trusted:
             known = head.known
             hops = b", ".join([*known.get(b"x-forwarded-for", ()), hops])
@@ -4289,6 +4469,67 @@ class Forwarding:
             head.minor_version, hops, proto, host, exchange.request_id,
             time.time() - age_s, exchange.attempts, exchange.queued_s,
         )  # fmt: skip
+
+
+class Claims:
+    """Reads out of a request who it is for, and what it may claim of the order."""
+
+    def __init__(self, options: Options) -> None:
+        self.routes = read_routes(options.route)
+        self.uses_pools = bool(self.routes)  # or a worker has named what it serves
+        self.is_fair = options.fair_by != "none"
+        self._step_s = options.priority_step
+        self._field: re.Pattern[bytes] | None = None  # finds the field that names the tenant
+        if self.is_fair and options.fair_by != "address":
+            name = re.escape(options.fair_by.encode())
+            self._field = re.compile(rb"\r\n" + name + rb":[ \t]*([^\r]*)", re.IGNORECASE)
+
+    def of(self, exchange: Exchange) -> Claim | None:
+        """Returns the claim of a request; ``None`` if it has none, and nothing is asked of all."""
+        known = exchange.head.known
+        if not (self.uses_pools or self.is_fair or b"priority" in known or b"prefer" in known):
+            return None
+        urgency = NORMAL_URGENCY
+        if self._step_s and b"priority" in known and exchange.consumer.is_trusted:
+            urgency = read_urgency(known[b"priority"])
+        return Claim(
+            self.origin_of(exchange), self.tenant_of(exchange), urgency,
+            (NORMAL_URGENCY - urgency) * self._step_s,
+            # Everybody's: it is about the consumer's own time, and costs nobody else a place.
+            read_wait(known[b"prefer"]) if b"prefer" in known else None,
+        )  # fmt: skip
+
+    def origin_of(self, exchange: Exchange) -> str:
+        """Returns the pool of a request: its route's, else its own; nothing if there are no pools."""
+        if not self.uses_pools:
+            return ""
+        head, consumer = exchange.head, exchange.consumer
+        path = head.path
+        for prefix, origin in self.routes:
+            if path.startswith(prefix) and (prefix.endswith(b"/") or path[len(prefix) :][:1] in (b"", b"/")):
+                return origin
+        scheme, host = consumer.stream.transport.scheme, head.host or b""
+        if consumer.is_trusted:
+            scheme = head.known.get(b"x-forwarded-proto", (scheme,))[0].partition(b",")[0].strip()
+            host = head.known.get(b"x-forwarded-host", (host,))[0].partition(b",")[0].strip()
+        return read_origin(scheme + b"://" + host) or ""
+
+    def tenant_of(self, exchange: Exchange) -> str:
+        """Returns whose share a request is served from; nothing if there are no shares."""
+        if not self.is_fair:
+            return ""
+        head, consumer = exchange.head, exchange.consumer
+        name = consumer.host
+        if consumer.is_trusted:
+            told = self._field.findall(head.forwarded) if self._field is not None else []
+            hops = head.known.get(b"x-forwarded-for", ())
+            if told and told[-1].strip():
+                name = told[-1].strip()  # the last one, which a proxy may have added to the consumer's own
+            elif hops and hops[-1].strip():
+                name = hops[-1].rpartition(b",")[2].strip()
+        if len(name) > LIMITS.tenant_bytes:
+            name = name[:32] + b"~" + hashlib.sha256(name).hexdigest()[:16].encode()
+        return name.decode("ascii", "backslashreplace")
 
 
 class Hub:
@@ -4308,7 +4549,15 @@ class Hub:
     ) -> None:
         self.options = options = options or Options()
         self.loop = EventLoop()
-        self.policy: Policy[Exchange, Slot] = Policy(options.max_queue)
+        self.claims = Claims(options)
+        self.policy: Policy[Exchange, Slot] = Policy(
+            options.max_queue,
+            no_worker_s=options.no_worker_timeout
+            if options.no_worker_timeout < options.queue_timeout
+            else math.inf,
+            is_fair=self.claims.is_fair,
+            origins=[origin for _, origin in self.claims.routes],
+        )
         self.exchanges: set[Exchange] = set()
         self.slots: set[Slot] = set()
         # Consumers whose next request, or the one that they have sent, no slot has been given yet.
@@ -4370,7 +4619,11 @@ class Hub:
         self.needy.add(Consumer(self, self._new_stream(sock, address)))
 
     def _accept_worker(self, sock: socket.socket, address: str) -> None:
-        slot = Slot(self, self._new_stream(sock, address))
+        self.add_slot(self._new_stream(sock, address))
+
+    def add_slot(self, stream: Stream, origins: frozenset[str] = ANYTHING) -> None:
+        """Has a stream be that of a slot that waits, and serves these origins (none: all)."""
+        slot = Slot(self, stream, origins)
         self.slots.add(slot)
         self.policy.park(slot)
         self._is_lonely = False
@@ -4393,12 +4646,21 @@ class Hub:
 
     def join(self, name: str, origins: frozenset[str]) -> Machine[Slot]:
         """Counts a new slot of a machine, which serves these origins, and returns the machine."""
+        if origins and not self.claims.uses_pools:
+            self.claims.uses_pools = True
+            for exchange in self.exchanges:  # they came when nobody asked for their pool
+                if exchange.ticket is not None:
+                    claim = self.claims.of(exchange)
+                    exchange.claim = claim
+                    exchange.ticket.origin = "" if claim is None else claim.origin
         return self.policy.join(name, origins)
 
     def dispatch(self) -> None:
         """Hands requests to waiting slots; the only place where the two meet."""
         policy = self.policy
         policy.wake(self.loop.now)
+        if policy.is_fair:
+            policy.typical_s = self.counters.mean_service_s or policy.typical_s
         while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
             self._pair(*pair)
         if self._queue_timer.deadline != (event := policy.next_event()):
@@ -4438,11 +4700,49 @@ class Hub:
             self.dispatch()
         return not self.policy.is_full
 
+    def can_make_room(self, exchange: Exchange) -> bool:
+        """Whether another tenant's request would have to go for this one."""
+        if not self.claims.is_fair:
+            return False
+        return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
+
+    def make_room(self, tenant: str) -> bool:
+        """Has the newest request of the tenant with the most go for one of this tenant, if that has fewer."""
+        victim = self.policy.evicted_by(tenant)
+        if victim is None:
+            return False
+        exchange, detail = victim.item, "it made room for a tenant with fewer requests"
+        self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_FULL, detail)
+        return not self.policy.is_full
+
+    def estimate_start_s(self, claim: Claim) -> float:
+        """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
+        pool = self.policy.pool_of(claim.origin)
+        slots, ahead = (
+            self.policy.slots_of(pool),
+            self.policy.count_ahead(claim),
+        )
+        is_served_at_once = not ahead and self.policy.idle_of(pool)
+        if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:
+            return 0.0
+        return (ahead + 1) * self.counters.mean_service_s / slots
+
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
-        detail = "" if self.slots else "no worker is connected"
         for exchange in self.policy.expire(self.loop.now):
+            detail = self._describe_timeout(exchange)
             self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT, detail)
+
+    def _describe_timeout(self, exchange: Exchange) -> str:
+        """Returns what there is to say of a request that has waited in vain."""
+        ticket = exchange.ticket
+        if not self.slots:
+            return "no worker is connected"
+        if ticket is not None and not self.policy.slots_of(ticket.line.pool):
+            return f"no worker serves {ticket.origin}" if ticket.origin else "no worker serves this host"
+        if exchange.wait_s is not None and exchange.wait_s < self.options.queue_timeout:
+            return f"the consumer would wait for {exchange.wait_s:g} s"
+        return ""
 
     def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
         """Puts a request whose worker was lost back to its place in the queue."""
@@ -4475,13 +4775,15 @@ class Hub:
         self.counters.breaches += 1
         slot.on_hangup(reset=False)
 
-    def retry_after_s(self, *, has_waited: bool = False) -> int:
-        """Returns after how many seconds a refused consumer may hope for a place.
+    def retry_after_s(self, ticket: Ticket[Exchange] | None = None, *, has_waited: bool = False) -> int:
+        """Returns after how many seconds a refused consumer may hope for a place, in its pool if it has one.
 
         One that has waited in vain is not told to be back in a moment, whatever the estimate.
         """
-        slots = self.policy.idle + self.policy.running
-        estimate_s = wait_estimate(self.policy.waiting, slots, self.counters.mean_service_s)
+        slots, waiting = self.policy.idle + self.policy.running, self.policy.waiting
+        if ticket is not None and self.claims.uses_pools:
+            slots, waiting = self.policy.slots_of(ticket.line.pool), ticket.line.pool.waiting
+        estimate_s = wait_estimate(waiting, slots, self.counters.mean_service_s)
         if estimate_s is None or has_waited:
             return max(estimate_s or 0, math.ceil(self.options.retry_after))
         return estimate_s
@@ -4582,7 +4884,8 @@ class Hub:
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
         needed = self.policy.waiting or len(self.needy)
-        if not self.ports.leave_workers(self.policy.idle >= needed):
+        starves = self.policy.waiting and self.claims.uses_pools  # what is idle serves other pools
+        if not self.ports.leave_workers(self.policy.idle >= needed and not starves):
             return
         while self.policy.idle > needed and (slot := self.policy.take_spare(needed)):
             self.release(slot, reusable=False)
@@ -4617,6 +4920,7 @@ class Counters:
         self.breaches = 0
         self.bytes_in = 0
         self.bytes_out = 0
+        self.served = 0  # whole responses
         self.mean_service_s = 0.0  # moving, over about the last 50
         self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
         self.worked = Durations()  # of the last attempt, whether it ended well or not
@@ -4625,11 +4929,10 @@ class Counters:
             outcome: deque(maxlen=LIMITS.listed_failures) for outcome in Outcome
         }
         self._numbers = itertools.count()
-        self._served = 0
 
     def on_served(self, worker_s: float) -> None:
-        self._served += 1
-        self.mean_service_s += (worker_s - self.mean_service_s) / min(self._served, 50)
+        self.served += 1
+        self.mean_service_s += (worker_s - self.mean_service_s) / min(self.served, 50)
 
     def on_finished(self, exchange: Exchange) -> None:
         outcome, method = exchange.outcome, exchange.head.method
@@ -4868,14 +5171,23 @@ def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
     head, outcome = exchange.head, exchange.outcome
     assert outcome is not None
     detail = f" detail={json.dumps(exchange.detail)}" if exchange.detail else ""
+    order = ""
+    if exchange.claim is not None:
+        order = "".join([f" {name}={_log_word(value)}" for name, value in exchange.describe_order().items()])
     return (
         f"{timestamp(wall_s)} id={exchange.request_id.decode()} consumer={exchange.consumer.stream.address}"
         f" method={head.method.decode()} path={head.path.decode()} status={exchange.status}"
         f" bytes_in={exchange.bytes_in} bytes_out={exchange.bytes_out}"
         f" queued_ms={exchange.queued_s * 1000:.1f} worker_ms={exchange.worker_s * 1000:.1f}"
         f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.slot_address}"
-        f" attempts={exchange.attempts} code={outcome.code}{detail}\n"
+        f" attempts={exchange.attempts}{order} code={outcome.code}{detail}\n"
     )
+
+
+def _log_word(value: str | int) -> str:
+    """Returns a value as it is, or as a string if it is more than a word."""
+    text = str(value)
+    return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text)
 
 
 def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
@@ -4896,6 +5208,7 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
         "total_ms": round((now - exchange.received_at) * 1000, 1),
         "worker": exchange.slot_address,
         "attempts": exchange.attempts,
+        **exchange.describe_order(),
         "code": outcome.code,
     }
     if exchange.detail:
@@ -5043,7 +5356,38 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
+        **({"pools": describe_pools(hub.policy)} if hub.claims.uses_pools else {}),
+        **({"tenants": describe_tenants(hub.policy, now)} if hub.claims.is_fair else {}),
     }
+
+
+def describe_pools(policy: Policy[Exchange, Slot]) -> list[dict[str, object]]:
+    """Returns what waits, and which slots serve it, by pool; the last are all that have no name."""
+    return [
+        {
+            "pool": pool.origin or "other",
+            "waiting": pool.waiting,
+            "slots": policy.slots_of(pool),
+            "idle": policy.idle_of(pool),
+        }
+        for pool in policy.all_pools()
+    ]
+
+
+def describe_tenants(policy: Policy[Exchange, Slot], now: float) -> list[dict[str, object]]:
+    """Returns the tenants with the most worker time, and what that counts when it is decided who is next."""
+    worked = policy.worker_times(now)
+    first = heapq.nsmallest(LIMITS.listed_tenants, worked, key=lambda each: (-worked[each], each.number))
+    return [
+        {
+            "tenant": tenant.name,
+            "waiting": tenant.waiting,
+            "running": tenant.running,
+            "worker_seconds": round(worked[tenant], 3),
+            "counts_seconds": round(policy.charge_of(tenant), 3),
+        }
+        for tenant in first
+    ]
 
 
 def describe_history(history: History, now: float) -> dict[str, object]:
@@ -5059,11 +5403,16 @@ def describe_history(history: History, now: float) -> dict[str, object]:
 def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
     """Returns the head of the queue, with the place of each and when it may hope to be started."""
     slots, mean_s = hub.policy.idle + hub.policy.running, hub.counters.mean_service_s
-    rows = []
-    for position, exchange in enumerate(itertools.islice(hub.policy, LIMITS.listed_rows), 1):
-        row = {"position": position, **exchange.describe(now)}
+    rows, ahead = [], Counter[Pool]()
+    for position, ticket in enumerate(itertools.islice(hub.policy.tickets(), LIMITS.listed_rows), 1):
+        row = {"position": position, **ticket.item.describe(now)}
+        turn = position
+        if hub.claims.uses_pools:
+            pool = ticket.line.pool
+            ahead[pool] += 1
+            turn, slots = ahead[pool], hub.policy.slots_of(pool)
         can_tell = slots and mean_s and not hub.paused
-        row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
+        row["starts_in_seconds"] = round(turn * mean_s / slots, 3) if can_tell else None
         rows.append(row)
     return rows
 
@@ -5160,6 +5509,7 @@ def _metrics(hub: Hub) -> Answer:
 REJECTED: Final = {
     Outcome.QUEUE_FULL: "queue_full",
     Outcome.QUEUE_TIMEOUT: "queue_timeout",
+    Outcome.QUEUE_TOO_LONG: "queue_too_long",
     Outcome.DRAINING: "draining",
     Outcome.REFUSED: "refused",
 }
@@ -5195,6 +5545,7 @@ class MetricsCollector:
         slots.add_metric(["idle"], hub.policy.idle)
         slots.add_metric(["busy"], busy)
         yield slots
+        yield from self._pools()
         yield Gauge(
             "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
         )
@@ -5206,6 +5557,22 @@ class MetricsCollector:
         )
         build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
         yield build
+
+    def _pools(self) -> Iterator[Metric]:
+        """Yields what there is by pool, if there are any; their names are the operator's and the workers'."""
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        if not self._hub.claims.uses_pools:
+            return
+        queues = Gauge("pothead_hub_pool_queue_length", "Requests that wait, by pool.", labels=["pool"])
+        slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
+        for row in describe_pools(self._hub.policy):
+            pool, idle, count = str(row["pool"]), int(str(row["idle"])), int(str(row["slots"]))
+            queues.add_metric([pool], int(str(row["waiting"])))
+            slots.add_metric([pool, "idle"], idle)
+            slots.add_metric([pool, "busy"], count - idle)
+        yield queues
+        yield slots
 
     def _resources(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily as Gauge
@@ -5514,6 +5881,22 @@ def parse_port_or_off(text: str) -> int | None:
     return None if text.lower() == "off" else parse_port(text)
 
 
+def parse_step(text: str) -> float:
+    """Returns seconds, none for off.  Raises ``ValueError``."""
+    return 0.0 if text.lower() == "off" else parse_duration(text)
+
+
+def parse_routes(text: str) -> tuple[str, ...]:
+    """Returns the routes of a list; each option gives one or several.  Raises ``ValueError``."""
+    routes = parse_list(text)
+    return tuple(f"{prefix.decode()}={origin}" for prefix, origin in read_routes(routes))
+
+
+def parse_fair_by(text: str) -> str:
+    """Returns none, address or the name of a field, in lower case."""
+    return text.strip().lower()
+
+
 def parse_switch(text: str) -> bool:
     """Returns what is said in the environment for an option without a value.  Raises ``ValueError``."""
     if text.lower() in ("1", "true", "yes", "on"):
@@ -5554,6 +5937,22 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
         "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
+    ),
+    "no_worker_timeout": (
+        "the queue", parse_duration, "TIME", "the same while no worker is connected that could serve it "
+        "(default: the queue timeout)"
+    ),
+    "route": (
+        "the queue", parse_routes, "PREFIX=ORIGIN", "requests for paths below PREFIX are ORIGIN's; may be "
+        "given several times (default: none)"
+    ),
+    "priority_step": (
+        "the queue", parse_step, "TIME", "of waiting that each step of urgency is worth, as in "
+        "Priority: u=2; 0: none"
+    ),
+    "fair_by": (
+        "the queue", parse_fair_by, "WHAT", "share the slots evenly, by worker time: none, address, or the "
+        "field that names the tenant"
     ),
     "retry_after": (
         "the queue", parse_duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"
@@ -5650,7 +6049,8 @@ def add_options(parser: OptionParser) -> None:
             group.add_argument(flag_of(name), action="store_const", const="yes", help=text)
         else:
             suffix = f" (default: {default})" if default and "(default: " not in text else ""
-            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix)
+            action = "append" if parse is parse_routes else "store"
+            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix, action=action)
 
 
 def join_negatives(words: Sequence[str]) -> list[str]:
@@ -5737,7 +6137,7 @@ class Given:
     def _said(self, name: str) -> Iterator[tuple[str, str]]:
         """Yields where the option is given, and what is said there; the first one counts."""
         if (text := getattr(self._arguments, name)) is not None:
-            yield flag_of(name), text
+            yield flag_of(name), ",".join(text) if isinstance(text, list) else text
         variable = ENVIRONMENT_PREFIX + name.upper()
         if text := self._environ.get(variable):
             yield variable, text

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from pothead import LIMITS, Machine, Policy, Ticket
+from pothead import LIMITS, Claim, Machine, Policy, Ticket
 
 NAMES = ("http://a", "http://b", "http://c", "http://nobody")
 SCOPES = tuple(
@@ -275,12 +275,9 @@ class History:
             tenant,
             urgency,
         )
-        ahead = policy.count_ahead(origin, tenant, urgency)
+        ahead = policy.count_ahead(Claim(origin, tenant, urgency))
         model.arrive(request)
-        request.ticket = policy.put(
-            request, model.now, limit_s,
-            origin=origin, tenant=tenant, urgency=urgency, head_start_s=head_start_s,
-        )  # fmt: skip
+        request.ticket = policy.put(request, model.now, limit_s, Claim(origin, tenant, urgency, head_start_s))
         sure = [each for each in model.waiting if model.rank(each) < model.rank(request)]
         assert ahead <= len(sure)
 

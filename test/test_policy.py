@@ -13,7 +13,7 @@ from typing import Any
 import order_model
 import pytest
 
-from pothead import LIMITS, Machine, Policy, Ticket, wait_estimate
+from pothead import LIMITS, Claim, Machine, Policy, Ticket, wait_estimate
 
 
 @dataclass(eq=False)
@@ -585,7 +585,7 @@ class Site:
         return slot
 
     def put(self, item: str, *, limit_s: float = math.inf, **how: Any) -> Ticket:
-        return self.policy.put(item, self.now, limit_s, **how)
+        return self.policy.put(item, self.now, limit_s, Claim(**how))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
