@@ -212,7 +212,10 @@ class Options:
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
-        read_routes(self.route)
+        try:
+            read_routes(self.route)
+        except ValueError as exc:
+            raise ValueError(f"--route {exc}") from None
         _check(
             0 <= self.priority_step < math.inf, "priority_step", "cannot be negative, and must have an end"
         )
@@ -248,13 +251,13 @@ def read_routes(routes: Iterable[str]) -> list[tuple[bytes, str]]:
     for route in routes:
         prefix, _, text = route.partition("=")
         origin = read_origin(text.encode())
-        is_prefix = re.fullmatch(r"/[!-~]*", prefix) is not None and not set(prefix) & set("?#")
-        _check(is_prefix, "route", f"needs a path prefix, as in /render=http://render.example: {route!r}")
-        _check(
-            origin is not None, "route", f"names no origin, as in /render=http://render.example: {route!r}"
-        )
-        _check(prefix.encode() not in found, "route", f"names the prefix {prefix} twice")
-        found[prefix.encode()] = origin or ""
+        if not re.fullmatch(r"/[!-~]*", prefix) or set(prefix) & set("?#"):
+            raise ValueError(f"{route!r} has no path prefix, as in /render=http://gpu.example")
+        if origin is None:
+            raise ValueError(f"{route!r} names no origin, as in /render=http://gpu.example")
+        if prefix.encode() in found:
+            raise ValueError(f"names the prefix {prefix} twice")
+        found[prefix.encode()] = origin
     return sorted(found.items(), key=lambda route: -len(route[0]))
 
 
@@ -5939,8 +5942,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
     ),
     "no_worker_timeout": (
-        "the queue", parse_duration, "TIME", "the same while no worker is connected that could serve it "
-        "(default: the queue timeout)"
+        "the queue", parse_duration, "TIME", "the same while no worker is connected that could serve it, if "
+        "that is shorter"
     ),
     "route": (
         "the queue", parse_routes, "PREFIX=ORIGIN", "requests for paths below PREFIX are ORIGIN's; may be "
@@ -6049,8 +6052,7 @@ def add_options(parser: OptionParser) -> None:
             group.add_argument(flag_of(name), action="store_const", const="yes", help=text)
         else:
             suffix = f" (default: {default})" if default and "(default: " not in text else ""
-            action = "append" if parse is parse_routes else "store"
-            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix, action=action)
+            group.add_argument(flag_of(name), metavar=placeholder, help=text + suffix)
 
 
 def join_negatives(words: Sequence[str]) -> list[str]:
@@ -6109,12 +6111,29 @@ def find_log_format(words: Sequence[str], environ: Mapping[str, str]) -> str:
     return text.lower() if text.lower() in LOG_FORMATS else "text"
 
 
+def join_routes(words: Sequence[str]) -> list[str]:
+    """Makes one option of several routes: of an option that comes twice argparse would take the last."""
+    rest: list[str] = []
+    routes: list[str] = []
+    following = iter(words)
+    for word in following:
+        name, is_joined, value = word.partition("=")
+        if name != "--route":
+            rest.append(word)
+        elif is_joined:
+            routes.append(value)
+        else:
+            routes += itertools.islice(following, 1)
+            rest += [] if routes else [word]
+    return [*rest, *([f"--route={','.join(routes)}"] if routes else [])]
+
+
 class Given:
     """What the user has said, on the command line and in the environment.  Raises ``UsageError``."""
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
         words, self.command = split_command(argv)
-        self._arguments, unknown = build_parser().parse_known_args(join_negatives(words))
+        self._arguments, unknown = build_parser().parse_known_args(join_negatives(join_routes(words)))
         if unknown:
             hint = "" if unknown[0].startswith("-") else " (a command comes after --, an app is the worker's)"
             raise UsageError(describe_unknown(unknown) + hint)
@@ -6137,7 +6156,7 @@ class Given:
     def _said(self, name: str) -> Iterator[tuple[str, str]]:
         """Yields where the option is given, and what is said there; the first one counts."""
         if (text := getattr(self._arguments, name)) is not None:
-            yield flag_of(name), ",".join(text) if isinstance(text, list) else text
+            yield flag_of(name), text
         variable = ENVIRONMENT_PREFIX + name.upper()
         if text := self._environ.get(variable):
             yield variable, text
@@ -6610,6 +6629,32 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
     </div>
     <p class="note" id="waiting-note">&nbsp;</p>
   </section>
+  <section class="panel" id="pools-panel" aria-labelledby="pools-title" hidden>
+    <div class="title">
+      <h2 id="pools-title">Pools</h2><p class="count" id="pools-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="pools-title">
+      <table>
+        <thead><tr><th class="grow">Pool</th><th class="n">Waiting</th><th class="n">Slots</th>
+          <th class="n">Idle</th></tr></thead>
+        <tbody id="pools"></tbody>
+      </table>
+    </div>
+    <p class="note" id="pools-note">&nbsp;</p>
+  </section>
+  <section class="panel" id="tenants-panel" aria-labelledby="tenants-title" hidden>
+    <div class="title">
+      <h2 id="tenants-title">Most worker time</h2><p class="count" id="tenants-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="tenants-title">
+      <table>
+        <thead><tr><th class="grow">Tenant</th><th class="n">Waiting</th><th class="n">Running</th>
+          <th class="n">Worked</th><th class="n">Counts as</th></tr></thead>
+        <tbody id="tenants"></tbody>
+      </table>
+    </div>
+    <p class="note" id="tenants-note">&nbsp;</p>
+  </section>
 </main>
 <dialog id="dialog" aria-labelledby="question" aria-describedby="consequence">
   <h2 id="question"></h2>
@@ -6828,13 +6873,15 @@ const request = row => row.method === "-" ? "(unreadable)" : `${row.method} ${ro
 const hasLeft = row => row.code === "CQ" || row.code === "CR";
 // A kept connection brings another request, and its row must not keep the button of the one before.
 const exchange = row => `${row.consumer} ${row.id}`;
+const order = row => [row.tenant, row.pool, row.urgency === undefined ? undefined : `u=${row.urgency}`];
+const told = parts => parts.filter(part => part !== undefined).join(" · ");
 const TABLES = {
   running: {
     key: exchange, empty: "Nothing runs.",
     columns: [
       ["n", row => age(row.worker_seconds)],
       ["n", row => age(row.age_seconds - row.worker_seconds)],
-      ["grow mono", row => [request(row), `${row.worker} · ${row.id}`]],
+      ["grow mono", row => [request(row), told([row.worker, row.id, ...order(row)])]],
       ["act", cancelButton],
     ],
   },
@@ -6844,7 +6891,7 @@ const TABLES = {
       ["n", row => count(row.position)],
       ["n", row => age(row.age_seconds)],
       ["n", row => row.starts_in_seconds === null ? "–" : "≈\u00a0" + age(row.starts_in_seconds)],
-      ["grow mono", row => [request(row), `${row.consumer} · ${row.id}`]],
+      ["grow mono", row => [request(row), told([row.consumer, row.id, ...order(row)])]],
       ["act", cancelButton],
     ],
   },
@@ -6865,6 +6912,25 @@ const TABLES = {
       ["grow", row => row.state],
       ["n", row => count(row.served)],
       ["n", row => age(row.connected_seconds)],
+    ],
+  },
+  pools: {
+    key: row => row.pool, empty: "",
+    columns: [
+      ["grow mono", row => row.pool],
+      ["n", row => count(row.waiting)],
+      ["n", row => count(row.slots), row => row.waiting && !row.slots ? "trouble" : ""],
+      ["n", row => count(row.idle)],
+    ],
+  },
+  tenants: {
+    key: row => row.tenant, empty: "Nobody has come yet.",
+    columns: [
+      ["grow mono", row => row.tenant],
+      ["n", row => count(row.waiting)],
+      ["n", row => count(row.running)],
+      ["n", row => age(row.worker_seconds)],
+      ["n", row => age(row.counts_seconds)],
     ],
   },
   failures: {
@@ -7000,6 +7066,10 @@ function show(stats) {
   plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
   for (const name of ["running", "waiting", "machines", "workers"])
     fill(name, stats[name], stats[name].length + stats[`${name}_not_listed`]);
+  for (const name of ["pools", "tenants"]) {
+    byId(`${name}-panel`).hidden = !stats[name];
+    if (stats[name]) fill(name, stats[name], stats[name].length);
+  }
   if (stats.machines.some(row => row.requeues))
     say("machines-note", "Requeued: so many of the failures were tried again.");
   showEnds(stats);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import order_model
 import pytest
 
+import wire
 from pothead import LIMITS, Claim, Machine, Policy, Ticket, wait_estimate
 
 
@@ -753,6 +755,38 @@ def test_urgent_request_that_comes_back_has_its_old_place() -> None:
     assert list(site.policy) == ["urgent", "z", "x", "y"]
 
 
+def test_least_urgent_request_is_served_when_its_head_start_is_used_up() -> None:
+    """Twice as much comes as one slot serves, all of it with u=3, beside one with u=7 and steps of 30 s."""
+    site = Site(max_length=1000)
+    slot = site.add("1")
+    site.put("u7", urgency=7, head_start_s=-120.0)
+    for second in range(300):
+        for number in range(2):
+            site.put(f"{second}.{number}")
+        if ("u7", "1") in site.pairs():
+            break
+        site.pass_time(1.0)
+        site.finish(slot)
+    assert 239 <= second <= 241  # what came until 120 takes 240 s
+
+
+def load_bench() -> Any:
+    spec = importlib.util.spec_from_file_location("order", wire.ROOT / "bench" / "order.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_who_asks_seldom_waits_for_one_turn_beside_who_asks_for_much() -> None:
+    assert load_bench().occasional() <= 1e-6
+
+
+@pytest.mark.parametrize("long_s", [1.0, 20.0])
+def test_shares_of_two_who_want_more_are_even(long_s: float) -> None:
+    assert load_bench().share(long_s) < 0.05
+
+
 def test_tenant_with_the_least_worker_time_is_next() -> None:
     site = Site(is_fair=True)
     slots = {name: site.add(name) for name in "12"}
@@ -910,3 +944,29 @@ def test_dispatch_among_a_hundred_thousand_is_quick(is_fair: bool) -> None:
         assert site.policy.next_pair() is not None
         took.append(time.perf_counter() - began)
     assert sorted(took)[1000] < 500e-6
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+def test_example_of_the_document_is_true(has_more: bool) -> None:
+    """docs/order.md, An example."""
+    site = Site(is_fair=True)
+    site.policy.typical_s = 4.0
+    for item, second, tenant, urgency in (
+        ("a1", 0, "anna", 3), ("a2", 1, "anna", 3), ("a3", 2, "anna", 1), ("b1", 2, "bert", 3),
+    ):  # fmt: skip
+        site.now = float(second)
+        site.put(item, tenant=tenant, urgency=urgency, head_start_s=(3 - urgency) * 30.0)
+    if has_more:
+        site.put("b2", tenant="bert")
+    site.pass_time(1.0)
+    slots = {name: site.add(name) for name in "12"}
+    pairs = site.pairs()
+    assert [item for item, _ in pairs] == ["a3", "b1"]
+    counts = {}
+    for second in (4, 5, 6, 7, 8):
+        site.pass_time(1.0)
+        counts[second] = site.policy.tenants["anna"].charge_s
+    site.finish(slots[pairs[1][1]])
+    assert counts == {4: 4.0, 5: 4.0, 6: 4.0, 7: 5.0, 8: 6.25}
+    assert site.policy.tenants["bert"].worked_s == 5.0
+    assert [item for item, _ in site.pairs()] == ["b2" if has_more else "a1"]
