@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -198,6 +199,39 @@ def test_pools_begin_with_the_first_slot_that_names_one(new_rig: Callable[..., R
     assert "pool=http://pothead.test" in rig.lines[-1]
 
 
+def test_scheme_is_that_of_the_proxy_that_is_believed(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(route=("/r=http://r",))
+    ask(rig, b"/", b"X-Forwarded-Host: a.example, b", b"X-Forwarded-Proto: https, http")
+    (exchange,) = rig.hub.policy
+    assert exchange.claim is not None and exchange.claim.origin == "https://a.example"
+
+
+def test_retry_after_is_that_of_the_pool(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(route=("/r=http://r",), retry_after=1.0)
+    rig.hub.counters.on_served(7.0)
+    slot_of(rig, "http://r")
+    busy = rig.consumer(get(b"/r"))
+    rig.until(lambda: rig.hub.policy.running == 1)
+    for _ in range(4):
+        ask(rig, b"/elsewhere")
+    ask(rig, b"/r")
+    hurried = ask(rig, b"/r", b"Prefer: wait=2")
+    rig.pass_time(2.1)
+    assert rig.response(hurried).value(b"Retry-After") == b"7"  # one waits for one slot
+    assert not has_come(busy)
+
+
+def test_drain_takes_new_slots_for_what_the_idle_ones_do_not_serve(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(route=("/g=http://g",), reuse_port=True)
+    slot_of(rig, "http://c")
+    ask(rig, b"/g")
+    rig.hub.drain()
+    rig.turn()
+    assert rig.hub.draining
+    assert not rig.hub.ports.listeners["workers"]._left
+    assert served_by(rig, rig.slot()) == "/g"
+
+
 def test_origin_is_not_believed_from_everybody(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(route=("/r=http://r",), forwarded_allow_ips=())
     ask(rig, b"/", b"X-Forwarded-Host: b.example")
@@ -249,6 +283,7 @@ def test_urgency_of_a_stranger_or_without_steps_is_nothing(
     ask(rig, b"/a")
     ask(rig, b"/b", b"Priority: u=0")
     assert line(rig) == ["/a", "/b"]
+    assert all("urgency" not in row for row in rig.hub.stats()["waiting"])
 
 
 # ---- Fair shares -------------------------------------------------------------------------------------
@@ -260,6 +295,9 @@ def test_slots_go_to_the_tenant_with_the_least_worker_time(new_rig: Callable[...
         ask(rig, path, b"X-Key: forged", b"x-key: " + key)
     slot = rig.slot()
     assert [served_by(rig, slot) for _ in range(3)] == ["/a1", "/b1", "/a2"]
+    rig.hub.counters.on_served(8.0)
+    rig.turn()
+    assert rig.hub.policy.typical_s == rig.hub.counters.mean_service_s == 2.0  # of 0, 0, 0 and 8
     assert " tenant=anna code=OK" in rig.lines[0]
     assert ' tenant="bert the second" code=OK' in rig.lines[1]
     assert {row["tenant"] for row in rig.hub.stats()["tenants"]} == {"anna", "bert the second"}
@@ -345,6 +383,14 @@ def test_consumer_that_would_wait_for_two_seconds_gets_503_then(new_rig: Callabl
     assert line(rig) == ["/b"]
 
 
+def test_consumer_that_says_nothing_of_its_patience_is_told_nothing(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(fair_by="address", queue_timeout=5.0)
+    consumer = ask(rig, b"/", b"Prefer: respond-async")
+    rig.pass_time(5.1)
+    response = rig.response(consumer)
+    assert (response.status, response.value(b"Preference-Applied")) == (503, None)
+
+
 def test_nobody_waits_longer_than_the_queue_timeout(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(queue_timeout=5.0)
     ask(rig, b"/a", b"Prefer: wait=1000")
@@ -358,8 +404,17 @@ def test_wait_that_the_queue_exceeds_is_refused_at_once_when_that_is_known(
     rig = new_rig()
     slot = rig.slot()
     for number in range(pothead.LIMITS.served_to_estimate):
+        if number == pothead.LIMITS.served_to_estimate - 1:  # too early to tell
+            rig.consumer(get(b"/early"))
+            rig.until(functools.partial(has_come, slot))
+            ask(rig, b"/hopeless", b"Prefer: wait=1")
+            rig.pass_time(1.0)
+            assert codes(rig)[-1] == "QT"
+            slot.read_request()
+            rig.exchange(b"/early").finish(pothead.Outcome.CANCELLED)
+            slot = rig.slot()
         consumer = rig.consumer(get(b"/%d" % number, b"Prefer: wait=0"))
-        rig.until(lambda: has_come(slot))
+        rig.until(functools.partial(has_come, slot))
         rig.pass_time(10.0)
         served_by(rig, slot)
         assert rig.response(consumer).value(b"Preference-Applied") == b"wait"
@@ -383,6 +438,7 @@ def test_wait_that_the_queue_exceeds_is_refused_at_once_when_that_is_known(
 def test_whoever_uses_none_of_it_sees_nothing_of_it(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(log_format="json")
     consumer = rig.consumer(get(b"/"))
+    assert rig.exchange(b"/").claim is None
     assert served_by(rig, rig.slot()) == "/"
     response = rig.response(consumer)
     assert response.value(b"Preference-Applied") is None

@@ -642,6 +642,16 @@ def test_generalist_serves_whoever_has_waited_longest() -> None:
     assert site.pairs() == [("b4", "b2")]  # though a3 has waited for longer
 
 
+def test_spare_slots_are_those_beyond_what_is_needed_of_each_kind() -> None:
+    site = Site()
+    for name, origin in (("a1", A), ("a2", A), ("b1", B)):
+        site.add(name, origin)
+    spare = site.policy.take_spare(1)
+    assert spare is not None and spare.name[0] == "a"
+    assert site.policy.take_spare(1) is None
+    assert (site.policy.idle, site.policy.running) == (2, 1)
+
+
 def test_origin_that_gets_slots_of_its_own_takes_what_waits_along() -> None:
     site = Site()
     for item, origin in (("a1", A), ("b1", B), ("a2", A), ("c1", C)):
