@@ -1371,7 +1371,7 @@ class Line(Generic[ItemT]):
 
     def oldest(self) -> float:
         """Returns since when the oldest waits, infinity without one."""
-        if self._odd:
+        if any(self._odd.values()):
             return min((ticket.since for ticket in self), default=math.inf)
         late = itertools.islice((ticket.since for ticket in self._late if ticket.waits), 1)
         return min([*late, *(each[2].since for each in self._early if each[2].waits)], default=math.inf)
@@ -1609,8 +1609,8 @@ class Policy(Generic[ItemT, SlotT]):
     fair shares that is first come, first served.  Of the slots that wait and may serve it, one that serves
     the fewest pools is taken, then one on the machine with the fewest running, there the one parked last.
     Each step costs O(log n) at most in requests, slots and machines, and less than O(√n) in tenants that
-    wait; what it costs in pools and kinds of slots is linear, since people write those down.  ``now`` is
-    monotonic seconds.
+    wait; what it costs in pools and kinds of slots is linear, since people write those down.  The first slot
+    that names an origin costs a look at all that waits.  ``now`` is monotonic seconds.
     """
 
     def __init__(
@@ -1812,6 +1812,9 @@ class Policy(Generic[ItemT, SlotT]):
         expired = []
         while self._orphaned and self._orphaned[0][0] <= now:
             pool = self._orphaned.popleft()[1]
+            left_at = max(pool.idle_since, self._idle_since)
+            if self.slots_of(pool) or left_at + self._no_worker_s > now:
+                continue  # somebody has come, if only for a while
             for line in list(pool.members.values()):
                 for ticket in [each for each in line if self._due(each) <= now]:
                     self.withdraw(ticket)
@@ -2177,11 +2180,6 @@ class Policy(Generic[ItemT, SlotT]):
             self.park(slot)
         else:
             self._file(slot.machine)
-
-    def take_slot(self) -> SlotT | None:
-        """Returns the slot that is next for what any slot may serve, and counts it as running."""
-        scope = self._anything if len(self._scopes) == 1 else self._best(self._scopes.values())
-        return None if scope is None else self._take_slot(scope)
 
     def take_spare(self, needed: int) -> SlotT | None:
         """Returns, counted as running, a slot of which there are more than needed of its kind."""

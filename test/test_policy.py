@@ -397,7 +397,7 @@ class Idle:
         self.policy.remove(slot)
 
     def take(self) -> Slot | None:
-        return self.policy.take_slot()
+        return self.policy.take_spare(0)
 
     def release(self, slot: Slot) -> None:
         self.policy.release(slot, 0.0)
@@ -705,7 +705,7 @@ def test_request_that_nobody_could_serve_waits_less_long(
 def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
     site = Site(no_worker_s=5.0)
     slot = site.add("a", A)
-    site.policy.take_slot()
+    site.policy.take_spare(0)
     site.put("early", origin=A, limit_s=60.0)
     assert site.policy.next_event() == 60.0
     site.policy.release(slot, 10.0)
