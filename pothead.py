@@ -1563,20 +1563,40 @@ class Scope(Generic[SlotT]):
 class Offer(Generic[SlotT]):
     """The slots of one machine and one scope."""
 
-    __slots__ = ("idle", "machine", "scope", "slots")
+    __slots__ = ("idle", "machine", "newest", "scope", "slots")
 
     def __init__(self, machine: Machine[SlotT], scope: Scope[SlotT]) -> None:
         self.machine = machine
         self.scope = scope
         self.slots = 0
-        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
+        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked: a number that falls
+        self.newest = 0  # that of the last one
 
     def rank(self) -> Rank | None:
         """Returns the rank of the slot that is next: fewest running, last parked."""
-        idle, machine = self.idle, self.machine
-        if not idle or machine.rests_until != -math.inf:
+        if not self.idle or self.machine.rests:
             return None
-        return machine.running, -idle[next(reversed(idle))]
+        return self.machine.running, self.newest
+
+    def park(self, slot: SlotT, number: int) -> None:
+        """Has a slot wait."""
+        self.newest = self.idle[slot] = -number
+
+    def take(self) -> SlotT:
+        """Removes and returns the slot that is next; there must be one."""
+        idle = self.idle
+        slot, _ = idle.popitem()
+        if idle:
+            self.newest = idle[next(reversed(idle))]
+        return slot
+
+    def remove(self, slot: SlotT) -> bool:
+        """Has a slot not wait any more; returns whether it did."""
+        if self.idle.pop(slot, None) is None:
+            return False
+        if self.idle:
+            self.newest = self.idle[next(reversed(self.idle))]
+        return True
 
 
 class Machine(Generic[SlotT]):
@@ -1586,7 +1606,7 @@ class Machine(Generic[SlotT]):
     """
 
     __slots__ = (
-        "failures", "left_at", "may_rest_at", "name", "offers", "requeues", "rests_until", "running",
+        "failures", "left_at", "may_rest_at", "name", "offers", "requeues", "rests", "rests_until", "running",
         "served", "slots",
     )  # fmt: skip
 
@@ -1595,6 +1615,7 @@ class Machine(Generic[SlotT]):
         self.slots = 0  # connected now
         self.offers: dict[frozenset[str], Offer[SlotT]] = {}  # those slots, by what they serve
         self.running = 0
+        self.rests = False  # its slots are given nothing
         self.rests_until = self.may_rest_at = -math.inf
         self.served = 0
         self.failures = 0
@@ -2155,7 +2176,7 @@ class Policy(Generic[ItemT, SlotT]):
         """Has a slot wait."""
         offers = slot.machine.offers
         offer = offers[slot.origins]
-        offer.idle[slot] = next(self._numbers)
+        offer.park(slot, next(self._numbers))
         offer.scope.idle += 1
         self.idle += 1
         if len(offers) == 1:
@@ -2166,7 +2187,7 @@ class Policy(Generic[ItemT, SlotT]):
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
         offer = slot.machine.offers[slot.origins]
-        if offer.idle.pop(slot, None) is not None:
+        if offer.remove(slot):
             offer.scope.idle -= 1
             self.idle -= 1
 
@@ -2200,7 +2221,7 @@ class Policy(Generic[ItemT, SlotT]):
         offer = scope.offers.first()
         if offer is None:
             return None
-        slot, _ = offer.idle.popitem()
+        slot = offer.take()
         offer.machine.running += 1
         scope.idle -= 1
         self.idle -= 1
@@ -2210,7 +2231,7 @@ class Policy(Generic[ItemT, SlotT]):
     def rest(self, machine: Machine[SlotT], now: float) -> None:
         """Gives a machine that has lost a slot nothing for a moment: its others may be about to go, too."""
         if now >= machine.may_rest_at:
-            machine.rests_until = now + LIMITS.rest_s
+            machine.rests, machine.rests_until = True, now + LIMITS.rest_s
             machine.may_rest_at = now + LIMITS.rest_again_s
             self._resting.append(machine)
 
@@ -2219,7 +2240,7 @@ class Policy(Generic[ItemT, SlotT]):
         self._now = now
         while self._resting and self._resting[0].rests_until <= now:
             machine = self._resting.popleft()
-            machine.rests_until = -math.inf
+            machine.rests = False
             self._file(machine)
         if self._growing:
             self._grow(now)
