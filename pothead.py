@@ -6014,7 +6014,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM"
     ),
     "forwarded_allow_ips": (
-        "consumers", parse_list, "IPS", "consumers whose X-Forwarded-* are believed; networks, or *"
+        "consumers", parse_list, "IPS", "consumers whose X-Forwarded-*, Priority and tenants are believed; "
+        "networks, or *"
     ),
     "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
     "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
