@@ -3706,6 +3706,8 @@ class Exchange:
             self.consumer.cut()
         # 3. It is counted and logged.
         self._hub.on_finished(self)
+        if self.ticket is not None:
+            del self.ticket.item  # each has the other: nothing is left to the collector of garbage
 
     def _answer(self, status: int, detail: str) -> None:
         """Sends the hub's own error response, for a person to read."""
