@@ -334,7 +334,8 @@ _RECALLED_FIELDS: Final = frozenset(
         b"content-length", b"content-type", b"date", b"dnt", b"expires", b"host", b"origin", b"pragma",
         b"priority", b"sec-ch-ua", b"sec-ch-ua-mobile", b"sec-ch-ua-platform", b"sec-fetch-dest",
         b"sec-fetch-mode", b"sec-fetch-site", b"sec-fetch-user", b"server", b"te", b"transfer-encoding",
-        b"upgrade-insecure-requests", b"user-agent", b"vary",
+        b"upgrade-insecure-requests", b"user-agent", b"vary", b"x-content-type-options", b"x-forwarded-host",
+        b"x-forwarded-proto", b"x-frame-options",
     )
 )  # fmt: skip
 _recalled: Final[dict[bytes, FieldLine]] = {}
@@ -380,10 +381,12 @@ class Inbuf(bytearray):
         return data
 
 
-class RequestHead(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class RequestHead:
     """What a request line and its fields say; the target is in origin form.
 
-    A tuple, since a frozen dataclass takes three times as long to make, and each request makes one.
+    Not frozen, since that takes three times as long to make, and each request makes one; nor a tuple,
+    whose fields take longer to read.
     """
 
     method: bytes
@@ -416,7 +419,8 @@ REFUSED_METHODS: Final = {
 IDEMPOTENT_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 
 
-class ResponseHead(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class ResponseHead:
     """What a status line and its fields say."""
 
     status: int
@@ -458,18 +462,17 @@ def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
     method, target, major, minor = line.groups()
     if major != b"1":
         raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-    minor_version = min(int(minor), 1)
-    fields, known = _read_fields(lines[1:], 400)
+    minor_version = 0 if minor == b"0" else 1  # HTTP/1.2 would be understood as 1.1
+    known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
     if method in REFUSED_METHODS:
         raise ProtocolError(*REFUSED_METHODS[method])
     host = _host(known.get(b"host", ()), minor_version)
     if not target.startswith(b"/"):
         target, host = _origin_form(method, target, host)
-    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
     expects_continue = b"expect" in known and _expects_continue(known[b"expect"], minor_version)
     forwarded = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b" % (
-        method, target, host or b"", _end_to_end(fields, _REQUEST_DROPS, options)
+        method, target, host or b"", b"".join(passed_on)
     )  # fmt: skip
     max_forwards = None
     if method == b"OPTIONS" and b"max-forwards" in known:
@@ -492,7 +495,7 @@ def head_of_refused(received: Bytes) -> RequestHead:
     path = absolute[2] if absolute else line[2]
     if not path.startswith(b"/"):  # it may be anything, a URL with a password in it, too
         path = UNREADABLE_HEAD.target
-    return UNREADABLE_HEAD._replace(method=line[1], target=path)
+    return dataclasses.replace(UNREADABLE_HEAD, method=line[1], target=path)
 
 
 def take_response_head(buffer: Inbuf) -> ResponseHead | None:
@@ -504,20 +507,25 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     if head is None:
         return None
     lines = head.split(b"\r\n")
-    line = _STATUS_LINE.fullmatch(lines[0])
-    if line is None:
-        raise ProtocolError(502, "no status line of HTTP/1.x")
-    minor_version, status, reason = min(int(line[1]), 1), int(line[2]), line[3] or b""
-    fields, known = _read_fields(lines[1:], 502)
-    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
+    minor_version, status, reason = _read_status_line(lines[0])
+    known, options, passed_on = _read_fields(lines[1:], 502, _RESPONSE_DROPS)
     length, is_chunked = _framing(known, minor_version, 502)
-    forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _end_to_end(fields, _RESPONSE_DROPS, options))
+    forwarded = b"HTTP/1.1 %d %b\r\n%b" % (status, reason, b"".join(passed_on))
     if length is not None and status not in (204, 103):
         forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
         status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
         b"date" in known, known.get(b"x-request-id", NO_ID)[0],
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)  # workers repeat themselves; a line is no longer than a head, 0.5 MiB in all
+def _read_status_line(line: bytes) -> tuple[int, int, bytes]:
+    """Returns the minor version, the status and its reason."""
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(502, "no status line of HTTP/1.x")
+    return min(int(match[1]), 1), int(match[2]), match[3] or b""
 
 
 def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
@@ -572,16 +580,27 @@ def _request_line_error(line: bytes) -> ProtocolError:
     return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
 
 
-def _read_fields(lines: list[bytes], status: int) -> tuple[list[FieldLine], dict[bytes, list[bytes]]]:
-    """Returns all fields, and the values of those that the hub itself acts on by lower-case name."""
-    fields = [_recalled.get(line) or _read_field(line, status) for line in lines]
-    if len(fields) > LIMITS.head_fields:
-        raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
+def _read_fields(
+    lines: list[bytes], status: int, dropped: frozenset[bytes]
+) -> tuple[dict[bytes, list[bytes]], frozenset[bytes], list[bytes]]:
+    """Returns the fields that the hub itself acts on, the options of Connection, and the lines to pass on.
+
+    The fields are values by lower-case name.  What is ``dropped``, or named by an option, is not passed on.
+    """
     known: dict[bytes, list[bytes]] = {}
-    for name, value, _, _ in fields:
+    passed_on = []
+    for line in lines:
+        name, value, key, line_out = _recalled.get(line) or _read_field(line, status)
         if name:
             known.setdefault(name, []).append(value)
-    return fields, known
+        if key not in dropped:
+            passed_on.append(line_out)
+    if len(lines) > LIMITS.head_fields:
+        raise ProtocolError(431 if status == 400 else status, f"more than {LIMITS.head_fields} fields")
+    options = _connection_options(known) if b"connection" in known else NO_OPTIONS
+    if not options <= dropped:  # rare; only now it is known what else ends here
+        return _read_fields(lines, status, dropped | options)
+    return known, options, passed_on
 
 
 def _read_field(line: bytes, status: int) -> FieldLine:
@@ -601,25 +620,21 @@ def _read_field(line: bytes, status: int) -> FieldLine:
     return field
 
 
-def _end_to_end(fields: list[FieldLine], dropped: frozenset[bytes], options: frozenset[bytes]) -> bytes:
-    """Returns the lines that are passed on; ``options`` are those of the Connection field."""
-    if options and not options <= dropped:
-        dropped |= options
-    return b"".join([line for _, _, key, line in fields if key not in dropped])
-
-
 def _list_of(values: Iterable[bytes]) -> list[bytes]:
     """Returns the members of a comma-separated field, in lower case (RFC 9110 §5.6.1)."""
     return [member.strip(b" \t").lower() for value in values for member in value.split(b",")]
 
 
 NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
+KEEP_ALIVE: Final = frozenset((b"keep-alive",))
 NO_ID: Final = (b"",)
 # What stands in the log for a request whose first line could not be read.
 UNREADABLE_HEAD: Final = RequestHead(b"-", b"-", 1, None, b"", {}, None, False, False, False)
 
 
 def _connection_options(known: KnownFields) -> frozenset[bytes]:
+    if known[b"connection"] == [b"keep-alive"]:
+        return KEEP_ALIVE  # the usual case
     return frozenset(_list_of(known[b"connection"]))
 
 
@@ -670,9 +685,14 @@ def _host(values: Sequence[bytes], minor_version: int) -> bytes | None:
         return None
     if len(values) != 1:
         raise ProtocolError(400, "no Host field" if not values else "several Host fields")
-    if len(values[0]) > LIMITS.host_bytes or not _HOST.fullmatch(values[0]):
+    return _checked_host(values[0])
+
+
+@functools.lru_cache(maxsize=64)  # a service has few names; what is refused is not kept
+def _checked_host(value: bytes) -> bytes:
+    if len(value) > LIMITS.host_bytes or not _HOST.fullmatch(value):
         raise ProtocolError(400, "a malformed Host field")
-    return values[0]
+    return value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
@@ -908,7 +928,7 @@ class ChunkedBody:
                     raise ProtocolError(self._status, "a control character in the trailer fields")
                 buffer.searched = max(0, len(buffer) - 3)
                 return False
-            _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status)
+            _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status, NO_OPTIONS)
         self._part = _ChunkedPart.END
         self.done = True
         return False
@@ -966,7 +986,7 @@ class MessageReader(Generic[HeadT]):
     @property
     def stopped(self) -> bool:
         """Whether there may be more to take at once, but in the next turn."""
-        return self._left == 0 if self.body is None else self.body.stopped
+        return self._left <= 0 if self.body is None else self.body.stopped
 
     @property
     def is_at_end(self) -> bool:
@@ -988,13 +1008,13 @@ class MessageReader(Generic[HeadT]):
         which may be empty, ``is_at_end`` tells that ``END`` follows.
         """
         body = self.body
-        if self._left == 0 and (body is None or body.stopped):
+        if self._left <= 0 and (body is None or body.stopped):
             return None
         if body is None:
             size = len(self.inbuf)
             head = self._take_head(self.inbuf)
             if head is not None:
-                self._left = max(0, self._left - 1 - (size - len(self.inbuf)) // LIMITS.large_head_bytes)
+                self._left -= 1 + (size - len(self.inbuf)) // LIMITS.large_head_bytes
                 self.body = self._body_of(head) or _EMPTY
             return head
         if body.done:
@@ -1272,16 +1292,17 @@ class Line(Generic[ItemT]):
         self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
         self._odd: dict[int, int] = {}  # how many wait with another urgency than the normal one
 
-    def put(self, ticket: Ticket[ItemT]) -> None:
-        """Takes up one that came after all others."""
+    def put(self, ticket: Ticket[ItemT]) -> bool:
+        """Takes up one that came after all others; returns whether it is behind them, too."""
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
             self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
         if self._late and ticket.place < self._late[-1].place:
             heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
-        else:
-            self._late.append(ticket)
+            return False
+        self._late.append(ticket)
+        return True
 
     def put_back(self, ticket: Ticket[ItemT]) -> None:
         """Takes up one that has been here before."""
@@ -1291,6 +1312,13 @@ class Line(Generic[ItemT]):
             self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
         heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
         self._sweep()
+
+    def first_to_come(self) -> Ticket[ItemT] | None:
+        """Returns the first of those that wait as they came."""
+        late = self._late
+        while late and not late[0].waits:
+            late.popleft()
+        return late[0] if late else None
 
     def first(self) -> Ticket[ItemT] | None:
         """Returns the one that is next."""
@@ -1647,8 +1675,10 @@ class Policy(Generic[ItemT, SlotT]):
         self._gives_up = no_worker_s < math.inf  # before its time is over
         self.is_fair = is_fair
         self._numbers = itertools.count(1)
-        self._unfiled: list[Ticket[ItemT]] = []  # came in this turn, and mostly go in it
+        # Most expire in the order of the line.  Filed are the others: those that came back, or may wait less
+        # long than who came before, and all where there are more lines than one.
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
+        self._last_expiry = -math.inf  # of those in the line that are not filed
         self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
         self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
         self._anything = self._scopes[ANYTHING]
@@ -1741,12 +1771,14 @@ class Policy(Generic[ItemT, SlotT]):
             place = now - claim.head_start_s
             ticket = Ticket(item, number, now, expires_at, place, claim.urgency, claim.origin)
         if self._is_plain:
-            self._line.put(ticket)
+            is_last = self._line.put(ticket)
+            if is_last and expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = expires_at
+            else:
+                self._file_expiry(ticket)
         else:
             self._put(ticket, self._find_tenant("" if claim is None else claim.tenant))
-        if not self.waiting:
-            self._unfiled.clear()  # of those that have gone without having waited
-        self._unfiled.append(ticket)
+            self._file_expiry(ticket)
         self.waiting += 1
         return ticket
 
@@ -1814,19 +1846,8 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
-        for ticket in self._unfiled:
-            if ticket.waits and not ticket.filed:
-                self._file_expiry(ticket)
-        self._unfiled.clear()
-        while self._expiries:
-            at, filed, ticket = self._expiries[0]
-            is_of_now = ticket.waits and ticket.filed == filed
-            if is_of_now and not (self._gives_up and at < self._due(ticket)):
-                return at
-            heapq.heappop(self._expiries)
-            if is_of_now:  # meanwhile there is somebody to serve it
-                self._file_expiry(ticket)
-        return math.inf
+        following = self._next_to_expire()
+        return math.inf if following is None else following[0]
 
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
@@ -1840,8 +1861,8 @@ class Policy(Generic[ItemT, SlotT]):
                 for ticket in [each for each in line if self._due(each) <= now]:
                     self.withdraw(ticket)
                     expired.append(ticket.item)
-        while self.next_expiry() <= now:
-            ticket = heapq.heappop(self._expiries)[2]
+        while (following := self._next_to_expire()) is not None and following[0] <= now:
+            ticket = following[1]
             self.withdraw(ticket)
             expired.append(ticket.item)
         return expired
@@ -1858,6 +1879,22 @@ class Policy(Generic[ItemT, SlotT]):
             return ticket.expires_at
         alone_since = max(ticket.since, pool.idle_since, self._idle_since)
         return min(ticket.expires_at, alone_since + self._no_worker_s)
+
+    def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
+        """Returns what expires first, and when: the first in the line, if it is not one of those filed."""
+        filed = self._expiries
+        while filed:
+            at, number, ticket = filed[0]
+            is_of_now = ticket.waits and ticket.filed == number
+            if is_of_now and not (self._gives_up and at < self._due(ticket)):
+                break
+            heapq.heappop(filed)
+            if is_of_now:  # meanwhile there is somebody to serve it
+                self._file_expiry(ticket)
+        first = self._line.first_to_come() if self._is_plain and not self._gives_up else None
+        if filed and (first is None or filed[0][0] < first.expires_at):
+            return filed[0][0], filed[0][2]
+        return None if first is None else (first.expires_at, first)
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
@@ -1955,6 +1992,9 @@ class Policy(Generic[ItemT, SlotT]):
     def _end_plainness(self) -> None:
         if self._is_plain:
             self._is_plain = False
+            for ticket in self._line:
+                if not ticket.filed:
+                    self._file_expiry(ticket)
             self._others.waiting = self.waiting
             self._mask = self._others.mask if self.waiting else 0
             self._everybody.order.file(self._line)
@@ -2933,7 +2973,8 @@ class Transport:
 
         Where the platform cannot tell, it is found out when they are read.
         """
-        return any(events & ~select.POLLIN for _, events in self._look())
+        news = self._look()
+        return bool(news) and news[0][1] != select.POLLIN
 
     def _look(self) -> list[tuple[int, int]]:
         if self._poll is None:
@@ -3706,8 +3747,7 @@ class Exchange:
             self.consumer.cut()
         # 3. It is counted and logged.
         self._hub.on_finished(self)
-        if self.ticket is not None:
-            del self.ticket.item  # each has the other: nothing is left to the collector of garbage
+        self.ticket = None  # which knows this exchange: a circle would wait for the garbage collector
 
     def _answer(self, status: int, detail: str) -> None:
         """Sends the hub's own error response, for a person to read."""
@@ -5242,8 +5282,13 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
 
 def timestamp(epoch_s: float) -> str:
     """Returns the time in UTC, with milliseconds (RFC 3339)."""
-    whole = int(epoch_s)
-    return f"{_second(whole)}.{int((epoch_s - whole) * 1000):03d}Z"
+    return _timestamp(int(epoch_s * 1000))
+
+
+@functools.lru_cache(maxsize=4)  # under load, many lines share their millisecond
+def _timestamp(epoch_ms: int) -> str:
+    epoch_s, milliseconds = divmod(epoch_ms, 1000)
+    return f"{_second(epoch_s)}.{milliseconds:03d}Z"
 
 
 @functools.lru_cache(maxsize=4)

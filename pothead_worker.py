@@ -369,15 +369,14 @@ class Halt:
         self._writer.close()
 
 
-def wait_ready(sock: socket.socket, event: int, halt: Halt | None, timeout_s: float | None = None) -> bool:
-    """Return whether `sock` became ready for `event` before timeout or halt. Ready wins over halted."""
+def wait_ready(fd: int, event: int, timeout_s: float | None = None, halt: Halt | None = None) -> bool:
+    """Return whether `fd` became ready for `event` before timeout or halt. Ready wins over halted."""
     poller = select.poll()
-    poller.register(sock, event)
+    poller.register(fd, event)
     if halt is not None:
         poller.register(halt, select.POLLIN)
     ready = poller.poll(None if timeout_s is None else timeout_s * 1000)
-    sock_fd = sock.fileno()
-    return any(fd == sock_fd for fd, _ in ready)
+    return any(each == fd for each, _ in ready)
 
 
 # ---- Request heads -----------------------------------------------------------------------------------
@@ -492,6 +491,11 @@ class Intake:
                 return None
         return self.take_head(limit_bytes)
 
+    def add(self, data: bytes) -> bool:
+        """Have this understood after what has come before it; False if it is the end of the connection."""
+        self._buffer += data
+        return bool(data)
+
     def take_received(self) -> bytes:
         """Return what has come already, for somebody else to understand."""
         received, self._buffer = self._buffer, b""
@@ -548,9 +552,7 @@ class Intake:
 
     def _receive(self) -> bool:
         """Receive once; False at the end of the connection."""
-        data = self._sock.recv(RECEIVE_BYTES)
-        self._buffer += data
-        return bool(data)
+        return self.add(self._sock.recv(RECEIVE_BYTES))
 
 
 class RequestBody(io.RawIOBase):
@@ -719,6 +721,15 @@ class Link:
 
     # -- its thread
 
+    def take_in(self) -> bool | None:
+        """Receive what has come, for the intake; None if nothing has, False if there will be no more."""
+        try:
+            return self.intake.add(self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return None
+        except OSError:
+            return False
+
     def recv(self, size: int, /) -> bytes:
         return self._sock.recv(size)
 
@@ -831,6 +842,7 @@ def build_environ(head: RequestHead, hub_host: str) -> WSGIEnvironment:
         "REMOTE_PORT": "0",  # of which only the first proxy knows; some apps need a number there
         "REQUEST_ID": fields.get("X_REQUEST_ID", "-"),
         "pothead.queue_seconds": matched(SECONDS, fields.get("POTHEAD_QUEUE_SECONDS"), float, 0.0),
+        "wsgi.url_scheme": scheme,
         "pothead.attempt": matched(ATTEMPT, fields.get("POTHEAD_ATTEMPT"), int, 1),
     }
     if "CONTENT_TYPE" in fields:
@@ -1034,7 +1046,7 @@ class Response(BaseHandler):
         return sys.stderr
 
     def get_scheme(self) -> str:
-        return forwarded_scheme(self.request.fields)
+        return str(self.environ["wsgi.url_scheme"])
 
     def finish_response(self) -> None:
         if isinstance(self.result, (str, bytes)) or not hasattr(self.result, "__iter__"):
@@ -1300,6 +1312,14 @@ class Exchange:
         for action in self._on_cancel:
             action()
 
+    def disregard(self) -> None:
+        """From now on it does not matter whether anybody waits.
+
+        What was to be done then mostly refers to this exchange: kept, it would be a cycle, which only the
+        collector of garbage can free.
+        """
+        self._on_cancel.clear()
+
 
 class Keeper(Protocol):
     """Who has requests answered: a slot, or a request's own process."""
@@ -1435,7 +1455,7 @@ def parse_forward(text: str) -> Address:
 
 def connection_options(fields: Mapping[str, str]) -> list[str]:
     """Return what the Connection field says, in lower case; `fields` is by CGI name."""
-    return re.split(r"[ \t]*,[ \t]*", fields.get("CONNECTION", "").lower())
+    return [option.strip(" \t") for option in fields.get("CONNECTION", "").lower().split(",")]
 
 
 def is_forwarded(name: str, options: Sequence[str]) -> bool:
@@ -1836,7 +1856,7 @@ class SidePort(ThreadingHTTPServer):
 
     def _run(self) -> None:
         while not self._over.is_set():
-            if wait_ready(self.socket, select.POLLIN, self._over, self._interval_s):
+            if wait_ready(self.fileno(), select.POLLIN, self._interval_s, self._over):
                 self.handle_request()
             self.on_interval()
 
@@ -2744,7 +2764,7 @@ class Forker:
                     is_over = not self._obey()
                 elif fd == self._reader.fileno():
                     self._reap()
-                elif fd in self._forked and is_hung_up(fd):  # and not one that had this number before
+                elif fd in self._forked and wait_ready(fd, select.POLLRDHUP, 0):  # not an earlier one
                     self._poller.unregister(fd)
                     self._kill_at[fd] = time.monotonic() + CANCEL_GRACE_S
             self._kill_overdue()
@@ -2848,9 +2868,7 @@ class Forker:
         for forked in self._forked.values():
             kill_group(forked.pid)
         while (self._forked or self._kill_strays()) and time.monotonic() < ends_at:
-            poller = select.poll()
-            poller.register(self._reader, select.POLLIN)
-            poller.poll(PEEK_INTERVAL_S * 1000)
+            wait_ready(self._reader.fileno(), select.POLLIN, PEEK_INTERVAL_S)
             self._reap()
         for sock in (self._reader, self._writer):
             sock.close()
@@ -2866,12 +2884,6 @@ def receive_with_fds(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[i
     for _, _, content in ancillary:
         fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     return data, list(fds)
-
-
-def is_hung_up(fd: int) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLRDHUP)
-    return bool(poller.poll(0))
 
 
 def is_of_our_session(pid: int) -> bool:
@@ -2916,11 +2928,8 @@ class CancelledEvent(threading.Event):
         return super().is_set() or self.wait(0)
 
     def wait(self, timeout: float | None = None) -> bool:
-        if not super().is_set():
-            poller = select.poll()
-            poller.register(self._sock, select.POLLRDHUP)
-            if poller.poll(None if timeout is None else timeout * 1000):
-                self.set()
+        if not super().is_set() and wait_ready(self._sock.fileno(), select.POLLRDHUP, timeout):
+            self.set()
         return super().is_set()
 
 
@@ -3383,7 +3392,8 @@ class Lobby:
 
     What it does for each slot is a Seat. What other threads want they order; nothing else of it is theirs. It
     is only here that links are opened, and closed, at the end of a turn: what somebody else closed might be
-    another connection by the time that it is looked at.
+    another connection by the time that it is looked at. A link that goes on is given back without an order,
+    where there is epoll: see `Seat.give_back`.
 
     A FIN hides behind unread bytes from `recv`, but not from POLLRDHUP. Where there is none, what is not
     waited with is looked at often, and an end behind an unread body is not seen.
@@ -3396,8 +3406,10 @@ class Lobby:
         self._address = address
         self._halt = halt
         self._on_end = on_end
-        self._poller = select.poll()
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poller: select.epoll | select.poll = self._epoll or select.poll()
         self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; they are given its events
+        self._deadline = math.inf  # the earliest of the seats', or one that has moved since
         self._watched: set[Link] = set()
         self._closing: list[Link | socket.socket] = []
         self._is_resolving = False
@@ -3423,8 +3435,7 @@ class Lobby:
 
     def watch(self, link: Link) -> None:
         """Tell the link when its other end closes."""
-        self._watched.add(link)
-        self.listen(link.fileno(), self.hang_up, functools.partial(self._on_watched, link))
+        self.watch_for(link, functools.partial(self.on_watched, link))
 
     def dismiss(self, link: Link) -> None:
         """Watch it no longer, and close it."""
@@ -3435,11 +3446,25 @@ class Lobby:
         """End the thread, when there are no slots any more."""
         self._is_over = True
 
+    # -- for a slot's thread
+
+    def wait_again(self, link: Link) -> bool:
+        """Have the action of a link that is watched be done when something comes; return whether it will be.
+
+        The thread need not be woken for it, which would cost a third of a request. Only epoll can do that.
+        """
+        if self._epoll:
+            self._epoll.modify(link.fileno(), select.POLLIN | self.hang_up)
+        return self._epoll is not None
+
+    def is_halting(self) -> bool:
+        return self._halt.is_set()
+
     # -- its thread
 
     def _run(self) -> None:
         while not self._is_over:
-            for fd, events in self._poller.poll(self._wait_ms()):
+            for fd, events in self._poll():
                 if action := self._actions.get(fd):  # it may be gone since this turn began
                     self._do(action, events)
             self._do(self._on_time)
@@ -3448,7 +3473,13 @@ class Lobby:
             self._closing.clear()
         self._reader.close()
         self._writer.close()
+        if self._epoll:
+            self._epoll.close()
         self._on_end()
+
+    def _poll(self) -> list[tuple[int, int]]:
+        wait_s = self._wait_s()
+        return self._epoll.poll(wait_s) if self._epoll else self._poller.poll(wait_s * 1000)
 
     def _do(self, action: Callable[..., None], *arguments: object) -> None:
         try:
@@ -3462,34 +3493,29 @@ class Lobby:
         for _ in range(self._orders.qsize()):  # those that come meanwhile have a turn of their own
             self._do(self._orders.get())
 
-    def _wait_ms(self) -> float:
-        deadline = min([seat.deadline for seat in self.seats], default=math.inf)
-        wait_s = min(LONGEST_POLL_S, max(0.0, deadline - time.monotonic()))
+    def _wait_s(self) -> float:
+        wait_s = LONGEST_POLL_S
         if self._watched and not self.hang_up:
-            wait_s = min(wait_s, PEEK_INTERVAL_S)
-        return wait_s * 1000 + 1
+            wait_s = PEEK_INTERVAL_S
+        if self._deadline < math.inf:
+            wait_s = min(wait_s, max(0.0, self._deadline - time.monotonic()))
+        return wait_s + 0.001
 
     def _on_time(self) -> None:
         now = time.monotonic()
-        for seat in [seat for seat in self.seats if seat.deadline <= now]:
-            seat.on_deadline()
+        if now >= self._deadline:
+            for seat in [seat for seat in self.seats if seat.deadline <= now]:
+                seat.on_deadline()
+            self._deadline = min([seat.deadline for seat in self.seats], default=math.inf)
         if not self.hang_up:
             for link in [link for link in self._watched if link.peek() == b""]:
-                self._on_hang_up(link)
+                self.on_watched(link, select.POLLHUP)
 
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
         self.is_halted = True
         for seat in list(self.seats):
             seat.on_halt()
-
-    def _on_watched(self, link: Link, events: int) -> None:
-        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
-            self._on_hang_up(link)
-
-    def _on_hang_up(self, link: Link) -> None:
-        self.forget(link)
-        link.on_gone()
 
     def forget(self, link: Link) -> None:
         """Watch it no longer."""
@@ -3498,9 +3524,33 @@ class Lobby:
 
     # -- for its seats
 
+    def wake_by(self, deadline: float) -> None:
+        """Have seats told of deadlines then."""
+        self._deadline = min(self._deadline, deadline)
+
+    def watch_for(self, link: Link, action: Callable[[int], None]) -> None:
+        """Have this done when the link's other end closes: once, or again after `wait_again`."""
+        self._watched.add(link)
+        self.listen(link.fileno(), self.hang_up | (select.EPOLLET if self._epoll else 0), action)
+
+    def wait_with(self, link: Link, action: Callable[[int], None]) -> None:
+        """Have this done when something comes, or the end."""
+        self._watched.discard(link)
+        self.listen(link.fileno(), select.POLLIN | self.hang_up, action)
+
+    def on_watched(self, link: Link, events: int) -> None:
+        if events & ~(select.POLLIN | select.POLLOUT):  # these are of a moment ago, for what it was then
+            self._watched.discard(link)
+            if not self._epoll:  # poll would say so again and again
+                self.ignore(link.fileno())
+            link.on_gone()
+
     def listen(self, fd: int, events: int, action: Callable[[int], None]) -> None:
         """Have this done about the descriptor's events, in place of what was."""
-        self._poller.register(fd, events)
+        if fd in self._actions:
+            self._poller.modify(fd, events)
+        else:
+            self._poller.register(fd, events)
         self._actions[fd] = action
 
     def ignore(self, fd: int) -> None:
@@ -3540,6 +3590,7 @@ class Stage(enum.Enum):
     RESTING = enum.auto()  # the next try
     WAITING = enum.auto()  # a request
     SERVING = enum.auto()  # the slot, which has the link
+    LEFT = enum.auto()  # nothing more
 
 
 class Seat:
@@ -3549,6 +3600,7 @@ class Seat:
         self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
     ) -> None:
         self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # held while a link is given back
         self.link: Link | None = None
         self.is_good = False  # or the last link was good for nothing
         self.stage = Stage.RESTING
@@ -3569,7 +3621,19 @@ class Seat:
         return self._inbox.get()
 
     def give_back(self, ending: Ending) -> None:
-        self._lobby.order(self._on_given_back, ending)
+        """End SERVING, during which the seat was the slot's."""
+        assert self.link is not None
+        if ending is not Ending.KEEP:
+            self._lobby.order(self._end_link)
+            return
+        with self._lock:
+            is_waiting = self._lobby.wait_again(self.link)
+            if is_waiting:
+                self.stage = Stage.WAITING
+        if not is_waiting:
+            self._lobby.order(self._wait)
+        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
+            self._lobby.order(self.on_halt)
 
     # -- for the lobby
 
@@ -3583,9 +3647,9 @@ class Seat:
     def on_halt(self) -> None:
         if self.stage is Stage.WAITING:
             self._wait_no_longer()
-        elif self._dialled and wait_ready(self._dialled, select.POLLOUT, None, 0):
+        elif self._dialled and wait_ready(self._dialled.fileno(), select.POLLOUT, 0):
             self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
-        elif self.stage is not Stage.SERVING:
+        elif self.stage not in (Stage.SERVING, Stage.LEFT):
             self._leave()
 
     def on_deadline(self) -> None:
@@ -3605,7 +3669,13 @@ class Seat:
     # -- reaching the hub, whose name is looked up each time
 
     def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
-        self.stage, self.deadline = stage, time.monotonic() + seconds
+        self.stage, self.deadline = stage, math.inf
+        if seconds < math.inf:
+            self._set_deadline(time.monotonic() + seconds)
+
+    def _set_deadline(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._lobby.wake_by(deadline)
 
     def _look_up(self) -> None:
         self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
@@ -3671,6 +3741,7 @@ class Seat:
 
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
+        self._wait_for(Stage.LEFT)
         if self._dialled:
             self._lobby.close(self._dialled)
         self._lobby.seats.discard(self)
@@ -3681,7 +3752,7 @@ class Seat:
     def _wait(self) -> None:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
-        self._lobby.listen(self.link.fileno(), select.POLLIN | self._lobby.hang_up, self._on_arrival)
+        self._lobby.wait_with(self.link, self._on_event)
         if self._lobby.is_halted:
             self._wait_no_longer()
 
@@ -3691,29 +3762,30 @@ class Seat:
         The hub, which did not know of the halt, may have sent it on the heels of the last response.
         """
         assert self.link is not None
-        self.deadline = self.link.free_since + CROSSING_S
+        self._set_deadline(self.link.free_since + CROSSING_S)
         self._on_arrival(0)
+
+    def _on_event(self, events: int) -> None:
+        assert self.link is not None
+        with self._lock:  # the link may just be given back, and the event be the one that is waited for
+            is_waiting = self.stage is Stage.WAITING
+        if is_waiting:
+            self._on_arrival(events)
+        else:
+            self._lobby.on_watched(self.link, events)
 
     def _on_arrival(self, events: int) -> None:
         """A request has come, or the end."""
         link = self.link
         assert link is not None
-        first = link.peek()
-        if first == b"":
+        has_come = link.take_in()
+        if has_come is False:
             self._end_link()
-        elif first:  # else the event was of a moment ago
+        elif has_come:  # else the event was of a moment ago
             self._wait_for(Stage.SERVING)
             link.is_gone = bool(self._lobby.hang_up & events)
-            self._lobby.watch(link)
+            self._lobby.watch_for(link, self._on_event)
             self._inbox.put(link)
-
-    def _on_given_back(self, ending: Ending) -> None:
-        if ending is Ending.KEEP:
-            assert self.link is not None
-            self._lobby.forget(self.link)
-            self._wait()
-        else:
-            self._end_link()
 
     def _end_link(self) -> None:
         link, now = self.link, time.monotonic()
@@ -3751,7 +3823,7 @@ class Slot:
         self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
-        self._poller = select.poll()
+        self._poller: select.poll | None = None  # of a link with which it waits itself
 
     def run(self) -> None:
         try:
@@ -3763,10 +3835,15 @@ class Slot:
             self._pool.on_slot_end(self)
 
     def _serve(self, link: Link) -> Ending:
-        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer."""
-        self._poller = select.poll()
-        self._poller.register(self._halt, select.POLLIN)
-        self._poller.register(link, select.POLLIN)
+        """Serve one request, and those that follow soon: to be given a link by the lobby takes longer.
+
+        When none was soon after the one before, none is expected to be, and the link is given back at once.
+        """
+        self._poller = None
+        if time.monotonic() - link.free_since < HAND_BACK_S:
+            self._poller = select.poll()
+            self._poller.register(self._halt, select.POLLIN)
+            self._poller.register(link, select.POLLIN)
         try:
             ending = RequestHandler(link, self).ending
         except Exception:
@@ -3779,9 +3856,12 @@ class Slot:
     # -- as the keeper of its requests
 
     def has_next(self, link: Link) -> bool:
+        if not link.intake.is_empty:
+            return True
+        if self._poller is None:
+            return False
         fd = link.fileno()
-        is_there = not link.intake.is_empty
-        return is_there or any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
+        return any([ready == fd for ready, _ in self._poller.poll(HAND_BACK_S * 1000)])
 
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
@@ -3795,6 +3875,7 @@ class Slot:
             return Ending.CUT
         finally:
             link.disregard()
+            exchange.disregard()
             self._exchange = None
             link.free_since = time.monotonic()
 
@@ -4159,7 +4240,7 @@ class WorkerPool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
         try:
             assert self._halt is not None
-            return self._is_stopping or not wait_ready(sock, select.POLLIN, self._halt)
+            return self._is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
         except ValueError:  # it has ended meanwhile, and with it the halt
             return True
 
@@ -5075,7 +5156,7 @@ class Signals:
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal of any kind, or END, also when the time is over."""
-        has_come = wait_ready(self._reader, select.POLLIN, None, timeout_s)
+        has_come = wait_ready(self._reader.fileno(), select.POLLIN, timeout_s)
         return self._reader.recv(1)[0] if has_come else self.END
 
     def wait_for_impatience(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import socket
@@ -194,6 +195,22 @@ def test_exchange_goes_through_its_states_in_order(rig: Rig) -> None:
     rig.until(lambda: exchange.state is State.FINISHED)
     assert exchange.outcome is Outcome.COMPLETED
     assert not rig.hub.exchanges
+
+
+def test_what_has_ended_is_freed_without_the_garbage_collector(rig: Rig) -> None:
+    slot, consumer = rig.slot(), rig.consumer()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            consumer.send(get(b"/"))
+            rig.until(lambda: has_bytes(slot))
+            slot.read_request()
+            slot.send(OK)
+            rig.response(consumer)
+        assert not [each for each in gc.get_objects() if isinstance(each, pothead.Exchange)]
+    finally:
+        gc.enable()
 
 
 def test_illegal_steps_are_faults_of_the_hub(rig: Rig) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import lzma
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -1301,15 +1302,15 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: pothead_worker.Stage) -> None:
         self.is_there, self.go_on = threading.Event(), threading.Event()
-        wait_ms = pothead_worker.Lobby._wait_ms
+        wait_s = pothead_worker.Lobby._wait_s
 
         def hold(lobby: pothead_worker.Lobby) -> float | None:
             if any(seat.stage is stage for seat in lobby.seats):
                 self.is_there.set()
                 assert self.go_on.wait(wire.DEADLINE_S)
-            return wait_ms(lobby)
+            return wait_s(lobby)
 
-        monkeypatch.setattr(pothead_worker.Lobby, "_wait_ms", hold)
+        monkeypatch.setattr(pothead_worker.Lobby, "_wait_s", hold)
 
 
 def test_request_whose_consumer_left_before_it_began_is_not_run(
@@ -1342,26 +1343,86 @@ def test_each_slot_serves_one_request_at_a_time(listener: wire.Listener) -> None
         assert one.read_response().body == two.read_response().body == b"hello"
 
 
+@pytest.fixture(params=[True, False], ids=["epoll", "poll"])
+def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system with epoll, and one without; slots give a connection back after each request."""
+    monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
+    if not request.param:
+        monkeypatch.delattr("select.epoll", raising=False)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_connection_that_a_slot_has_given_back_is_waited_with_and_used_again(
     serving: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = Tries()
-    wait = pothead_worker.Seat._wait
+    returns = Tries()
+    give_back = pothead_worker.Seat.give_back
 
-    def counting(seat: pothead_worker.Seat) -> None:
-        wait(seat)
-        waits.release()
+    def counting(seat: pothead_worker.Seat, ending: pothead_worker.Ending) -> None:
+        give_back(seat, ending)
+        returns.release()
 
-    monkeypatch.setattr(pothead_worker.Seat, "_wait", counting)
-    monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
+    monkeypatch.setattr(pothead_worker.Seat, "give_back", counting)
     served = serving(hello)
     for _ in range(5):
-        assert waits.acquire_many(1)
         assert ask(served.peer).body == b"hello"
-    assert waits.acquire_many(1)
+        assert returns.acquire_many(1)
     served.peer.finish_sending()
     served.peer.expect_eof()
     assert ask(served.accept_again()).body == b"hello"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_connection_that_is_given_back_after_its_end_was_seen_is_replaced(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_back = pothead_worker.Seat.give_back
+    is_read = threading.Event()
+
+    def end_before(seat: pothead_worker.Seat, ending: pothead_worker.Ending) -> None:
+        assert seat.link is not None and ending is pothead_worker.Ending.KEEP
+        is_gone = threading.Event()
+        seat.link.when_gone(is_gone.set)
+        assert is_read.wait(wire.DEADLINE_S)
+        served.peer.close()
+        assert is_gone.wait(wire.DEADLINE_S)
+        give_back(seat, ending)
+
+    served = serving(hello)
+    with monkeypatch.context() as patch:
+        patch.setattr(pothead_worker.Seat, "give_back", end_before)
+        assert ask(served.peer).body == b"hello"
+        is_read.set()
+        served.accept_again()
+    assert ask(served.peer).body == b"hello"
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="without it, the lobby does all of this itself")
+@pytest.mark.parametrize("moment", ["wait_again", "is_halting"])
+def test_connection_that_is_given_back_during_the_halt_is_closed(
+    serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    act, on_halt = getattr(pothead_worker.Lobby, moment), pothead_worker.Lobby._on_halt
+    is_halted = threading.Event()
+
+    def note(lobby: pothead_worker.Lobby, events: int) -> None:
+        on_halt(lobby, events)
+        is_halted.set()
+
+    def halt_before(lobby: pothead_worker.Lobby, *arguments: Any) -> object:
+        served.pool.stop()
+        assert is_halted.wait(wire.DEADLINE_S)
+        return act(lobby, *arguments)
+
+    monkeypatch.setattr(pothead_worker.Lobby, "_on_halt", note)
+    monkeypatch.setattr(pothead_worker.Lobby, moment, halt_before)
+    served = serving(hello)
+    monkeypatch.setattr(pothead_worker, "HAND_BACK_S", 0.0)
+    monkeypatch.setattr(pothead_worker, "CROSSING_S", 0.0)
+    assert ask(served.peer).body == b"hello"
+    served.peer.expect_eof()
+    assert served.pool.join() is True
+    assert not lines.having("ERROR")
 
 
 def test_connections_are_logged_once_they_all_are_there(listener: wire.Listener, lines: Lines) -> None:

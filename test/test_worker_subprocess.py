@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -300,6 +302,34 @@ def test_thousand_requests_leave_nothing_behind(start: Any, listener: wire.Liste
     assert after[:2] == before[:2]
     assert after[2] <= before[2]
     assert after[3] == before[3] == []
+
+
+def test_nothing_of_a_request_is_left_to_the_collector_of_garbage(
+    listener: wire.Listener, app_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[weakref.ref[pothead_worker.Exchange]] = []
+    answer = pothead_worker.ProcessServer.answer
+
+    def remember(server: pothead_worker.ProcessServer, exchange: pothead_worker.Exchange) -> object:
+        exchanges.append(weakref.ref(exchange))
+        return answer(server, exchange)
+
+    monkeypatch.setattr(pothead_worker.ProcessServer, "answer", remember)
+    monkeypatch.syspath_prepend(app_dir)
+    fork_server = ForkServer("jobs:app")
+    fork_server.start()
+    gc.disable()
+    try:
+        pool = WorkerPool(None, listener.worker, fork_server=fork_server)
+        pool.start()
+        with listener.accept() as peer:
+            ask(peer)
+            ask(peer)  # the worker is done with the first one when it takes the second
+        pool.stop()
+        assert pool.join()
+    finally:
+        gc.enable()
+    assert [exchange() for exchange in exchanges] == [None, None]
 
 
 # ---- Processes that fail -----------------------------------------------------------------------------
