@@ -158,6 +158,12 @@ class Limits:
     rest_again_s: float = 1.0  # ... and how soon it may rest again, for the sake of the others on the machine
     remembered_machines: int = 100  # that worked once and may come back
     token_bytes: int = 4 * KIB  # of the admin port's token: a head has room for it
+    remembered_pools: int = 100  # with those in use, before one that is not is forgotten
+    remembered_tenants: int = 1000  # that neither wait nor run, with what they have had
+    served_to_estimate: int = 10  # requests, before anybody is refused since his turn would come too late
+    claim_bytes: int = 1 * KIB  # of a field that says who goes first; a longer one is ignored
+    tenant_bytes: int = 64  # of a tenant's name; a longer one is told by its beginning and a digest
+    listed_tenants: int = 10  # those with the most worker time
 
 
 LIMITS: Final = Limits()
@@ -190,6 +196,10 @@ class Options:
     admin_token_for: str = "orders"
     max_queue: int = 1000
     queue_timeout: float = 60.0
+    no_worker_timeout: float = math.inf  # the queue's holds anyway
+    route: tuple[str, ...] = ()  # each PREFIX=ORIGIN
+    priority_step: float = 30.0
+    fair_by: str = "none"
     retry_after: float = 30.0  # a worker that is started, or starts again, takes about as long
     response_timeout: float = math.inf
     max_attempts: int = 2
@@ -217,12 +227,25 @@ class Options:
             _check(port is None or 0 <= port <= 65535, name, "is a port: 0 to 65535 (0: any free one)")
         for name in ("main_host", "worker_host", "admin_host", "ptth_host"):
             _check(getattr(self, name) != "", name, "is empty")
-        for name in ("queue_timeout", "response_timeout", "head_timeout", "keep_alive", "stall_timeout"):
+        for name in (
+            "queue_timeout", "no_worker_timeout", "response_timeout", "head_timeout", "keep_alive",
+            "stall_timeout",
+        ):  # fmt: skip
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
         _check(0 < self.retry_after < math.inf, "retry_after", "must be longer than nothing, and have an end")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
+        try:
+            read_routes(self.route)
+        except ValueError as exc:
+            raise ValueError(f"--route {exc}") from None
+        _check(
+            0 <= self.priority_step < math.inf, "priority_step", "cannot be negative, and must have an end"
+        )
+        _check(
+            _TOKEN_ONLY.fullmatch(self.fair_by.encode()) is not None, "fair_by", "is none, address or a field"
+        )
         for name in ("max_request_body", "response_spool", "spool_memory", "memory_budget", "disk_budget"):
             _check(getattr(self, name) >= 0, name, "cannot be negative")
         if self.spool_dir is not None:
@@ -278,6 +301,39 @@ def _check(holds: bool, name: str, complaint: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} {complaint}")
 
 
+def read_routes(routes: Iterable[str]) -> list[tuple[bytes, str]]:
+    """Returns the prefix and the origin of each route, the longest prefix first.  Raises ``ValueError``."""
+    found: dict[bytes, str] = {}
+    for route in routes:
+        prefix, _, text = route.partition("=")
+        origin = read_origin(text.encode())
+        if not re.fullmatch(r"/[!-~]*", prefix) or set(prefix) & set("?#"):
+            raise ValueError(f"{route!r} has no path prefix, as in /render=http://gpu.example")
+        if origin is None:
+            raise ValueError(f"{route!r} names no origin, as in /render=http://gpu.example")
+        if prefix.encode() in found:
+            raise ValueError(f"names the prefix {prefix} twice")
+        found[prefix.encode()] = origin
+    return sorted(found.items(), key=lambda route: -len(route[0]))
+
+
+_ORIGIN: Final = re.compile(rb"(https?)://([a-z0-9._~%-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_DEFAULT_PORTS: Final = {b"http": b"80", b"https": b"443"}
+
+
+@functools.lru_cache(maxsize=1024)
+def read_origin(text: bytes) -> str | None:
+    """Returns an origin as RFC 6454 serializes it, without a default port; ``None`` if it is none."""
+    match = _ORIGIN.fullmatch(text.lower())
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    port = b"" if port is None else port.lstrip(b"0") or b"0"
+    return (
+        scheme + b"://" + host + (b":" + port if port not in (b"", _DEFAULT_PORTS[scheme]) else b"")
+    ).decode()
+
+
 def _is_network(text: str) -> bool:
     try:
         ipaddress.ip_network(text, strict=False)
@@ -321,7 +377,8 @@ _REQUEST_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~+/=:@-]{1,128}")
 _KNOWN_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"date",
-        b"idempotency-key", b"max-forwards", b"upgrade", b"alpn", b"pothead-claim", b"pothead-worker",
+        b"idempotency-key", b"max-forwards", b"prefer", b"priority", b"upgrade", b"alpn", b"pothead-claim",
+        b"pothead-worker",
         b"x-request-id", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"authorization", b"pothead-action", b"sec-fetch-site",
     )
@@ -1089,14 +1146,16 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
 
 
 def forwarded_response(
-    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b""
-) -> bytes:
+    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b"",
+    hub_fields: bytes = b"",
+) -> bytes:  # fmt: skip
     """Returns the head to send to a consumer.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
+    ``hub_fields`` are ready field lines.
     """
-    parts = [head.forwarded]
+    parts = [head.forwarded, hub_fields]
     if framing is IN_CHUNKS:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if request_id := head.request_id or request_id:
@@ -1157,7 +1216,7 @@ def _reason(status: int) -> bytes:
 # A worker on the PTTH port opens with the handshake of draft-kazuho-ptth-ptth-01 over HTTP/1.1.  Where the
 # draft is silent, ``docs/protocol.md`` says what is done.
 
-_ORIGIN: Final = re.compile(
+_ASCII_ORIGIN: Final = re.compile(
     r"https?://(?:[a-z0-9](?:[a-z0-9.\-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
 )
 _SCOPE: Final = re.compile(rb"/\.well-known/ptth/([^/?]+)/")
@@ -1201,7 +1260,7 @@ class Registration(NamedTuple):
         return ", ".join(sorted(self.origins)) or "all origins"
 
 
-class Offer(NamedTuple):
+class Application(NamedTuple):
     """The head of a handshake, understood."""
 
     protocol: bytes  # to switch to
@@ -1213,14 +1272,14 @@ class Offer(NamedTuple):
 
 def is_origin(text: str) -> bool:
     """Whether it is the serialization of an origin, as RFC 6454 §6.2 makes it."""
-    if not _ORIGIN.fullmatch(text):
+    if not _ASCII_ORIGIN.fullmatch(text):
         return False
     scheme, _, rest = text.partition("://")
     port = rest.rpartition(":")[2] if re.search(r":[0-9]+\Z", rest) else ""
     return port != ("443" if scheme == "https" else "80") and int(port or 1) <= 65535
 
 
-def read_offer(head: RequestHead, compatible: Sequence[str] = ()) -> Offer:
+def read_application(head: RequestHead, compatible: Sequence[str] = ()) -> Application:
     """Returns what a worker offers.  Raises ``ProtocolError`` with the answer that it deserves."""
     known = head.known
     protocols = _list_of(known.get(b"upgrade", ()))
@@ -1243,7 +1302,7 @@ def read_offer(head: RequestHead, compatible: Sequence[str] = ()) -> Offer:
     origins = frozenset(_origins(scope[1])) if scope else frozenset[str]()
     is_envoy = len(_ENVOY_FIELD.findall(head.forwarded)) > 1
     process, slots = _claimant(known) if b"102" in known.get(b"pothead-claim", ()) else ("", 0)
-    return Offer(b"PTTH/1.0" if is_old else b"ptth", origins, is_envoy, process, slots)
+    return Application(b"PTTH/1.0" if is_old else b"ptth", origins, is_envoy, process, slots)
 
 
 def _claimant(known: KnownFields) -> tuple[str, int]:
@@ -1308,16 +1367,19 @@ def find_permit(head: RequestHead, names: Sequence[str] | None, permits: Mapping
 
 
 def register(
-    head: RequestHead, offer: Offer, names: Sequence[str] | None, permits: Mapping[str, Permit] | None
+    head: RequestHead,
+    application: Application,
+    names: Sequence[str] | None,
+    permits: Mapping[str, Permit] | None,
 ) -> Registration:
     """Returns with what a worker joins; without ``permits`` anybody may.  Raises ``ProtocolError``."""
     if permits is None:
-        return Registration(None, offer.origins, offer.process, offer.slots)
+        return Registration(None, application.origins, application.process, application.slots)
     permit = find_permit(head, names, permits)
-    if permit.origins and not offer.origins <= permit.origins:
-        refused = ", ".join(sorted(offer.origins - permit.origins))
+    if permit.origins and not application.origins <= permit.origins:
+        refused = ", ".join(sorted(application.origins - permit.origins))
         raise ProtocolError(403, f"worker {permit.name} may not serve {refused}")
-    return Registration(permit, offer.origins or permit.origins, offer.process, offer.slots)
+    return Registration(permit, application.origins or permit.origins, application.process, application.slots)
 
 
 def read_permits(text: str, path: str) -> dict[str, Permit]:
@@ -1368,6 +1430,14 @@ def _permit(words: list[str]) -> Permit:
 
 
 # ---- The policy: who is next, and who serves it (pure) ----------------------------------------------------
+#
+# A ticket has a rank: what its tenant has had, then its place (its arrival less its head start).  A slot has
+# a rank: how many pools it serves, how much its machine runs, how long it waits.  What is first is found with
+# ``Ranking``; the tenant that is next among those that wait in some pools, with ``Standings``.
+
+ANYTHING: Final[frozenset[str]] = frozenset()  # the origins of a slot that serves all pools
+NORMAL_URGENCY: Final = 3  # RFC 9218 §4.1
+Rank = tuple[Any, ...]
 
 
 class SlotLike(Protocol):
@@ -1377,23 +1447,463 @@ class SlotLike(Protocol):
     def machine(self) -> Machine[Any]:
         """The machine that it is on, as ``Policy.join`` has given it."""
 
+    @property
+    def origins(self) -> frozenset[str]:
+        """The pools that it serves, as ``Policy.join`` has been told; none for all of them."""
+
 
 ItemT = TypeVar("ItemT")
 SlotT = TypeVar("SlotT", bound=SlotLike)
+RankedT = TypeVar("RankedT")
+
+
+class Ranking(Generic[RankedT]):
+    """Things by rank, the least first; the rank is a function of the thing, ``None`` if it is not to be had.
+
+    A rank may rise at any time and nobody need tell: it is looked at when the thing comes to the top.  One
+    that has fallen must be filed again.
+    """
+
+    __slots__ = ("_filed", "_heap", "_numbers", "_rank")
+
+    def __init__(self, rank: Callable[[RankedT], Rank | None]) -> None:
+        self._rank = rank
+        self._heap: list[tuple[Rank, int, RankedT]] = []  # with some that are stale
+        self._filed: dict[RankedT, Rank] = {}  # the entry that counts
+        self._numbers = itertools.count()
+
+    def file(self, thing: RankedT) -> bool:
+        """Takes the thing up, or its rank that has fallen; returns whether that changed anything."""
+        rank = self._rank(thing)
+        if rank is None:
+            return False
+        filed = self._filed.get(thing)
+        if filed is not None and filed <= rank:
+            return False
+        self._filed[thing] = rank
+        heap = self._heap
+        entry = rank, next(self._numbers), thing
+        if heap and heap[0][2] is thing:
+            heapq.heapreplace(heap, entry)
+        else:
+            heapq.heappush(heap, entry)
+            if len(heap) > 2 * len(self._filed) + 64:
+                self._heap = [each for each in heap if self._filed.get(each[2]) is each[0]]
+                heapq.heapify(self._heap)
+        return True
+
+    def drop(self, thing: RankedT) -> None:
+        """Forgets the thing."""
+        if self._filed.pop(thing, None) is not None and not self._filed:
+            self._heap.clear()  # nothing is kept alive that has gone
+
+    def first(self) -> RankedT | None:
+        """Returns what has the least rank."""
+        heap, filed = self._heap, self._filed
+        while heap:
+            rank, number, thing = heap[0]
+            if filed.get(thing) is not rank:
+                heapq.heappop(heap)
+                continue
+            now = self._rank(thing)
+            if now == rank:
+                return thing
+            if now is None:
+                heapq.heappop(heap)
+                del filed[thing]
+            else:
+                filed[thing] = now
+                heapq.heapreplace(heap, (now, number, thing))
+        return None
+
+
+class Claim(NamedTuple):
+    """What decides when a request is served, beside its arrival."""
+
+    origin: str = ""  # its pool
+    tenant: str = ""
+    urgency: int = NORMAL_URGENCY
+    head_start_s: float = 0.0
+    wait_s: float | None = None  # that its consumer would wait at most, if it has said so
 
 
 class Ticket(Generic[ItemT]):
     """A request's place in the line.  One that does not wait may come back to it."""
 
-    __slots__ = ("expires_at", "filed", "item", "number", "since", "waits")
+    __slots__ = (
+        "expires_at", "filed", "item", "line", "number", "origin", "place", "run", "since", "urgency",
+        "waits",
+    )  # fmt: skip
 
-    def __init__(self, item: ItemT, number: int, since: float, expires_at: float) -> None:
+    def __init__(
+        self,
+        item: ItemT,
+        number: int,
+        since: float,
+        expires_at: float,
+        place: float,
+        urgency: int,
+        origin: str,
+    ) -> None:
         self.item = item
         self.number = number  # by arrival
         self.since = since  # monotonic seconds
         self.expires_at = expires_at
+        self.place = place  # monotonic seconds: when one without a head start would have come
+        self.urgency = urgency
+        self.origin = origin  # the pool that it belongs to, if that has a name
+        self.line: Line[ItemT]  # where it waits, or has waited last
+        self.run: Run | None = None  # the last one, if its tenant is charged for it
         self.filed = 0  # the number of its entry among the expiries
         self.waits = True
+
+
+class Line(Generic[ItemT]):
+    """The requests of one tenant in one pool, by place."""
+
+    __slots__ = ("_early", "_late", "_odd", "pool", "tenant", "waiting")
+
+    def __init__(self, pool: Pool, tenant: Tenant) -> None:
+        self.pool = pool
+        self.tenant = tenant
+        self.waiting = 0
+        self._late: deque[Ticket[ItemT]] = deque()  # by place, as they came; with some that do not wait
+        self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
+        self._odd: dict[int, int] = {}  # how many wait with another urgency than the normal one
+
+    def put(self, ticket: Ticket[ItemT]) -> bool:
+        """Takes up one that came after all others; returns whether it is behind them, too."""
+        ticket.line = self
+        self.waiting += 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
+        if self._late and ticket.place < self._late[-1].place:
+            heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+            return False
+        self._late.append(ticket)
+        return True
+
+    def put_back(self, ticket: Ticket[ItemT]) -> None:
+        """Takes up one that has been here before."""
+        ticket.line = self
+        self.waiting += 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
+        heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+        self._sweep()
+
+    def first_to_come(self) -> Ticket[ItemT] | None:
+        """Returns the first of those that wait as they came."""
+        late = self._late
+        while late and not late[0].waits:
+            late.popleft()
+        return late[0] if late else None
+
+    def first(self) -> Ticket[ItemT] | None:
+        """Returns the one that is next."""
+        late, early = self._late, self._early
+        while late and not late[0].waits:
+            late.popleft()
+        while early and not early[0][2].waits:
+            heapq.heappop(early)
+        if not early:
+            return late[0] if late else None
+        if not late or early[0][:2] < (late[0].place, late[0].number):
+            return early[0][2]
+        return late[0]
+
+    def take(self) -> Ticket[ItemT]:
+        """Removes and returns the one that is next; there must be one."""
+        if self._early:
+            return self._take_between()
+        late = self._late
+        ticket = late.popleft()
+        while not ticket.waits:
+            ticket = late.popleft()
+        ticket.waits = False
+        self.waiting -= 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] -= 1
+        return ticket
+
+    def _take_between(self) -> Ticket[ItemT]:
+        ticket = self.first()
+        assert ticket is not None
+        if self._late and self._late[0] is ticket:
+            self._late.popleft()
+        else:
+            heapq.heappop(self._early)
+        self._count_off(ticket)
+        return ticket
+
+    def withdraw(self, ticket: Ticket[ItemT]) -> None:
+        """Has a request that waits not wait any more."""
+        self._count_off(ticket)
+        self._sweep()
+
+    def _count_off(self, ticket: Ticket[ItemT]) -> None:
+        ticket.waits = False
+        self.waiting -= 1
+        if ticket.urgency != NORMAL_URGENCY:
+            self._odd[ticket.urgency] -= 1
+
+    def _sweep(self) -> None:
+        """Drops what does not wait any more, when it is more than what does."""
+        if len(self._late) + len(self._early) > 2 * self.waiting + 8:
+            self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        self._late = deque(ticket for ticket in self._late if ticket.waits)
+        self._early = [each for each in self._early if each[2].waits]
+        heapq.heapify(self._early)
+
+    def rank(self) -> Rank | None:
+        """Returns the place of the request that is next."""
+        ticket = self.first()
+        return None if ticket is None else (ticket.place, ticket.number)
+
+    def count_ahead(self, urgency: int) -> int:
+        """Returns how many of these are served before one that would come now, whatever happens."""
+        later = sum(count for each, count in self._odd.items() if each > urgency)
+        if urgency < NORMAL_URGENCY:
+            later += self.waiting - sum(self._odd.values())
+        return self.waiting - later
+
+    def __iter__(self) -> Iterator[Ticket[ItemT]]:
+        """Yields what waits, by place."""
+        late = ((ticket.place, ticket.number, ticket) for ticket in self._late)
+        for _, _, ticket in heapq.merge(late, sorted(self._early)):
+            if ticket.waits:
+                yield ticket
+
+    def oldest(self) -> float:
+        """Returns since when the oldest waits, infinity without one."""
+        if any(self._odd.values()):
+            return min((ticket.since for ticket in self), default=math.inf)
+        late = itertools.islice((ticket.since for ticket in self._late if ticket.waits), 1)
+        return min([*late, *(each[2].since for each in self._early if each[2].waits)], default=math.inf)
+
+    def remove(self, origin: str) -> list[Ticket[ItemT]]:
+        """Removes and returns those of a pool that has got a name."""
+        found = [ticket for ticket in self if ticket.origin == origin]
+        for ticket in found:
+            self._count_off(ticket)
+        if found:
+            self._drop_gone()
+        return found
+
+
+class Run:
+    """What a tenant is charged for one request that a slot serves, or has served."""
+
+    __slots__ = ("counted_s", "had_s", "is_charged", "since", "tenant", "turn")
+
+    GROWTH: Final = 1.25
+
+    def __init__(self, tenant: Tenant, now: float, counted_s: float) -> None:
+        self.tenant = tenant
+        self.since = now
+        self.counted_s = counted_s  # by estimate, and a little too much
+        self.had_s = 0.0  # for certain, and a little too little
+        self.turn = tenant.turn  # when that had one before
+        self.is_charged = True  # not any more when the request has to be run again
+
+
+class Tenant:
+    """One of those who share the slots, and what it has had of them."""
+
+    __slots__ = (
+        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order", "rank",
+        "running", "turn", "waiting", "worked_s",
+    )  # fmt: skip
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name = name
+        self.number = number
+        self.charge_s = 0.0  # worker time as it counts, with estimates for what runs
+        self.had_s = 0.0  # worker time as it counts, so far
+        self.epoch = 0  # in which these count
+        self.worked_s = 0.0  # worker time, as it was, of what has ended
+        self.waiting = 0
+        self.running = 0
+        self.turn = number  # when it last got a slot, or began to wait for one; a running number
+        self.rank: Rank = (0.0, 0)  # charge and turn; of the only one: the same for ever
+        self.lines: dict[Pool, Line[Any]] = {}
+        self.mask = 0  # the pools that it waits in
+        self.order: Ranking[Line[Any]] = Ranking(Line.rank)  # its lines, by place
+        self.newest: list[tuple[int, Ticket[Any]]] = []  # heap, with some that do not wait
+
+    def set_rank(self) -> None:
+        """Has the rank say what has changed."""
+        self.rank = (self.charge_s, self.turn)
+
+    def first_line(self, scope: Scope[Any]) -> Line[Any] | None:
+        """Returns the line with the request that is next, of those that these slots serve."""
+        if not scope.origins:
+            return self.order.first()
+        best, least = None, None
+        for line in filter(None, map(self.lines.get, scope.served)):
+            if (rank := line.rank()) is not None and (least is None or rank < least):
+                best, least = line, rank
+        return best
+
+    def activity(self) -> Rank | None:
+        """Returns its rank among those that wait or run."""
+        return (self.had_s,) if self.waiting or self.running else None
+
+    def size(self) -> Rank | None:
+        """Returns its rank by what waits, most first."""
+        return (-self.waiting, self.number) if self.waiting else None
+
+    def newest_ticket(self) -> Ticket[Any]:
+        """Returns the last to come of those that wait; there must be one."""
+        while not self.newest[0][1].waits:
+            heapq.heappop(self.newest)
+        return self.newest[0][1]
+
+    def note(self, ticket: Ticket[Any]) -> None:
+        """Keeps in mind one that waits now."""
+        heapq.heappush(self.newest, (-ticket.number, ticket))
+        if len(self.newest) > 2 * self.waiting + 8:
+            self.newest = sorted({each for each in self.newest if each[1].waits})
+
+
+class Standings:
+    """The tenants that wait, by rank; tells the first of those that wait in some pools.
+
+    Sorted pieces of a bounded length, each with a mask of the pools in which somebody in it waits, or has
+    waited not long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
+    """
+
+    __slots__ = ("_filed", "_masks", "_pieces")
+
+    LENGTH: Final = 64
+
+    def __init__(self) -> None:
+        self._pieces: list[list[tuple[float, int, Tenant]]] = [[]]
+        self._masks = [0]
+        self._filed: dict[Tenant, tuple[float, int, Tenant]] = {}
+
+    def file(self, tenant: Tenant) -> None:
+        """Takes a tenant up, or its new rank."""
+        self.drop(tenant)
+        entry = self._filed[tenant] = (tenant.charge_s, tenant.turn, tenant)
+        number = self._find(entry)
+        piece = self._pieces[number]
+        bisect.insort(piece, entry)
+        self._masks[number] |= tenant.mask
+        if len(piece) > 2 * self.LENGTH:
+            self._pieces[number : number + 1] = [piece[: self.LENGTH], piece[self.LENGTH :]]
+            self._masks.insert(number, self._masks[number])
+
+    def note(self, tenant: Tenant) -> None:
+        """The tenant waits in another pool, too."""
+        self._masks[self._find(self._filed[tenant])] |= tenant.mask
+
+    def drop(self, tenant: Tenant) -> None:
+        """Forgets the tenant."""
+        entry = self._filed.pop(tenant, None)
+        if entry is None:
+            return
+        number = self._find(entry)
+        piece = self._pieces[number]
+        del piece[bisect.bisect_left(piece, entry)]
+        if not piece and len(self._pieces) > 1:
+            del self._pieces[number], self._masks[number]
+
+    def first(self, mask: int) -> Tenant | None:
+        """Returns the first that waits in one of these pools."""
+        for number, known in enumerate(self._masks):
+            if known & mask:
+                seen = 0
+                for _, _, tenant in self._pieces[number]:
+                    if tenant.mask & mask:
+                        return tenant
+                    seen |= tenant.mask
+                self._masks[number] = seen
+        return None
+
+    def _find(self, entry: tuple[float, int, Tenant]) -> int:
+        number = bisect.bisect_left(self._pieces, entry, key=_last) if len(self._pieces) > 1 else 0
+        return min(number, len(self._pieces) - 1)
+
+
+def _last(piece: list[tuple[float, int, Tenant]]) -> tuple[float, int, Tenant]:
+    return piece[-1]
+
+
+class Pool:
+    """The requests that the same slots may serve."""
+
+    __slots__ = ("idle_since", "is_kept", "mask", "members", "origin", "scopes", "slots", "waiting")
+
+    def __init__(self, origin: str, mask: int, everything: Scope[Any]) -> None:
+        self.origin = origin  # none: all origins that have no pool of their own
+        self.mask = mask  # a bit of its own
+        self.is_kept = False
+        self.waiting = 0
+        self.slots = 0  # that have named it
+        self.idle_since = -math.inf  # without such a slot
+        self.members: dict[Tenant, Line[Any]] = {}
+        self.scopes: list[Scope[Any]] = [everything]  # that serve it
+
+
+class Scope(Generic[SlotT]):
+    """The slots that serve the same pools."""
+
+    __slots__ = ("idle", "mask", "offers", "origins", "served", "slots")
+
+    def __init__(self, origins: frozenset[str]) -> None:
+        self.origins = origins
+        self.served: list[Pool] = []  # by name; none if it is all
+        self.mask = 0 if origins else -1  # these pools
+        self.offers: Ranking[Offer[SlotT]] = Ranking(Offer.rank)
+        self.slots = 0
+        self.idle = 0
+
+    def rank(self) -> Rank | None:
+        """Returns the rank of the slot that is next."""
+        offer = self.offers.first()
+        return None if offer is None else (len(self.origins) or math.inf, *(offer.rank() or ()))
+
+
+class Offer(Generic[SlotT]):
+    """The slots of one machine and one scope."""
+
+    __slots__ = ("idle", "machine", "newest", "scope", "slots")
+
+    def __init__(self, machine: Machine[SlotT], scope: Scope[SlotT]) -> None:
+        self.machine = machine
+        self.scope = scope
+        self.slots = 0
+        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked: a number that falls
+        self.newest = 0  # that of the last one
+
+    def rank(self) -> Rank | None:
+        """Returns the rank of the slot that is next: fewest running, last parked."""
+        if not self.idle or self.machine.rests:
+            return None
+        return self.machine.running, self.newest
+
+    def park(self, slot: SlotT, number: int) -> None:
+        """Has a slot wait."""
+        self.newest = self.idle[slot] = -number
+
+    def take(self) -> SlotT:
+        """Removes and returns the slot that is next; there must be one."""
+        idle = self.idle
+        slot, _ = idle.popitem()
+        if idle:
+            self.newest = idle[next(reversed(idle))]
+        return slot
+
+    def remove(self, slot: SlotT) -> bool:
+        """Has a slot not wait any more; returns whether it did."""
+        if self.idle.pop(slot, None) is None:
+            return False
+        if self.idle:
+            self.newest = self.idle[next(reversed(self.idle))]
+        return True
 
 
 class Machine(Generic[SlotT]):
@@ -1403,16 +1913,16 @@ class Machine(Generic[SlotT]):
     """
 
     __slots__ = (
-        "entry", "failures", "idle", "left_at", "may_rest_at", "name", "requeues", "rests_until", "running",
+        "failures", "left_at", "may_rest_at", "name", "offers", "requeues", "rests", "rests_until", "running",
         "served", "slots",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.slots = 0  # connected now
-        self.idle: dict[SlotT, int] = {}  # those that wait, and when each was parked, as a running number
+        self.offers: dict[frozenset[str], Offer[SlotT]] = {}  # those slots, by what they serve
         self.running = 0
-        self.entry: tuple[int, int, Machine[SlotT]] | None = None  # in the policy's heap, if it can be given
+        self.rests = False  # its slots are given nothing
         self.rests_until = self.may_rest_at = -math.inf
         self.served = 0
         self.failures = 0
@@ -1423,137 +1933,534 @@ class Machine(Generic[SlotT]):
 class Policy(Generic[ItemT, SlotT]):
     """Requests and slots in, pairs out.
 
-    Requests are served first come, first served; one that comes back has its old place again.  Of the slots
-    that wait, one on the machine with the fewest running is taken, there the one parked last.  Each step
-    costs O(log n) at most.  ``now`` is monotonic seconds.
+    Requests are served by rank; one that comes back has its old rank again.  Without pools, urgencies and
+    fair shares that is first come, first served.  Of the slots that wait and may serve it, one that serves
+    the fewest pools is taken, then one on the machine with the fewest running, there the one parked last.
+    Each step costs O(log n) at most in requests, slots and machines, and less than O(√n) in tenants that
+    wait; what it costs in pools and kinds of slots is linear, since people write those down.  The first slot
+    that names an origin costs a look at all that waits.  ``now`` is monotonic seconds.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(
+        self,
+        max_length: int,
+        *,
+        no_worker_s: float = math.inf,
+        is_fair: bool = False,
+        origins: Iterable[str] = (),
+    ) -> None:
         self._max_length = max_length
+        self._no_worker_s = no_worker_s  # that a request waits at most while no slot could serve it
+        self._gives_up = no_worker_s < math.inf  # before its time is over
+        self.is_fair = is_fair
         self._numbers = itertools.count(1)
-        self._line: deque[Ticket[ItemT]] = deque()  # with tickets that do not wait any more, until swept
-        self._returned: list[tuple[int, Ticket[ItemT]]] = []  # heap; these came before those in the line
-        # Most expire in the order of the line.  Filed are the others: they came back, or may wait less long.
+        # Most expire in the order of the line.  Filed are the others: those that came back, or may wait less
+        # long than who came before, and all where there are more lines than one.
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
         self._last_expiry = -math.inf  # of those in the line that are not filed
-        self._machines: list[tuple[int, int, Machine[SlotT]]] = []  # heap: fewest running, last parked
+        self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
+        self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
+        self._anything = self._scopes[ANYTHING]
+        self._idle_since = -math.inf  # without a slot that serves everything
+        self._others = Pool("", 1, self._anything)
+        self._mask = 0  # the pools that somebody waits in
+        self._everybody = Tenant("", 0)
+        self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
+        self._others.members[self._everybody] = self._everybody.lines[self._others] = self._line
+        self._is_plain = not is_fair  # there is only one line
+        self.pools: dict[str, Pool] = {}  # those that have a name
         self.machines: dict[str, Machine[SlotT]] = {}  # that have slots
         self._resting: deque[Machine[SlotT]] = deque()  # by when that is over
         self.gone: dict[str, Machine[SlotT]] = {}  # that had some, in the order in which they went
         self.waiting = 0  # requests
         self.idle = 0  # slots
         self.running = 0  # slots
+        # What fair shares need.
+        self._now = 0.0
+        self.typical_s = 1.0  # what a request is charged at its start
+        self.tenants: dict[str, Tenant] = {}
+        self._away: dict[Tenant, None] = {}  # those of them that neither wait nor run, the first to go first
+        self._epoch = 0  # changes when nobody waits or runs: all start afresh
+        self._standings = Standings()
+        self._active: Ranking[Tenant] = Ranking(Tenant.activity)
+        self._largest: Ranking[Tenant] = Ranking(Tenant.size)
+        self._runs: dict[SlotT, Run] = {}
+        self._growing: list[tuple[float, int, Run]] = []  # heap, with some that are over
+        for origin in origins:
+            self._name(origin).is_kept = True
 
     # .. requests ..
 
     def __iter__(self) -> Iterator[ItemT]:
         """Yields what waits, in the order in which it will be served."""
-        for ticket in itertools.chain((ticket for _, ticket in sorted(self._returned)), self._line):
-            if ticket.waits:
-                yield ticket.item
+        return (ticket.item for ticket in self.tickets())
+
+    def tickets(self) -> Iterator[Ticket[ItemT]]:
+        """Yields what waits, as it will be served if all take equally long and any slot serves any pool."""
+        if self._is_plain:
+            yield from self._line
+            return
+        heap: list[tuple[Rank, float, int, Ticket[ItemT], Iterator[Ticket[ItemT]]]] = []
+        ranks: dict[Tenant, Rank] = {}
+        turns = itertools.count(next(self._numbers))
+        for line in self._lines():
+            rest = iter(line)
+            for ticket in itertools.islice(rest, 1):
+                heap.append((line.tenant.rank, ticket.place, ticket.number, ticket, rest))
+        heapq.heapify(heap)
+        while heap:
+            rank, place, number, ticket, rest = heap[0]
+            tenant = ticket.line.tenant
+            if rank != (due := ranks.get(tenant, rank)):
+                heapq.heapreplace(heap, (due, place, number, ticket, rest))
+                continue
+            heapq.heappop(heap)
+            yield ticket
+            if self.is_fair:
+                rank = ranks[tenant] = (rank[0] + self.typical_s, next(turns))
+            for ticket in itertools.islice(rest, 1):
+                heapq.heappush(heap, (rank, ticket.place, ticket.number, ticket, rest))
+
+    def _lines(self) -> Iterator[Line[ItemT]]:
+        for pool in self.all_pools():
+            yield from pool.members.values()
+
+    def all_pools(self) -> Iterator[Pool]:
+        """Yields those that have a name, then the one of all others."""
+        yield from self.pools.values()
+        yield self._others
 
     @property
     def is_full(self) -> bool:
         """Whether no other request may wait."""
         return self.waiting >= self._max_length
 
-    def put(self, item: ItemT, now: float, limit_s: float) -> Ticket[ItemT]:
-        """Has ``item`` wait behind all others, for so many seconds at most.  Ask ``is_full`` before."""
-        ticket = Ticket(item, next(self._numbers), now, now + limit_s)
-        self._line.append(ticket)
-        if ticket.expires_at >= self._last_expiry:
-            self._last_expiry = ticket.expires_at
+    def put(
+        self,
+        item: ItemT,
+        now: float,
+        limit_s: float,
+        claim: Claim | None = None,
+    ) -> Ticket[ItemT]:
+        """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
+        number, expires_at = next(self._numbers), now + limit_s
+        if claim is None:
+            ticket = Ticket(item, number, now, expires_at, now, NORMAL_URGENCY, "")
         else:
+            place = now - claim.head_start_s
+            ticket = Ticket(item, number, now, expires_at, place, claim.urgency, claim.origin)
+        if self._is_plain:
+            is_last = self._line.put(ticket)
+            if is_last and expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = expires_at
+            else:
+                self._file_expiry(ticket)
+        else:
+            self._put(ticket, self._find_tenant("" if claim is None else claim.tenant))
             self._file_expiry(ticket)
         self.waiting += 1
         return ticket
 
     def put_back(self, ticket: Ticket[ItemT], away_s: float) -> None:
-        """Has a request wait again, at its old place; the ``away_s`` seconds do not count as waiting."""
+        """Has a request wait again, at its old place; the ``away_s`` seconds do not count as waiting.
+
+        Its tenant is not charged for a run that has come to nothing.
+        """
         ticket.since += away_s
         ticket.expires_at += away_s
         ticket.waits = True
-        heapq.heappush(self._returned, (ticket.number, ticket))
-        self._file_expiry(ticket)
         self.waiting += 1
+        if self._is_plain:
+            self._line.put_back(ticket)
+        else:
+            self._put_back(ticket)
+        self._file_expiry(ticket)
         self._sweep()
 
     def withdraw(self, ticket: Ticket[ItemT]) -> None:
         """Has a request not wait any more; does nothing if it does not."""
         if ticket.waits:
-            ticket.waits = False
             self.waiting -= 1
+            ticket.line.withdraw(ticket)
+            if not self._is_plain:
+                self._after_removal(ticket.line)
             self._sweep()
+
+    def evicted_by(self, tenant: str) -> Ticket[ItemT] | None:
+        """Returns which request has to go, of those of the tenant with the most, for one of this tenant."""
+        largest = self._largest.first() if self.is_fair else None
+        if largest is None:
+            return None
+        known = self.tenants.get(tenant)
+        if known is not None and known.waiting >= largest.waiting:
+            return None
+        return largest.newest_ticket()
+
+    def count_ahead(self, claim: Claim) -> int:
+        """Returns how many requests are certain to be served before one that would come now."""
+        known = self.tenants.get(claim.tenant) if self.is_fair else self._everybody
+        line = None if known is None else self.pool_of(claim.origin).members.get(known)
+        return 0 if line is None else line.count_ahead(claim.urgency)
+
+    def pool_of(self, origin: str) -> Pool:
+        """Returns the pool of an origin: the common one if it has none of its own."""
+        return self.pools.get(origin, self._others)
+
+    def slots_of(self, pool: Pool) -> int:
+        """Returns how many slots serve it, idle or busy."""
+        return pool.slots + self._anything.slots
+
+    def idle_of(self, pool: Pool) -> int:
+        """Returns how many of these are idle."""
+        return sum(scope.idle for scope in pool.scopes)
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        over_at = self._resting[0].rests_until if self._resting else math.inf
-        return min(over_at, self.next_expiry()) if self.waiting else over_at
+        at = self.next_expiry() if self.waiting else math.inf
+        if self._resting:
+            at = min(at, self._resting[0].rests_until)
+        if self._orphaned and self.waiting:
+            at = min(at, self._orphaned[0][0])
+        return at
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
-        ticket = self._next_to_expire()
-        return math.inf if ticket is None else ticket.expires_at
+        following = self._next_to_expire()
+        return math.inf if following is None else following[0]
 
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
         expired = []
-        while (ticket := self._next_to_expire()) is not None and ticket.expires_at <= now:
+        while self._orphaned and self._orphaned[0][0] <= now:
+            pool = self._orphaned.popleft()[1]
+            left_at = max(pool.idle_since, self._idle_since)
+            if self.slots_of(pool) or left_at + self._no_worker_s > now:
+                continue  # somebody has come, if only for a while
+            for line in list(pool.members.values()):
+                for ticket in [each for each in line if self._due(each) <= now]:
+                    self.withdraw(ticket)
+                    expired.append(ticket.item)
+        while (following := self._next_to_expire()) is not None and following[0] <= now:
+            ticket = following[1]
             self.withdraw(ticket)
             expired.append(ticket.item)
         return expired
 
     def oldest_wait(self, now: float) -> float:
         """Returns how long the request that has waited longest has waited, in seconds."""
-        first = itertools.islice((ticket.since for ticket in self._line if ticket.waits), 1)
-        returned = (ticket.since for _, ticket in self._returned if ticket.waits)
-        return now - min([*first, *returned], default=now)
+        oldest = min((line.oldest() for line in self._lines()), default=math.inf)
+        return now - oldest if oldest < math.inf else 0.0
 
-    def _next_to_expire(self) -> Ticket[ItemT] | None:
-        """Returns the one that expires first: the first in the line, if it is not one of those filed."""
-        line, filed = self._line, self._expiries
-        while line and not line[0].waits:
-            line.popleft()
-        while filed and not _is_of_now(filed[0]):
+    def _due(self, ticket: Ticket[ItemT]) -> float:
+        """Returns when its time is over, as things stand."""
+        pool = ticket.line.pool
+        if self.slots_of(pool):
+            return ticket.expires_at
+        alone_since = max(ticket.since, pool.idle_since, self._idle_since)
+        return min(ticket.expires_at, alone_since + self._no_worker_s)
+
+    def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
+        """Returns what expires first, and when: the first in the line, if it is not one of those filed."""
+        filed = self._expiries
+        while filed:
+            at, number, ticket = filed[0]
+            is_of_now = ticket.waits and ticket.filed == number
+            if is_of_now and not (self._gives_up and at < self._due(ticket)):
+                break
             heapq.heappop(filed)
-        if filed and (not line or filed[0][0] < line[0].expires_at):
-            return filed[0][2]
-        return line[0] if line else None
+            if is_of_now:  # meanwhile there is somebody to serve it
+                self._file_expiry(ticket)
+        first = self._line.first_to_come() if self._is_plain and not self._gives_up else None
+        if filed and (first is None or filed[0][0] < first.expires_at):
+            return filed[0][0], filed[0][2]
+        return None if first is None else (first.expires_at, first)
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
-        if ticket.expires_at < math.inf:
-            heapq.heappush(self._expiries, (ticket.expires_at, ticket.filed, ticket))
-
-    def _take_ticket(self) -> Ticket[ItemT]:
-        while True:
-            ticket = heapq.heappop(self._returned)[1] if self._returned else self._line.popleft()
-            if ticket.waits:
-                ticket.waits = False
-                self.waiting -= 1
-                return ticket
+        due = self._due(ticket) if self._gives_up else ticket.expires_at
+        if due < math.inf:
+            heapq.heappush(self._expiries, (due, ticket.filed, ticket))
 
     def _sweep(self) -> None:
-        """Drops what does not wait any more, when it is more than what does."""
-        if len(self._line) + len(self._returned) + len(self._expiries) > 4 * self.waiting + 64:
-            self._line = deque(ticket for ticket in self._line if ticket.waits)
-            self._returned = [each for each in self._returned if each[1].waits]
+        """Drops expiries of what does not wait any more, when they are more than the others."""
+        if len(self._expiries) > 4 * self.waiting + 64:
             self._expiries = [each for each in self._expiries if _is_of_now(each)]
-            heapq.heapify(self._returned)
             heapq.heapify(self._expiries)
+
+    # .. lines and pools ..
+
+    def _line_of(self, pool: Pool, tenant: Tenant) -> Line[ItemT]:
+        line = pool.members.get(tenant)
+        if line is None:
+            line = pool.members[tenant] = tenant.lines[pool] = Line(pool, tenant)
+        return line
+
+    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
+        line = self._line_of(self.pool_of(ticket.origin), tenant)
+        if self.is_fair and not tenant.waiting:
+            self._enter(tenant)
+            self._lift(tenant)
+        line.put(ticket)
+        self._after_arrival(line, ticket)
+
+    def _put_back(self, ticket: Ticket[ItemT]) -> None:
+        tenant = ticket.line.tenant
+        if self.is_fair:
+            self.tenants[tenant.name] = tenant  # it may have been forgotten
+            if ticket.run is not None:
+                self._refund(ticket.run)
+                ticket.run = None
+            if not tenant.waiting:
+                self._enter(tenant)
+        line = self._line_of(self.pool_of(ticket.origin), tenant)
+        line.put_back(ticket)
+        self._after_arrival(line, ticket)
+
+    def _after_arrival(self, line: Line[ItemT], ticket: Ticket[ItemT]) -> None:
+        pool, tenant = line.pool, line.tenant
+        pool.waiting += 1
+        self._mask |= pool.mask
+        tenant.mask |= pool.mask
+        if line.first() is ticket:
+            tenant.order.file(line)
+        if not self.is_fair:
+            return
+        tenant.waiting += 1
+        tenant.note(ticket)
+        self._largest.file(tenant)
+        if tenant.waiting == 1:
+            self._active.file(tenant)
+            self._standings.file(tenant)
+        elif line.waiting == 1:
+            self._standings.note(tenant)
+
+    def _after_removal(self, line: Line[ItemT]) -> None:
+        pool, tenant = line.pool, line.tenant
+        pool.waiting -= 1
+        if not pool.waiting:
+            self._mask &= ~pool.mask
+        if not self.is_fair:
+            return
+        if not line.waiting:
+            self._drop_line(line)
+        tenant.waiting -= 1
+        if not tenant.waiting:
+            tenant.newest.clear()
+            self._standings.drop(tenant)
+            self._exit(tenant)
+
+    def _drop_line(self, line: Line[ItemT]) -> None:
+        line.tenant.mask &= ~line.pool.mask
+        line.tenant.order.drop(line)
+        del line.pool.members[line.tenant]
+        del line.tenant.lines[line.pool]
+
+    def _name(self, origin: str) -> Pool:
+        """Returns the pool of an origin, which gets one of its own if it has none."""
+        pool = self.pools.get(origin)
+        if pool is None:
+            if len(self.pools) >= LIMITS.remembered_pools:
+                self._forget_a_pool()
+            used = functools.reduce(lambda mask, each: mask | each.mask, self.all_pools(), 0)
+            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything)
+            self._end_plainness()
+            for line in list(self._others.members.values()):
+                self._move(line, pool)
+        return pool
+
+    def _end_plainness(self) -> None:
+        if self._is_plain:
+            self._is_plain = False
+            for ticket in self._line:
+                if not ticket.filed:
+                    self._file_expiry(ticket)
+            self._others.waiting = self.waiting
+            self._mask = self._others.mask if self.waiting else 0
+            self._everybody.order.file(self._line)
+
+    def _move(self, line: Line[ItemT], pool: Pool) -> None:
+        """Moves those of a line that belong to the pool."""
+        found = line.remove(pool.origin)
+        if not found:
+            return
+        tenant = line.tenant
+        target = self._line_of(pool, tenant)
+        for ticket in found:
+            ticket.waits = True
+            target.put_back(ticket)
+        pool.waiting += len(found)
+        self._mask |= pool.mask
+        tenant.mask |= pool.mask
+        tenant.order.file(target)
+        line.pool.waiting -= len(found)
+        if not line.pool.waiting:
+            self._mask &= ~line.pool.mask
+        if self.is_fair:
+            self._standings.note(tenant)
+            if not line.waiting:
+                self._drop_line(line)
+
+    def _forget_a_pool(self) -> None:
+        """Forgets the first pool that nobody has, serves or waits for."""
+        for pool in self.pools.values():
+            if not (pool.is_kept or pool.slots or pool.waiting):
+                del self.pools[pool.origin]
+                return
+
+    # .. tenants ..
+
+    def worker_times(self, now: float) -> dict[Tenant, float]:
+        """Returns how many seconds each tenant has had of the slots, with what runs."""
+        times = {tenant: tenant.worked_s for tenant in self.tenants.values()}
+        for run in self._runs.values():
+            if run.is_charged and run.since < math.inf:
+                times[run.tenant] += now - run.since
+        return times
+
+    def charge_of(self, tenant: Tenant) -> float:
+        """Returns what a tenant's worker time counts."""
+        return tenant.charge_s if tenant.epoch == self._epoch else 0.0
+
+    def _find_tenant(self, name: str) -> Tenant:
+        if not self.is_fair:
+            return self._everybody
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = Tenant(name, next(self._numbers))
+        return tenant
+
+    def _enter(self, tenant: Tenant) -> None:
+        """A tenant that had nothing waiting has a request."""
+        self._away.pop(tenant, None)
+        if tenant.epoch != self._epoch:
+            tenant.epoch, tenant.charge_s, tenant.had_s = self._epoch, 0.0, 0.0
+        tenant.set_rank()
+
+    def _lift(self, tenant: Tenant) -> None:
+        """Has a tenant that had nothing waiting begin at the least that the other active ones have had."""
+        self._active.drop(tenant)
+        least = self._active.first()
+        if least is not None and least.had_s > tenant.had_s:
+            tenant.charge_s += least.had_s - tenant.had_s
+            tenant.had_s = least.had_s
+        tenant.turn = next(self._numbers)
+        tenant.set_rank()
+
+    def _exit(self, tenant: Tenant) -> None:
+        """Forgets a tenant, sooner or later, if it neither waits nor runs."""
+        if tenant.waiting or tenant.running:
+            return
+        self._active.drop(tenant)
+        self._largest.drop(tenant)
+        self._away[tenant] = None
+        if len(self._away) > LIMITS.remembered_tenants:
+            oldest = next(iter(self._away))
+            del self._away[oldest]
+            del self.tenants[oldest.name]
+        if self._active.first() is None:
+            self._epoch += 1
+
+    def _charge(self, slot: SlotT, ticket: Ticket[ItemT]) -> None:
+        """Charges a tenant for a request that begins, by estimate."""
+        tenant = ticket.line.tenant
+        run = ticket.run = self._runs[slot] = Run(tenant, self._now, max(self.typical_s, 0.001))
+        tenant.running += 1
+        tenant.charge_s += run.counted_s
+        tenant.turn = next(self._numbers)
+        tenant.set_rank()
+        heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+        if len(self._growing) > 4 * len(self._runs) + 64:
+            running = set(self._runs.values())
+            self._growing = [each for each in self._growing if each[2] in running]
+            heapq.heapify(self._growing)
+
+    def _grow(self, now: float) -> None:
+        """Charges a quarter more for each request that has run for as long as it has been charged for.
+
+        So what a tenant is charged changes in steps, of which a request has few, however long it runs.
+        """
+        while self._growing and self._growing[0][0] <= now:
+            run = heapq.heappop(self._growing)[2]
+            while run.is_charged and run.since + run.counted_s <= now:
+                tenant, more_s = run.tenant, run.counted_s * (Run.GROWTH - 1)
+                tenant.had_s += run.counted_s - run.had_s
+                tenant.charge_s += more_s
+                run.had_s = run.counted_s
+                run.counted_s += more_s
+                self._file_tenant(tenant)
+            if run.is_charged and run.since < math.inf:
+                heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+
+    def _settle(self, run: Run, now: float) -> None:
+        """Corrects what was charged for a request that has ended."""
+        tenant = run.tenant
+        tenant.running -= 1
+        if run.is_charged:
+            worked_s = now - run.since
+            tenant.charge_s += worked_s - run.counted_s
+            tenant.had_s += worked_s - run.had_s
+            tenant.worked_s += worked_s
+            run.counted_s = run.had_s = worked_s
+            run.since = math.inf  # it is charged no more
+        self._file_tenant(tenant)
+        self._exit(tenant)
+
+    def _refund(self, run: Run) -> None:
+        """Takes back what was charged for a request that has to be run again."""
+        run.tenant.charge_s -= run.counted_s
+        run.tenant.had_s -= run.had_s
+        if run.since == math.inf:
+            run.tenant.worked_s -= run.counted_s
+        run.is_charged = False
+        run.tenant.turn = min(run.tenant.turn, run.turn)
+        self._file_tenant(run.tenant)
+
+    def _file_tenant(self, tenant: Tenant) -> None:
+        """What a tenant has had is not what it was."""
+        tenant.set_rank()
+        self._active.file(tenant)
+        if tenant.waiting:
+            self._standings.file(tenant)
 
     # .. slots ..
 
-    def join(self, name: str) -> Machine[SlotT]:
-        """Counts a new slot of the machine, and returns that."""
+    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Machine[SlotT]:
+        """Counts a new slot of the machine, which serves these origins, and returns the machine."""
         machine = self.machines.get(name)
         if machine is None:
             machine = self.machines[name] = self.gone.pop(name) if name in self.gone else Machine(name)
         machine.slots += 1
+        offer = machine.offers.get(origins)
+        if offer is None:
+            offer = machine.offers[origins] = Offer(machine, self._scope_of(origins))
+        offer.slots += 1
+        offer.scope.slots += 1
+        for pool in offer.scope.served:
+            pool.slots += 1
         return machine
 
-    def leave(self, machine: Machine[SlotT], now: float) -> None:
+    def _scope_of(self, origins: frozenset[str]) -> Scope[SlotT]:
+        scope = self._scopes.get(origins)
+        if scope is None:
+            scope = self._scopes[origins] = Scope(origins)
+            for origin in sorted(origins):
+                pool = self._name(origin)
+                pool.slots += 1  # so that it is not forgotten for the next one
+                scope.served.append(pool)
+                scope.mask |= pool.mask
+                pool.scopes.append(scope)
+            for pool in scope.served:
+                pool.slots -= 1
+        return scope
+
+    def leave(self, machine: Machine[SlotT], now: float, origins: frozenset[str] = ANYTHING) -> None:
         """Counts one slot less; it must not wait or run any more."""
+        offer = machine.offers[origins]
+        offer.slots -= 1
+        if not offer.slots:
+            del machine.offers[origins]
+            offer.scope.offers.drop(offer)
+        self._count_off(offer.scope, now)
         machine.slots -= 1
         if not machine.slots:
             machine.left_at = now
@@ -1561,66 +2468,106 @@ class Policy(Generic[ItemT, SlotT]):
             if len(self.gone) > LIMITS.remembered_machines:
                 del self.gone[next(iter(self.gone))]
 
+    def _count_off(self, scope: Scope[SlotT], now: float) -> None:
+        scope.slots -= 1
+        for pool in scope.served:
+            pool.slots -= 1
+            if not pool.slots:
+                pool.idle_since = now
+                self._orphan(pool, now)
+        if scope.slots:
+            return
+        if scope is self._anything:
+            self._idle_since = now
+            for pool in self.all_pools():
+                self._orphan(pool, now)
+        else:
+            del self._scopes[scope.origins]
+            for pool in scope.served:
+                pool.scopes.remove(scope)
+
+    def _orphan(self, pool: Pool, now: float) -> None:
+        """Notes when the requests of a pool give up, if it has no slots any more."""
+        if self._gives_up and not self.slots_of(pool):
+            self._orphaned.append((now + self._no_worker_s, pool))
+
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
-        slot.machine.idle[slot] = next(self._numbers)
+        offers = slot.machine.offers
+        offer = offers[slot.origins]
+        offer.park(slot, next(self._numbers))
+        offer.scope.idle += 1
         self.idle += 1
-        self._file(slot.machine)
+        if len(offers) == 1:
+            offer.scope.offers.file(offer)
+        else:
+            self._file(slot.machine)
 
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
-        if slot.machine.idle.pop(slot, None) is not None:
+        offer = slot.machine.offers[slot.origins]
+        if offer.remove(slot):
+            offer.scope.idle -= 1
             self.idle -= 1
-            self._file(slot.machine)
 
-    def release(self, slot: SlotT, *, park: bool = False) -> None:
+    def release(self, slot: SlotT, now: float, *, park: bool = False) -> None:
         """Stops counting a slot as running; with ``park`` it waits again."""
         slot.machine.running -= 1
         self.running -= 1
+        if self._runs and (run := self._runs.pop(slot, None)) is not None:
+            self._settle(run, now)
         if park:
             self.park(slot)
         else:
             self._file(slot.machine)
 
-    def take_slot(self) -> SlotT | None:
-        """Returns the slot that is next, and counts it as running."""
-        while self._machines:
-            entry = heapq.heappop(self._machines)
-            machine = entry[2]
-            if machine.entry is entry:
-                slot, _ = machine.idle.popitem()
-                machine.running += 1
-                self.idle -= 1
-                self.running += 1
-                self._file(machine)
+    def take_spare(self, needed: int) -> SlotT | None:
+        """Returns, counted as running, a slot of which there are more than needed of its kind."""
+        for scope in self._scopes.values():
+            if scope.idle > needed and (slot := self._take_slot(scope)) is not None:
                 return slot
         return None
+
+    def _best(self, scopes: Iterable[Scope[SlotT]]) -> Scope[SlotT] | None:
+        """Returns the scope whose slot is next."""
+        best, least = None, None
+        for scope in scopes:
+            if scope.idle and (rank := scope.rank()) is not None and (least is None or rank < least):
+                best, least = scope, rank
+        return best
+
+    def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
+        offer = scope.offers.first()
+        if offer is None:
+            return None
+        slot = offer.take()
+        offer.machine.running += 1
+        scope.idle -= 1
+        self.idle -= 1
+        self.running += 1
+        return slot
 
     def rest(self, machine: Machine[SlotT], now: float) -> None:
         """Gives a machine that has lost a slot nothing for a moment: its others may be about to go, too."""
         if now >= machine.may_rest_at:
-            machine.rests_until = now + LIMITS.rest_s
+            machine.rests, machine.rests_until = True, now + LIMITS.rest_s
             machine.may_rest_at = now + LIMITS.rest_again_s
             self._resting.append(machine)
-            self._file(machine)
 
     def wake(self, now: float) -> None:
-        """Ends the rest of those that have rested."""
+        """Ends the rest of those that have rested, and brings what runs up to date."""
+        self._now = now
         while self._resting and self._resting[0].rests_until <= now:
             machine = self._resting.popleft()
-            machine.rests_until = -math.inf
+            machine.rests = False
             self._file(machine)
+        if self._growing:
+            self._grow(now)
 
     def _file(self, machine: Machine[SlotT]) -> None:
-        """Makes a new entry for a machine that has changed; the one before is stale and skipped."""
-        machine.entry = None
-        if machine.idle and machine.rests_until == -math.inf:
-            newest = machine.idle[next(reversed(machine.idle))]
-            machine.entry = entry = (machine.running, -newest, machine)
-            heapq.heappush(self._machines, entry)
-            if len(self._machines) > 4 * len(self.machines) + 64:
-                self._machines = [each.entry for each in self.machines.values() if each.entry is not None]
-                heapq.heapify(self._machines)
+        """The rank of a machine's slots may have fallen."""
+        for offer in machine.offers.values():
+            offer.scope.offers.file(offer)
 
     # .. pairs ..
 
@@ -1629,15 +2576,96 @@ class Policy(Generic[ItemT, SlotT]):
 
         The slot counts as running.  What does not come about is returned with ``put_back`` and ``release``.
         """
-        if not self.waiting or (slot := self.take_slot()) is None:
+        if not self.waiting:
             return None
-        return self._take_ticket(), slot
+        if self._is_plain:
+            slot = self._take_slot(self._anything)
+            if slot is None:
+                return None
+            self.waiting -= 1
+            return self._line.take(), slot
+        line = self._next_line()
+        scope = None if line is None else self._best(line.pool.scopes)
+        slot = None if scope is None else self._take_slot(scope)
+        if line is None or slot is None:
+            return None
+        ticket = line.take()
+        self.waiting -= 1
+        if self.is_fair:
+            self._charge(slot, ticket)
+        self._after_removal(line)
+        if line.tenant.waiting:
+            self._standings.file(line.tenant)
+        return ticket, slot
+
+    def _next_line(self) -> Line[ItemT] | None:
+        """Returns the line whose first request is next, of those that a waiting slot serves."""
+        best, least = None, None
+        for scope in self._scopes.values():
+            mask = scope.mask & self._mask
+            if not mask or not scope.idle or scope.offers.first() is None:
+                continue
+            tenant = self._standings.first(mask) if self.is_fair else self._everybody
+            line = None if tenant is None else tenant.first_line(scope)
+            if line is not None and (least is None or (line.tenant.rank, line.rank()) < least):
+                best, least = line, (line.tenant.rank, line.rank())
+        return best
 
 
-def _is_of_now(expiry: tuple[float, int, Ticket[ItemT]]) -> bool:
+def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:
     """Whether the request waits, and has not been away since."""
     _, filed, ticket = expiry
     return ticket.waits and ticket.filed == filed
+
+
+# Structured fields (RFC 9651), as far as a dictionary of them needs to be understood.
+_SF_KEY: Final = rb"[a-z*][a-z0-9_.*-]*"
+_SF_BARE: Final = (
+    rb"(?:-?[0-9]{1,15}(?:\.[0-9]{1,3})?|\"(?:[ !#-\[\]-~]|\\[\"\\])*\"|:[A-Za-z0-9+/=]*:|\?[01]"
+    rb"|[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*)"
+)
+_SF_PARAMETERS: Final = rb"(?:; *" + _SF_KEY + rb"(?:=" + _SF_BARE + rb")?)*"
+_SF_INNER_LIST: Final = rb"\( *(?:" + _SF_BARE + _SF_PARAMETERS + rb"(?: +|(?=\))))*\)"
+_SF_MEMBER: Final = (
+    rb"(" + _SF_KEY + rb")(?:=(" + _SF_BARE + rb"|" + _SF_INNER_LIST + rb"))?" + _SF_PARAMETERS
+)
+_SF_DICTIONARY: Final = re.compile(rb" *" + _SF_MEMBER + rb"(?:[ \t]*,[ \t]*" + _SF_MEMBER + rb")* *")
+_SF_MEMBERS: Final = re.compile(_SF_MEMBER + rb"(?:[ \t]*,[ \t]*)?")
+_WORD: Final = rb"(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
+_PARAMETER: Final = _TOKEN + rb"(?:[ \t]*=[ \t]*" + _WORD + rb")?"
+_PREFERENCE: Final = (
+    rb"(" + _TOKEN + rb")(?:[ \t]*=[ \t]*(" + _WORD + rb"))?(?:[ \t]*;(?:[ \t]*" + _PARAMETER + rb")?)*"
+)
+_PREFERENCES: Final = re.compile(rb"[ \t,]*" + _PREFERENCE + rb"[ \t]*(?:,|\Z)")
+
+
+def read_urgency(values: Sequence[bytes]) -> int:
+    """Returns what a Priority field tells (RFC 9218 §4.1), the normal urgency if it makes no sense."""
+    text, urgency = b", ".join(values), NORMAL_URGENCY
+    if len(text) <= LIMITS.claim_bytes and _SF_DICTIONARY.fullmatch(text):
+        for match in _SF_MEMBERS.finditer(text):
+            if match[1] == b"u":
+                told = match[2] or b""
+                urgency = int(told) if re.fullmatch(rb"0*[0-7]", told) else NORMAL_URGENCY
+    return urgency
+
+
+def read_wait(values: Sequence[bytes]) -> float | None:
+    """Returns the seconds that a Prefer field would wait (RFC 7240 §4.3), ``None`` if it does not tell."""
+    text, position, wait_s = b", ".join(values), 0, None
+    if len(text) > LIMITS.claim_bytes:
+        return None
+    while position < len(text):
+        match = _PREFERENCES.match(text, position)
+        if match is None:
+            return wait_s if not text[position:].strip(b" \t,") else None
+        if match[1].lower() == b"wait" and wait_s is None:
+            told = (match[2] or b"").strip(b'"')
+            if not re.fullmatch(rb"[0-9]{1,9}", told):
+                return None
+            wait_s = float(told)
+        position = match.end()
+    return wait_s
 
 
 def wait_estimate(queued: int, slots: int, mean_service_s: float) -> int | None:
@@ -2175,7 +3203,7 @@ class Transport:
 
     __slots__ = ("_poll", "_sock", "_unacknowledged_s")
 
-    scheme = b"http"
+    scheme = b"http"  # of what a consumer asks for over it
     can_splice = CAN_SPLICE
     has_rest = False  # bytes that have come and of which the socket does not tell
 
@@ -2813,6 +3841,7 @@ class Outcome(enum.Enum):
     COMPLETED = ("OK", 0, "")
     QUEUE_FULL = ("QF", 503, "the queue is full")
     QUEUE_TIMEOUT = ("QT", 503, "no worker became free in time")
+    QUEUE_TOO_LONG = ("QW", 503, "the queue is longer than the consumer would wait")
     DRAINING = ("DR", 503, "the service is shutting down")
     CANCELLED = ("AC", 503, "an operator cancelled the request")
     WORKER_LOST = ("WL", 502, "the worker was lost before it answered")
@@ -2877,9 +3906,9 @@ class Exchange:
 
     __slots__ = (
         "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
-        "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "consumer", "detail", "head",
-        "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address", "spool",
-        "state", "status", "ticket", "worker_name", "worker_s",
+        "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "claim", "consumer", "detail",
+        "head", "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address",
+        "spool", "state", "status", "ticket", "worker_name", "worker_s",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, consumer: Consumer, head: RequestHead) -> None:
@@ -2900,6 +3929,7 @@ class Exchange:
         self.received_at = hub.loop.now
         self.since = hub.loop.now  # it waits
         self.queued_s = self.worker_s = 0.0
+        self.claim: Claim | None = None  # what it claims of the order, if anybody asks
         self.outcome: Outcome | None = None
         self.detail = ""
         self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
@@ -2930,7 +3960,7 @@ class Exchange:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not has_body:
             self.on_request_end()
-        elif not hub.has_room():
+        elif not hub.has_room() and not hub.can_make_room(self):
             self.finish(Outcome.QUEUE_FULL)
         elif not hub.has_room_for_upload(head_bytes):
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
@@ -2988,12 +4018,28 @@ class Exchange:
         hub = self._hub
         if self._upload_bytes:
             self._count_upload(0)
-        if not hub.has_room():
+        limit_s, tenant = hub.options.queue_timeout, ""
+        claim = self.claim = hub.claims.of(self)
+        if claim is not None:
+            tenant = claim.tenant
+            if claim.wait_s is not None:
+                limit_s = min(limit_s, claim.wait_s)
+                if (estimate_s := hub.estimate_start_s(claim)) > claim.wait_s:
+                    self.finish(
+                        Outcome.QUEUE_TOO_LONG, f"about {estimate_s:.0f} s, and not {claim.wait_s:.0f}"
+                    )
+                    return
+        if not hub.has_room() and not hub.make_room(tenant):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(QUEUED)
-        self.since = hub.loop.now
-        self.ticket = hub.policy.put(self, hub.loop.now, hub.options.queue_timeout)
+        self.since = now = hub.loop.now
+        self.ticket = hub.policy.put(self, now, limit_s, claim)
+
+    @property
+    def wait_s(self) -> float | None:
+        """For how many seconds the consumer would wait at most, if it has said so."""
+        return None if self.claim is None else self.claim.wait_s
 
     # .. to the slot ..
 
@@ -3119,7 +4165,10 @@ class Exchange:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
-        self._prefix = forwarded_response(head, self._framing, connection, time.time(), self.request_id)
+        applied = b"" if self.claim is None or self.claim.wait_s is None else PREFERENCE_APPLIED
+        self._prefix = forwarded_response(
+            head, self._framing, connection, time.time(), self.request_id, applied
+        )
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
         """A piece of the response's body."""
@@ -3295,7 +4344,6 @@ class Exchange:
         self.outcome, self.detail = outcome, detail
         if self.ticket is not None:
             self._hub.policy.withdraw(self.ticket)
-            self.ticket = None  # which knows this exchange: a circle would wait for the garbage collector
         if self.attempt is not None:
             self._end_attempt(reusable=False)
         if self.spool is not None:
@@ -3313,19 +4361,23 @@ class Exchange:
             self.consumer.cut()
         # 3. It is counted and logged.
         self._hub.on_finished(self)
+        self.ticket = None  # which knows this exchange: a circle would wait for the garbage collector
 
     def _answer(self, status: int, detail: str) -> None:
         """Sends the hub's own error response, for a person to read."""
         assert self.outcome is not None
         sentence = self.outcome.sentence
-        if detail and self.outcome in (Outcome.REFUSED, Outcome.WORKER_GARBAGE, Outcome.QUEUE_TIMEOUT):
+        if detail and self.outcome in TOLD_IN_DETAIL:
             sentence = f"{sentence}: {detail}" if self.outcome is not Outcome.REFUSED else detail
         fields = [(b"X-Request-Id", self.request_id)]
         if status == 503 and self.outcome is not Outcome.CANCELLED:
             has_waited = self.outcome is Outcome.QUEUE_TIMEOUT
-            fields.append((b"Retry-After", b"%d" % self._hub.retry_after_s(has_waited=has_waited)))
+            retry_after_s = self._hub.retry_after_s(self.ticket, has_waited=has_waited)
+            fields.append((b"Retry-After", b"%d" % retry_after_s))
         elif status == 405:
             fields.append((b"Allow", ALLOWED_METHODS))
+        if self.wait_s is not None:
+            fields.append((b"Preference-Applied", b"wait"))
         request_id = self.request_id.decode()
         text = f"{status} {http.HTTPStatus(status).phrase}: {sentence}.\nrequest id: {request_id}\n"
         keep_alive = self.keeps_consumer
@@ -3347,6 +4399,20 @@ class Exchange:
         if self.attempt is not None:
             description["worker"] = self.slot_address
             description["worker_seconds"] = round(now - self.attempt.since, 3)
+        return {**description, **self.describe_order()}
+
+    def describe_order(self) -> Mapping[str, str | int]:
+        """Returns what its place in the line depends on, as far as that is in use."""
+        ticket, claims = self.ticket, self._hub.claims
+        if self.claim is None or ticket is None:
+            return NOTHING
+        description: dict[str, str | int] = {}
+        if claims.uses_pools:
+            description["pool"] = ticket.origin or "-"
+        if ticket.urgency != NORMAL_URGENCY:
+            description["urgency"] = ticket.urgency
+        if claims.is_fair:
+            description["tenant"] = ticket.line.tenant.name
         return description
 
     def _end_attempt(self, *, reusable: bool) -> Attempt:
@@ -3358,6 +4424,11 @@ class Exchange:
         return attempt
 
 
+TOLD_IN_DETAIL: Final = (
+    Outcome.REFUSED, Outcome.WORKER_GARBAGE, Outcome.QUEUE_TIMEOUT, Outcome.QUEUE_TOO_LONG
+)  # fmt: skip
+NOTHING: Final[Mapping[str, str | int]] = {}
+PREFERENCE_APPLIED: Final = b"Preference-Applied: wait\r\n"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -3676,19 +4747,19 @@ class Applicant:
             self._refuse(error)
 
     def _answer(self, head: RequestHead) -> None:
-        offer = read_offer(head, self._hub.options.ptth_compat)
+        application = read_application(head, self._hub.options.ptth_compat)
         if self._inbuf:
             raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
         transport = self._stream.transport
         names = transport.names() if isinstance(transport, TlsTransport) else None
-        registration = register(head, offer, names, self._hub.permits)
+        registration = register(head, application, names, self._hub.permits)
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
         self._leave()
         self._stream.deadline = math.inf
-        extra = self._hub.claim_fields() if offer.process else b""
-        self._stream.write(SWITCHING % (offer.protocol, extra))
-        if offer.is_envoy:
+        extra = self._hub.claim_fields() if application.process else b""
+        self._stream.write(SWITCHING % (application.protocol, extra))
+        if application.is_envoy:
             Rehearsal(self._hub, self._stream, registration)
         else:
             self._hub.enlist(self._stream, registration)
@@ -3791,7 +4862,7 @@ class Slot:
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "parked_at", "registration", "served", "since", "stream",
+        "name", "origins", "parked_at", "registration", "served", "since", "stream",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -3802,7 +4873,9 @@ class Slot:
         self.name = registration.name  # of the worker, empty if it has none
         self.is_welcome = True  # for another request: the workers file still allows it
         machine = stream.address.rpartition(":")[0]
-        self.machine: Machine[Slot] = hub.policy.join(f"{self.name}@{machine}" if self.name else machine)
+        self.origins = registration.origins  # none: it serves all
+        name = f"{self.name}@{machine}" if self.name else machine
+        self.machine: Machine[Slot] = hub.join(name, self.origins)
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
@@ -3831,7 +4904,7 @@ class Slot:
         self.stream.deadline = math.inf
         self.parked_at = self._hub.loop.now
         if reusable and self._holds:
-            self._hub.policy.release(self)
+            self._hub.policy.release(self, self._hub.loop.now)
             self._hub.hold(self, self._reader.inbuf)
             return
         reusable = reusable and self._keep_alive and not self._reader.inbuf
@@ -4342,6 +5415,67 @@ class Forwarding:
         )  # fmt: skip
 
 
+class Claims:
+    """Reads out of a request who it is for, and what it may claim of the order."""
+
+    def __init__(self, options: Options) -> None:
+        self.routes = read_routes(options.route)
+        self.uses_pools = bool(self.routes)  # or a worker has named what it serves
+        self.is_fair = options.fair_by != "none"
+        self._step_s = options.priority_step
+        self._field: re.Pattern[bytes] | None = None  # finds the field that names the tenant
+        if self.is_fair and options.fair_by != "address":
+            name = re.escape(options.fair_by.encode())
+            self._field = re.compile(rb"\r\n" + name + rb":[ \t]*([^\r]*)", re.IGNORECASE)
+
+    def of(self, exchange: Exchange) -> Claim | None:
+        """Returns the claim of a request; ``None`` if it has none, and nothing is asked of all."""
+        known = exchange.head.known
+        if not (self.uses_pools or self.is_fair or b"priority" in known or b"prefer" in known):
+            return None
+        urgency = NORMAL_URGENCY
+        if self._step_s and b"priority" in known and exchange.consumer.is_trusted:
+            urgency = read_urgency(known[b"priority"])
+        return Claim(
+            self.origin_of(exchange), self.tenant_of(exchange), urgency,
+            (NORMAL_URGENCY - urgency) * self._step_s,
+            # Everybody's: it is about the consumer's own time, and costs nobody else a place.
+            read_wait(known[b"prefer"]) if b"prefer" in known else None,
+        )  # fmt: skip
+
+    def origin_of(self, exchange: Exchange) -> str:
+        """Returns the pool of a request: its route's, else its own; nothing if there are no pools."""
+        if not self.uses_pools:
+            return ""
+        head, consumer = exchange.head, exchange.consumer
+        path = head.path
+        for prefix, origin in self.routes:
+            if path.startswith(prefix) and (prefix.endswith(b"/") or path[len(prefix) :][:1] in (b"", b"/")):
+                return origin
+        scheme, host = consumer.stream.transport.scheme, head.host or b""
+        if consumer.is_trusted:
+            scheme = head.known.get(b"x-forwarded-proto", (scheme,))[0].partition(b",")[0].strip()
+            host = head.known.get(b"x-forwarded-host", (host,))[0].partition(b",")[0].strip()
+        return read_origin(scheme + b"://" + host) or ""
+
+    def tenant_of(self, exchange: Exchange) -> str:
+        """Returns whose share a request is served from; nothing if there are no shares."""
+        if not self.is_fair:
+            return ""
+        head, consumer = exchange.head, exchange.consumer
+        name = consumer.host
+        if consumer.is_trusted:
+            told = self._field.findall(head.forwarded) if self._field is not None else []
+            hops = head.known.get(b"x-forwarded-for", ())
+            if told and told[-1].strip():
+                name = told[-1].strip()  # the last one, which a proxy may have added to the consumer's own
+            elif hops and hops[-1].strip():
+                name = hops[-1].rpartition(b",")[2].strip()
+        if len(name) > LIMITS.tenant_bytes:
+            name = name[:32] + b"~" + hashlib.sha256(name).hexdigest()[:16].encode()
+        return name.decode("ascii", "backslashreplace")
+
+
 class Hub:
     """What pairs requests and slots, and how that lives and ends.
 
@@ -4359,7 +5493,15 @@ class Hub:
     ) -> None:
         self.options = options = options or Options()
         self.loop = EventLoop()
-        self.policy: Policy[Exchange, Slot] = Policy(options.max_queue)
+        self.claims = Claims(options)
+        self.policy: Policy[Exchange, Slot] = Policy(
+            options.max_queue,
+            no_worker_s=options.no_worker_timeout
+            if options.no_worker_timeout < options.queue_timeout
+            else math.inf,
+            is_fair=self.claims.is_fair,
+            origins=[origin for _, origin in self.claims.routes],
+        )
         self.exchanges: set[Exchange] = set()
         self.slots: set[Slot] = set()
         # Consumers whose next request, or the one that they have sent, no slot has been given yet.
@@ -4482,7 +5624,7 @@ class Hub:
             self._forget(slot)
             return
         self.slots.discard(slot)
-        self.policy.leave(slot.machine, self.loop.now)
+        self.policy.leave(slot.machine, self.loop.now, slot.origins)
         self._claiming -= 1
         Applicant(self, stream, slot.registration, received)
         if received:
@@ -4550,10 +5692,23 @@ class Hub:
 
     # .. pairing ..
 
+    def join(self, name: str, origins: frozenset[str]) -> Machine[Slot]:
+        """Counts a new slot of a machine, which serves these origins, and returns the machine."""
+        if origins and not self.claims.uses_pools:
+            self.claims.uses_pools = True
+            for exchange in self.exchanges:  # they came when nobody asked for their pool
+                if exchange.ticket is not None:
+                    claim = self.claims.of(exchange)
+                    exchange.claim = claim
+                    exchange.ticket.origin = "" if claim is None else claim.origin
+        return self.policy.join(name, origins)
+
     def dispatch(self) -> None:
         """Hands requests to waiting slots; the only place where the two meet."""
         policy = self.policy
         policy.wake(self.loop.now)
+        if policy.is_fair:
+            policy.typical_s = self.counters.mean_service_s or policy.typical_s
         while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
             self._pair(*pair)
         if self._queue_timer.deadline != (event := policy.next_event()):
@@ -4578,10 +5733,10 @@ class Hub:
         exchange, consumer = ticket.item, ticket.item.consumer
         if slot.stream.transport.has_news():  # it has left, or spoken: it will be told which
             self.loop.touch(slot.stream)
-            self.policy.release(slot)
+            self.policy.release(slot, self.loop.now)
             self.policy.put_back(ticket, 0)
         elif consumer.stream.transport.has_hung_up():
-            self.policy.release(slot, park=True)
+            self.policy.release(slot, self.loop.now, park=True)
             self.loop.deliver(consumer.stream, functools.partial(consumer.on_hangup, reset=False))
         else:
             self.needy.discard(consumer)
@@ -4599,11 +5754,49 @@ class Hub:
             self.dispatch()
         return not self.policy.is_full
 
+    def can_make_room(self, exchange: Exchange) -> bool:
+        """Whether another tenant's request would have to go for this one."""
+        if not self.claims.is_fair:
+            return False
+        return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
+
+    def make_room(self, tenant: str) -> bool:
+        """Has the newest request of the tenant with the most go for one of this tenant, if that has fewer."""
+        victim = self.policy.evicted_by(tenant)
+        if victim is None:
+            return False
+        exchange, detail = victim.item, "it made room for a tenant with fewer requests"
+        self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_FULL, detail)
+        return not self.policy.is_full
+
+    def estimate_start_s(self, claim: Claim) -> float:
+        """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
+        pool = self.policy.pool_of(claim.origin)
+        slots, ahead = (
+            self.policy.slots_of(pool),
+            self.policy.count_ahead(claim),
+        )
+        is_served_at_once = not ahead and self.policy.idle_of(pool)
+        if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:
+            return 0.0
+        return (ahead + 1) * self.counters.mean_service_s / slots
+
     def _expire(self) -> None:
         self.dispatch()  # after a standstill: slots that became free in time come first
-        detail = "" if self.total_slots else "no worker is connected"
         for exchange in self.policy.expire(self.loop.now):
+            detail = self._describe_timeout(exchange)
             self.loop.deliver(exchange.consumer.stream, exchange.finish, Outcome.QUEUE_TIMEOUT, detail)
+
+    def _describe_timeout(self, exchange: Exchange) -> str:
+        """Returns what there is to say of a request that has waited in vain."""
+        ticket = exchange.ticket
+        if not self.total_slots:
+            return "no worker is connected"
+        if ticket is not None and not self.policy.slots_of(ticket.line.pool):
+            return f"no worker serves {ticket.origin}" if ticket.origin else "no worker serves this host"
+        if exchange.wait_s is not None and exchange.wait_s < self.options.queue_timeout:
+            return f"the consumer would wait for {exchange.wait_s:g} s"
+        return ""
 
     def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
         """Puts a request that was sent and not answered back to its place in the queue."""
@@ -4613,7 +5806,7 @@ class Hub:
     def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
         reusable = reusable and slot.is_welcome and not slot.stream.closed
-        self.policy.release(slot, park=reusable)
+        self.policy.release(slot, self.loop.now, park=reusable)
         if not reusable:
             self._forget(slot)
 
@@ -4627,7 +5820,7 @@ class Hub:
             self.slots.remove(slot)
             self.count_process(slot.registration, -1)
             self._claiming -= slot.registration.process != ""
-            self.policy.leave(slot.machine, self.loop.now)
+            self.policy.leave(slot.machine, self.loop.now, slot.origins)
         slot.stream.close()
 
     def on_breach(self, slot: Slot) -> None:
@@ -4637,17 +5830,19 @@ class Hub:
         self.counters.breaches += 1
         slot.on_hangup(reset=False)
 
-    def retry_after_s(self, *, has_waited: bool = False) -> int:
-        """Returns after how many seconds a refused consumer may hope for a place.
+    def retry_after_s(self, ticket: Ticket[Exchange] | None = None, *, has_waited: bool = False) -> int:
+        """Returns after how many seconds a refused consumer may hope for a place, in its pool if it has one.
 
         One that has waited in vain is not told to be back in a moment, whatever the estimate.
         """
+        slots, waiting = self.policy.idle + self.policy.running, self.policy.waiting
+        if ticket is not None and self.claims.uses_pools:
+            slots, waiting = self.policy.slots_of(ticket.line.pool), ticket.line.pool.waiting
         if self.processes:  # their slots serve other hubs, too: what this one gets is what it has got
             rate = self.rate.read(self.loop.now)
-            estimate_s = max(1, math.ceil(self.policy.waiting / rate)) if rate else None
+            estimate_s = max(1, math.ceil(waiting / rate)) if rate else None
         else:
-            slots = self.policy.idle + self.policy.running
-            estimate_s = wait_estimate(self.policy.waiting, slots, self.counters.mean_service_s)
+            estimate_s = wait_estimate(waiting, slots, self.counters.mean_service_s)
         if estimate_s is None or has_waited:
             return max(estimate_s or 0, math.ceil(self.options.retry_after))
         return estimate_s
@@ -4803,9 +5998,10 @@ class Hub:
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
         needed = self.policy.waiting or len(self.needy)
-        if not self.ports.leave_workers(self.policy.idle >= needed):
+        starves = self.policy.waiting and self.claims.uses_pools  # what is idle serves other pools
+        if not self.ports.leave_workers(self.policy.idle >= needed and not starves):
             return
-        while self.policy.idle > needed and (slot := self.policy.take_slot()):
+        while self.policy.idle > needed and (slot := self.policy.take_spare(needed)):
             self.release(slot, reusable=False)
 
     def _end_drain(self) -> None:
@@ -4841,6 +6037,7 @@ class Counters:
         self.by_worker: Counter[str] = Counter()  # requests that workers with a name were given, by that
         self.bytes_in = 0
         self.bytes_out = 0
+        self.served = 0  # whole responses
         self.mean_service_s = 0.0  # moving, over about the last 50
         self.queued = Durations()  # of exchanges that have left the queue, for whatever reason
         self.worked = Durations()  # of the last attempt, whether it ended well or not
@@ -4849,11 +6046,10 @@ class Counters:
             outcome: deque(maxlen=LIMITS.listed_failures) for outcome in Outcome
         }
         self._numbers = itertools.count()
-        self._served = 0
 
     def on_served(self, worker_s: float) -> None:
-        self._served += 1
-        self.mean_service_s += (worker_s - self.mean_service_s) / min(self._served, 50)
+        self.served += 1
+        self.mean_service_s += (worker_s - self.mean_service_s) / min(self.served, 50)
 
     def on_finished(self, exchange: Exchange) -> None:
         outcome, method = exchange.outcome, exchange.head.method
@@ -5107,14 +6303,23 @@ def _text_line(exchange: Exchange, wall_s: float, now: float) -> str:
     assert outcome is not None
     detail = f" detail={json.dumps(exchange.detail)}" if exchange.detail else ""
     name = f" worker_name={exchange.worker_name}" if exchange.worker_name else ""
+    order = ""
+    if exchange.claim is not None:
+        order = "".join([f" {name}={_log_word(value)}" for name, value in exchange.describe_order().items()])
     return (
         f"{timestamp(wall_s)} id={exchange.request_id.decode()} consumer={exchange.consumer.stream.address}"
         f" method={head.method.decode()} path={head.path.decode()} status={exchange.status}"
         f" bytes_in={exchange.bytes_in} bytes_out={exchange.bytes_out}"
         f" queued_ms={exchange.queued_s * 1000:.1f} worker_ms={exchange.worker_s * 1000:.1f}"
         f" total_ms={(now - exchange.received_at) * 1000:.1f} worker={exchange.slot_address}{name}"
-        f" attempts={exchange.attempts} code={outcome.code}{detail}\n"
+        f" attempts={exchange.attempts}{order} code={outcome.code}{detail}\n"
     )
+
+
+def _log_word(value: str | int) -> str:
+    """Returns a value as it is, or as a string if it is more than a word."""
+    text = str(value)
+    return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text)
 
 
 def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
@@ -5135,6 +6340,7 @@ def _json_line(exchange: Exchange, wall_s: float, now: float) -> str:
         "total_ms": round((now - exchange.received_at) * 1000, 1),
         "worker": exchange.slot_address,
         "attempts": exchange.attempts,
+        **exchange.describe_order(),
         "code": outcome.code,
     }
     if exchange.worker_name:
@@ -5331,7 +6537,38 @@ def describe_hub(hub: Hub) -> dict[str, object]:
         "workers_not_listed": max(0, len(workers) - LIMITS.listed_rows),
         "failures": counters.last_failures(),
         "history": describe_history(hub.history, now),
+        **({"pools": describe_pools(hub.policy)} if hub.claims.uses_pools else {}),
+        **({"tenants": describe_tenants(hub.policy, now)} if hub.claims.is_fair else {}),
     }
+
+
+def describe_pools(policy: Policy[Exchange, Slot]) -> list[dict[str, object]]:
+    """Returns what waits, and which slots serve it, by pool; the last are all that have no name."""
+    return [
+        {
+            "pool": pool.origin or "other",
+            "waiting": pool.waiting,
+            "slots": policy.slots_of(pool),
+            "idle": policy.idle_of(pool),
+        }
+        for pool in policy.all_pools()
+    ]
+
+
+def describe_tenants(policy: Policy[Exchange, Slot], now: float) -> list[dict[str, object]]:
+    """Returns the tenants with the most worker time, and what that counts when it is decided who is next."""
+    worked = policy.worker_times(now)
+    first = heapq.nsmallest(LIMITS.listed_tenants, worked, key=lambda each: (-worked[each], each.number))
+    return [
+        {
+            "tenant": tenant.name,
+            "waiting": tenant.waiting,
+            "running": tenant.running,
+            "worker_seconds": round(worked[tenant], 3),
+            "counts_seconds": round(policy.charge_of(tenant), 3),
+        }
+        for tenant in first
+    ]
 
 
 def describe_history(history: History, now: float) -> dict[str, object]:
@@ -5347,11 +6584,16 @@ def describe_history(history: History, now: float) -> dict[str, object]:
 def describe_waiting(hub: Hub, now: float) -> list[dict[str, object]]:
     """Returns the head of the queue, with the place of each and when it may hope to be started."""
     slots, mean_s = hub.policy.idle + hub.policy.running, hub.counters.mean_service_s
-    rows = []
-    for position, exchange in enumerate(itertools.islice(hub.policy, LIMITS.listed_rows), 1):
-        row = {"position": position, **exchange.describe(now)}
+    rows, ahead = [], Counter[Pool]()
+    for position, ticket in enumerate(itertools.islice(hub.policy.tickets(), LIMITS.listed_rows), 1):
+        row = {"position": position, **ticket.item.describe(now)}
+        turn = position
+        if hub.claims.uses_pools:
+            pool = ticket.line.pool
+            ahead[pool] += 1
+            turn, slots = ahead[pool], hub.policy.slots_of(pool)
         can_tell = slots and mean_s and not hub.paused
-        row["starts_in_seconds"] = round(position * mean_s / slots, 3) if can_tell else None
+        row["starts_in_seconds"] = round(turn * mean_s / slots, 3) if can_tell else None
         rows.append(row)
     return rows
 
@@ -5462,6 +6704,7 @@ def _metrics(hub: Hub) -> Answer:
 REJECTED: Final = {
     Outcome.QUEUE_FULL: "queue_full",
     Outcome.QUEUE_TIMEOUT: "queue_timeout",
+    Outcome.QUEUE_TOO_LONG: "queue_too_long",
     Outcome.DRAINING: "draining",
     Outcome.REFUSED: "refused",
 }
@@ -5497,6 +6740,7 @@ class MetricsCollector:
         slots.add_metric(["idle"], max(0, hub.total_slots - busy))
         slots.add_metric(["busy"], busy)
         yield slots
+        yield from self._pools()
         yield Gauge(
             "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
         )
@@ -5508,6 +6752,22 @@ class MetricsCollector:
         )
         build.add_metric([__version__, ".".join(map(str, sys.version_info[:3]))], 1)
         yield build
+
+    def _pools(self) -> Iterator[Metric]:
+        """Yields what there is by pool, if there are any; their names are the operator's and the workers'."""
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        if not self._hub.claims.uses_pools:
+            return
+        queues = Gauge("pothead_hub_pool_queue_length", "Requests that wait, by pool.", labels=["pool"])
+        slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
+        for row in describe_pools(self._hub.policy):
+            pool, idle, count = str(row["pool"]), int(str(row["idle"])), int(str(row["slots"]))
+            queues.add_metric([pool], int(str(row["waiting"])))
+            slots.add_metric([pool, "idle"], idle)
+            slots.add_metric([pool, "busy"], count - idle)
+        yield queues
+        yield slots
 
     def _resources(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily as Gauge
@@ -5836,6 +7096,22 @@ def parse_port_or_off(text: str) -> int | None:
     return None if text.lower() == "off" else parse_port(text)
 
 
+def parse_step(text: str) -> float:
+    """Returns seconds, none for off.  Raises ``ValueError``."""
+    return 0.0 if text.lower() == "off" else parse_duration(text)
+
+
+def parse_routes(text: str) -> tuple[str, ...]:
+    """Returns the routes of a list; each option gives one or several.  Raises ``ValueError``."""
+    routes = parse_list(text)
+    return tuple(f"{prefix.decode()}={origin}" for prefix, origin in read_routes(routes))
+
+
+def parse_fair_by(text: str) -> str:
+    """Returns none, address or the name of a field, in lower case."""
+    return text.strip().lower()
+
+
 def parse_switch(text: str) -> bool:
     """Returns what is said in the environment for an option without a value.  Raises ``ValueError``."""
     if text.lower() in ("1", "true", "yes", "on"):
@@ -5909,6 +7185,22 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "queue_timeout": (
         "the queue", parse_duration, "TIME", "how long a request may wait for a slot before it gets 503"
     ),
+    "no_worker_timeout": (
+        "the queue", parse_duration, "TIME", "the same while no worker is connected that could serve it, if "
+        "that is shorter"
+    ),
+    "route": (
+        "the queue", parse_routes, "PREFIX=ORIGIN", "requests for paths below PREFIX are ORIGIN's; may be "
+        "given several times (default: none)"
+    ),
+    "priority_step": (
+        "the queue", parse_step, "TIME", "of waiting that each step of urgency is worth, as in "
+        "Priority: u=2; 0: none"
+    ),
+    "fair_by": (
+        "the queue", parse_fair_by, "WHAT", "share the slots evenly, by worker time: none, address, or the "
+        "field that names the tenant"
+    ),
     "retry_after": (
         "the queue", parse_duration, "TIME", "Retry-After of a 503 while nothing tells how long it takes"
     ),
@@ -5947,7 +7239,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM"
     ),
     "forwarded_allow_ips": (
-        "consumers", parse_list, "IPS", "consumers whose X-Forwarded-* are believed; networks, or *"
+        "consumers", parse_list, "IPS", "consumers whose X-Forwarded-*, Priority and tenants are believed; "
+        "networks, or *"
     ),
     "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
     "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
@@ -6063,12 +7356,29 @@ def find_log_format(words: Sequence[str], environ: Mapping[str, str]) -> str:
     return text.lower() if text.lower() in LOG_FORMATS else "text"
 
 
+def join_routes(words: Sequence[str]) -> list[str]:
+    """Makes one option of several routes: of an option that comes twice argparse would take the last."""
+    rest: list[str] = []
+    routes: list[str] = []
+    following = iter(words)
+    for word in following:
+        name, is_joined, value = word.partition("=")
+        if name != "--route":
+            rest.append(word)
+        elif is_joined:
+            routes.append(value)
+        else:
+            routes += itertools.islice(following, 1)
+            rest += [] if routes else [word]
+    return [*rest, *([f"--route={','.join(routes)}"] if routes else [])]
+
+
 class Given:
     """What the user has said, on the command line and in the environment.  Raises ``UsageError``."""
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
         words, self.command = split_command(argv)
-        self._arguments, unknown = build_parser().parse_known_args(join_negatives(words))
+        self._arguments, unknown = build_parser().parse_known_args(join_negatives(join_routes(words)))
         if unknown:
             hint = "" if unknown[0].startswith("-") else " (a command comes after --, an app is the worker's)"
             raise UsageError(describe_unknown(unknown) + hint)
@@ -6573,6 +7883,32 @@ path d='M2 3h12v3h-1v7a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V6H2z' fill='%23b45309'/%3E%
     </div>
     <p class="note" id="waiting-note">&nbsp;</p>
   </section>
+  <section class="panel" id="pools-panel" aria-labelledby="pools-title" hidden>
+    <div class="title">
+      <h2 id="pools-title">Pools</h2><p class="count" id="pools-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="pools-title">
+      <table>
+        <thead><tr><th class="grow">Pool</th><th class="n">Waiting</th><th class="n">Slots</th>
+          <th class="n">Idle</th></tr></thead>
+        <tbody id="pools"></tbody>
+      </table>
+    </div>
+    <p class="note" id="pools-note">&nbsp;</p>
+  </section>
+  <section class="panel" id="tenants-panel" aria-labelledby="tenants-title" hidden>
+    <div class="title">
+      <h2 id="tenants-title">Most worker time</h2><p class="count" id="tenants-count"></p>
+    </div>
+    <div class="scroll" tabindex="0" role="region" aria-labelledby="tenants-title">
+      <table>
+        <thead><tr><th class="grow">Tenant</th><th class="n">Waiting</th><th class="n">Running</th>
+          <th class="n">Worked</th><th class="n">Counts as</th></tr></thead>
+        <tbody id="tenants"></tbody>
+      </table>
+    </div>
+    <p class="note" id="tenants-note">&nbsp;</p>
+  </section>
 </main>
 <dialog id="dialog" aria-labelledby="question" aria-describedby="wrong consequence">
   <form id="form" method="dialog">
@@ -6809,13 +8145,15 @@ const hasLeft = row => row.code === "CQ" || row.code === "CR";
 const exchange = row => `${row.consumer} ${row.id}`;
 // A worker's name, what it serves if that is not everything, and its address.
 const named = row => [row.name, row.address, ...row.origins ?? []].filter(Boolean).join(" · ");
+const order = row => [row.tenant, row.pool, row.urgency === undefined ? undefined : `u=${row.urgency}`];
+const told = parts => parts.filter(part => part !== undefined).join(" · ");
 const TABLES = {
   running: {
     key: exchange, empty: "Nothing runs.",
     columns: [
       ["n", row => age(row.worker_seconds)],
       ["n", row => age(row.age_seconds - row.worker_seconds)],
-      ["grow mono", row => [request(row), `${row.worker} · ${row.id}`]],
+      ["grow mono", row => [request(row), told([row.worker, row.id, ...order(row)])]],
       ["act", cancelButton],
     ],
   },
@@ -6825,7 +8163,7 @@ const TABLES = {
       ["n", row => count(row.position)],
       ["n", row => age(row.age_seconds)],
       ["n", row => row.starts_in_seconds === null ? "–" : "≈\u00a0" + age(row.starts_in_seconds)],
-      ["grow mono", row => [request(row), `${row.consumer} · ${row.id}`]],
+      ["grow mono", row => [request(row), told([row.consumer, row.id, ...order(row)])]],
       ["act", cancelButton],
     ],
   },
@@ -6846,6 +8184,25 @@ const TABLES = {
       ["grow", row => row.state],
       ["n", row => count(row.served)],
       ["n", row => age(row.connected_seconds)],
+    ],
+  },
+  pools: {
+    key: row => row.pool, empty: "",
+    columns: [
+      ["grow mono", row => row.pool],
+      ["n", row => count(row.waiting)],
+      ["n", row => count(row.slots), row => row.waiting && !row.slots ? "trouble" : ""],
+      ["n", row => count(row.idle)],
+    ],
+  },
+  tenants: {
+    key: row => row.tenant, empty: "Nobody has come yet.",
+    columns: [
+      ["grow mono", row => row.tenant],
+      ["n", row => count(row.waiting)],
+      ["n", row => count(row.running)],
+      ["n", row => age(row.worker_seconds)],
+      ["n", row => age(row.counts_seconds)],
     ],
   },
   failures: {
@@ -6981,6 +8338,10 @@ function show(stats) {
   plot("busy-plot", "Slots busy", busy, stats.history.slots_busy, stats.history.slots);
   for (const name of ["running", "waiting", "machines", "workers"])
     fill(name, stats[name], stats[name].length + stats[`${name}_not_listed`]);
+  for (const name of ["pools", "tenants"]) {
+    byId(`${name}-panel`).hidden = !stats[name];
+    if (stats[name]) fill(name, stats[name], stats[name].length);
+  }
   if (stats.machines.some(row => row.requeues))
     say("machines-note", "Requeued: so many of the failures were tried again.");
   showEnds(stats);

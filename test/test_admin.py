@@ -691,7 +691,7 @@ def test_metrics_count_requests_by_method_status_and_code(hub: HubProcess, slot:
     rejected = {key: value for key, value in metrics.items() if key.startswith("pothead_hub_rejected_total")}
     assert rejected == {
         f"pothead_hub_rejected_total{{reason={reason}}}": float(reason == "refused")
-        for reason in ("queue_full", "queue_timeout", "draining", "refused")
+        for reason in ("queue_full", "queue_timeout", "queue_too_long", "draining", "refused")
     }
 
 

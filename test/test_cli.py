@@ -63,6 +63,10 @@ GIVEN: dict[str, tuple[str, object]] = {
     "admin_token_for": ("All", "all"),
     "max_queue": ("1", 1),
     "queue_timeout": ("250ms", 0.25),
+    "no_worker_timeout": ("5s", 5.0),
+    "route": ("/a=http://A:80, /b/c=https://b", ("/b/c=https://b", "/a=http://a")),
+    "priority_step": ("off", 0.0),
+    "fair_by": ("X-Key", "x-key"),
     "retry_after": ("2m", 120.0),
     "response_timeout": ("1.5m", 90.0),
     "max_attempts": ("3", 3),
@@ -128,6 +132,14 @@ def test_command_line_of_the_hub_goes_before_its_environment(name: str) -> None:
 def test_switch_is_yes_or_no_in_the_environment(name: str, text: str, value: bool) -> None:
     options, _ = pothead.parse_args([], {variable(name): text})
     assert getattr(options, name) is value
+
+
+def test_routes_are_given_one_by_one() -> None:
+    words = ["--route", "/a=http://a", "--max-queue", "5", "--route=/b=http://b"]
+    options, _ = pothead.parse_args(words, {"POTHEAD_HUB_ROUTE": "/c=http://c"})
+    assert (set(options.route), options.max_queue) == ({"/a=http://a", "/b=http://b"}, 5)
+    with pytest.raises(pothead.UsageError, match="--route: expected one argument"):
+        pothead.parse_args(["--route"], {})
 
 
 def test_empty_variable_is_no_variable() -> None:
@@ -1084,6 +1096,19 @@ def test_json_of_the_hub_can_be_asked_for_in_the_environment() -> None:
         (HUB, ["--zzz"], "there is no option --zzz; see --help"),
         (HUB, ["worker:app"], "no option; see --help (a command comes after --, an app is the worker's)"),
         (HUB, ["--max-queue", "-1"], "--max-queue: '-1' is not a whole number of 1 or more"),
+        (
+            HUB,
+            ["--priority-step", "-1s"],
+            "--priority-step: '-1s' is not a duration like 250ms, 10s, 5m, 1h or off",
+        ),
+        (
+            HUB,
+            ["--route", "r=http://a"],
+            "--route: 'r=http://a' has no path prefix, as in /render=http://gpu.example",
+        ),
+        (HUB, ["--route", "/r=a"], "--route: '/r=a' names no origin, as in /render=http://gpu.example"),
+        (HUB, ["--route", "/r=http://a", "--route", "/r=http://b"], "--route: names the prefix /r twice"),
+        (HUB, ["--fair-by", "a b"], "--fair-by is none, address or a field"),
         (HUB, ["--admin-port", "-1"], "--admin-port: '-1' is not a port from 0 to 65535"),
         (WORKER, ["--worker", "2"], "there is no option --worker; did you mean --workers?"),
         (WORKER, ["--gracefull-timeout=5"], "did you mean --graceful-timeout?"),

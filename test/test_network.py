@@ -27,7 +27,7 @@ from pothead import (
     ProtocolError,
     TlsTransport,
     is_origin,
-    read_offer,
+    read_application,
     read_permits,
     register,
     take_request_head,
@@ -826,7 +826,7 @@ def test_random_handshakes_never_get_a_byte_of_a_request(network: HubProcess) ->
         try:
             request = take_request_head(Inbuf(bytes(head)))
             if request is not None:
-                register(request, read_offer(request), None, permits)
+                register(request, read_application(request), None, permits)
                 let_in += 1
                 assert re.search(rb"\n(?i:authorization):[ \t]*(?i:bearer) +s3cr3t-of-alpha[ \t]*\r\n", head)
         except ProtocolError as error:

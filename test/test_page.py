@@ -105,6 +105,22 @@ def test_numbers_change_by_themselves_when_requests_are_queued(page: Browser, hu
     assert page.messages == []
 
 
+def test_pools_and_tenants_are_shown_where_there_are_some(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    assert page.evaluate("byId('pools-panel').hidden && byId('tenants-panel').hidden")
+    with hub_process("--fair-by", "X-Key", "--route", "/gpu=http://gpu.example") as shared:
+        look(page, shared)
+        requests = get(b"/gpu", b"X-Key: anna", b"Priority: u=5"), get(b"/b", b"X-Key: <b>bert</b>")
+        with asked(shared, *requests):
+            page.wait_for("document.querySelectorAll('#waiting tr').length == 2")
+            assert page.text("#waiting tr .grow p + p").endswith(" · anna · http://gpu.example · u=5")
+            assert cells(page, "#pools") == ["http://gpu.example", "1", "0", "0", "other", "1", "0", "0"]
+            shown = cells(page, "#tenants")
+            assert shown[:4] == ["anna", "1", "0", "0.0\u00a0s"]
+            assert shown[5] == "<b>bert</b>"
+    assert page.messages == []
+
+
 def test_what_a_consumer_sends_is_shown_as_text(page: Browser, hub: HubProcess) -> None:
     look(page, hub)
     page.evaluate("window.alert = () => { window.isHit = true; }")

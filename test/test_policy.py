@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import order_model
 import pytest
 
-from pothead import LIMITS, Machine, Policy, Ticket, wait_estimate
+import wire
+from pothead import LIMITS, Claim, Machine, Policy, Ticket, wait_estimate
 
 
 @dataclass(eq=False)
 class Slot:
     name: str
     machine: Machine
+    origins: frozenset[str] = frozenset()
 
 
 class Line:
@@ -49,7 +54,7 @@ class Line:
         pair = self.policy.next_pair()
         if pair is None:
             return None
-        self.policy.release(pair[1], park=True)
+        self.policy.release(pair[1], 0.0, park=True)
         return pair[0].item
 
     def cancel(self, item: object) -> None:
@@ -392,10 +397,10 @@ class Idle:
         self.policy.remove(slot)
 
     def take(self) -> Slot | None:
-        return self.policy.take_slot()
+        return self.policy.take_spare(0)
 
     def release(self, slot: Slot) -> None:
-        self.policy.release(slot)
+        self.policy.release(slot, 0.0)
 
 
 def parked(*names: str) -> tuple[Idle, dict[str, Slot]]:
@@ -551,7 +556,427 @@ def test_pair_that_does_not_come_about_is_given_back() -> None:
     first = policy.next_pair()
     assert first is not None and first[0].item == "x"
     policy.put_back(first[0], 0.0)
-    policy.release(first[1])
+    policy.release(first[1], 0.0)
     second = policy.next_pair()
     assert second is not None and (second[0].item, second[1]) == ("x", slots[0])
     assert list(policy) == ["y"]
+
+
+# ---- Pools, urgencies and fair shares ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_policy_agrees_with_sorting_everything_every_time(batch: int) -> None:
+    for seed in range(150 * batch, 150 * (batch + 1)):
+        order_model.check_history(seed)
+
+
+A, B, C = "http://a", "http://b", "http://c"
+
+
+class Site:
+    """A policy with slots of several kinds. Times are what the tests say."""
+
+    def __init__(self, **options: Any) -> None:
+        self.policy: Policy[str, Slot] = Policy(options.pop("max_length", 100), **options)
+        self.now = 0.0
+
+    def add(self, name: str, *origins: str) -> Slot:
+        slot = Slot(name, self.policy.join(name, frozenset(origins)), frozenset(origins))
+        self.policy.park(slot)
+        return slot
+
+    def put(self, item: str, *, limit_s: float = math.inf, **how: Any) -> Ticket:
+        return self.policy.put(item, self.now, limit_s, Claim(**how))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.policy.wake(self.now)
+        self.policy.next_event()
+
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(ticket.item, slot.name) for ticket, slot in iter(self.policy.next_pair, None)]
+
+    def finish(self, slot: Slot) -> None:
+        self.policy.release(slot, self.now, park=True)
+
+
+def test_slot_serves_what_it_has_named_and_no_pool_waits_for_another() -> None:
+    site = Site()
+    site.add("b", B)
+    for item, origin in (("a1", A), ("a2", A), ("b1", B), ("b2", B)):
+        site.put(item, origin=origin)
+    assert site.pairs() == [("b1", "b")]
+    site.add("a", A)
+    assert site.pairs() == [("a1", "a")]
+    assert list(site.policy) == ["a2", "b2"]
+
+
+def test_slot_that_serves_the_fewest_pools_is_taken_first() -> None:
+    site = Site()
+    for name, origins in (("all", ()), ("one", (A,)), ("two", (A, B)), ("other", (B,))):
+        site.add(name, *origins)
+    for item in ("first", "second", "third", "fourth"):
+        site.put(item, origin=A)
+    assert site.pairs() == [("first", "one"), ("second", "two"), ("third", "all")]
+
+
+def test_generalist_serves_whoever_has_waited_longest() -> None:
+    site = Site()
+    slots = [site.add(name, origin) for name, origin in (("a1", A), ("a2", A), ("b1", B), ("b2", B))]
+    generalist = site.add("both", A, B)
+    for number in range(4):
+        site.put(f"b{number}", origin=B)
+    site.put("a0", origin=A)
+    assert site.pairs() == [("b0", "b2"), ("b1", "b1"), ("b2", "both"), ("a0", "a2")]
+    for number in range(1, 4):
+        site.put(f"a{number}", origin=A)
+    assert site.pairs() == [("a1", "a1")]
+    site.finish(generalist)
+    assert site.pairs() == [("b3", "both")]  # came before a2 and a3
+    site.finish(generalist)
+    assert site.pairs() == [("a2", "both")]
+    site.finish(slots[3])
+    assert site.pairs() == []  # b2 is for B
+    site.put("b4", origin=B)
+    assert site.pairs() == [("b4", "b2")]  # though a3 has waited for longer
+
+
+def test_spare_slots_are_those_beyond_what_is_needed_of_each_kind() -> None:
+    site = Site()
+    for name, origin in (("a1", A), ("a2", A), ("b1", B)):
+        site.add(name, origin)
+    spare = site.policy.take_spare(1)
+    assert spare is not None and spare.name[0] == "a"
+    assert site.policy.take_spare(1) is None
+    assert (site.policy.idle, site.policy.running) == (2, 1)
+
+
+def test_origin_that_gets_slots_of_its_own_takes_what_waits_along() -> None:
+    site = Site()
+    for item, origin in (("a1", A), ("b1", B), ("a2", A), ("c1", C)):
+        site.put(item, origin=origin)
+    site.add("a", A)
+    assert site.pairs() == [("a1", "a")]
+    site.add("all")
+    assert site.pairs() == [("b1", "all")]
+    assert list(site.policy) == ["a2", "c1"]
+
+
+def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
+    site = Site()
+    site.put("x", origin="http://nobody")
+
+    def come_and_go(count: int) -> None:
+        for number in range(count):
+            origins = frozenset((f"http://{number}", A))
+            slot = Slot("s", site.policy.join("m", origins), origins)
+            site.policy.park(slot)
+            site.policy.remove(slot)
+            site.policy.leave(slot.machine, 0.0, origins)
+
+    come_and_go(500)
+    tracemalloc.start()
+    come_and_go(2000)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 200_000
+    assert len(site.policy.pools) == LIMITS.remembered_pools
+    assert len(site.policy.pool_of(A).scopes) == 1
+
+
+@pytest.mark.parametrize(
+    ("served", "expired"), [((), ["a", "n"]), ((A,), ["n"]), ((A, B), ["n"]), (None, [])]
+)
+def test_request_that_nobody_could_serve_waits_less_long(
+    served: tuple[str, ...] | None, expired: list[str]
+) -> None:
+    site = Site(no_worker_s=5.0)
+    site.put("a", origin=A, limit_s=60.0)
+    site.put("n", origin="http://nobody", limit_s=60.0)
+    if served != ():
+        site.policy.join("m", frozenset(served or ()))
+    assert site.policy.next_event() == (5.0 if expired else 60.0)
+    assert site.policy.expire(4.9) == []
+    assert site.policy.expire(5.0) == expired
+    assert site.policy.next_event() in (60.0, math.inf)
+
+
+def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
+    site = Site(no_worker_s=5.0)
+    slot = site.add("a", A)
+    site.policy.take_spare(0)
+    site.put("early", origin=A, limit_s=60.0)
+    assert site.policy.next_event() == 60.0
+    site.policy.release(slot, 10.0)
+    site.policy.leave(slot.machine, 10.0, slot.origins)
+    site.now = 12.0
+    site.put("late", origin=A, limit_s=60.0)
+    assert site.policy.next_event() == 15.0
+    assert site.policy.expire(15.0) == ["early"]
+    assert site.policy.next_event() == 17.0
+    site.policy.join("a", frozenset((A,)))
+    assert site.policy.next_event() == 72.0
+
+
+def test_head_start_is_worth_that_much_waiting() -> None:
+    """u=0 with steps of 30 s: ahead of all u=3 of the last 90 s, and behind those before."""
+    site = Site()
+    for second in (0, 9, 10, 11, 99):
+        site.now = float(second)
+        site.put(f"u3 of {second}")
+    site.now = 100.0
+    site.put("u0", urgency=0, head_start_s=90.0)
+    site.put("u7", urgency=7, head_start_s=-120.0)
+    site.now = 219.0
+    site.put("u3 of 219")
+    site.now = 221.0
+    site.put("u3 of 221")
+    expected = [
+        "u3 of 0",
+        "u3 of 9",
+        "u3 of 10",
+        "u0",
+        "u3 of 11",
+        "u3 of 99",
+        "u3 of 219",
+        "u7",
+        "u3 of 221",
+    ]
+    assert list(site.policy) == expected
+    site.add("slot")
+    served = []
+    while pair := site.policy.next_pair():
+        served.append(pair[0].item)
+        site.finish(pair[1])
+    assert served == expected
+
+
+def test_urgent_request_that_comes_back_has_its_old_place() -> None:
+    site = Site()
+    slot = site.add("slot")
+    for item, head_start_s in (("x", 0.0), ("urgent", 90.0), ("y", 0.0)):
+        site.put(item, urgency=0 if head_start_s else 3, head_start_s=head_start_s)
+    ticket, _ = site.policy.next_pair() or pytest.fail("no pair")
+    assert ticket.item == "urgent"
+    site.put("z", urgency=0, head_start_s=90.0)
+    site.policy.put_back(ticket, 0.0)
+    site.finish(slot)
+    assert list(site.policy) == ["urgent", "z", "x", "y"]
+
+
+def test_least_urgent_request_is_served_when_its_head_start_is_used_up() -> None:
+    """Twice as much comes as one slot serves, all of it with u=3, beside one with u=7 and steps of 30 s."""
+    site = Site(max_length=1000)
+    slot = site.add("1")
+    site.put("u7", urgency=7, head_start_s=-120.0)
+    for second in range(300):
+        for number in range(2):
+            site.put(f"{second}.{number}")
+        if ("u7", "1") in site.pairs():
+            break
+        site.pass_time(1.0)
+        site.finish(slot)
+    assert 239 <= second <= 241  # what came until 120 takes 240 s
+
+
+def load_bench() -> Any:
+    spec = importlib.util.spec_from_file_location("order", wire.ROOT / "bench" / "order.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_who_asks_seldom_waits_for_one_turn_beside_who_asks_for_much() -> None:
+    assert load_bench().occasional() <= 1e-6
+
+
+@pytest.mark.parametrize("long_s", [1.0, 20.0])
+def test_shares_of_two_who_want_more_are_even(long_s: float) -> None:
+    assert load_bench().share(long_s) < 0.05
+
+
+def test_tenant_with_the_least_worker_time_is_next() -> None:
+    site = Site(is_fair=True)
+    slots = {name: site.add(name) for name in "12"}
+    for number in range(4):
+        site.put(f"a{number}", tenant="anna")
+    site.put("b0", tenant="bert")
+    pairs = site.pairs()
+    assert [item for item, _ in pairs] == ["a0", "b0"]  # a0 is charged for as it begins
+    site.put("b1", tenant="bert")
+    site.pass_time(8.0)
+    site.finish(slots[pairs[0][1]])
+    assert [item for item, _ in site.pairs()] == ["a1"]  # anna has had 8 s, bert is counted 25 % more
+    site.pass_time(4.0)
+    site.finish(slots[pairs[0][1]])
+    site.finish(slots[pairs[1][1]])
+    assert [item for item, _ in site.pairs()] == ["b1", "a2"]  # both have had 12 s; bert waits for longer
+
+
+def test_tenant_that_was_away_has_saved_nothing_up() -> None:
+    site = Site(is_fair=True)
+    slot = site.add("1")
+    served = []
+    for number in range(100):
+        site.put(f"a{number}", tenant="anna")
+    for second in range(40):
+        if second == 20:
+            for number in range(30):
+                site.put(f"b{number}", tenant="bert")
+        served += [item[0] for item, _ in site.pairs()]
+        site.pass_time(1.0)
+        site.finish(slot)
+    assert "".join(served) == "a" * 20 + "ab" * 10
+
+
+def test_when_nobody_waits_or_runs_all_start_afresh() -> None:
+    site = Site(is_fair=True)
+    slot = site.add("1")
+    site.put("a", tenant="anna")
+    site.pairs()
+    site.pass_time(1000.0)
+    site.finish(slot)
+    served = []
+    for number in range(4):
+        site.put(f"a{number}", tenant="anna")
+        site.put(f"b{number}", tenant="bert")
+    while pair := site.policy.next_pair():
+        served.append(pair[0].item[0])
+        site.pass_time(1.0)
+        site.finish(slot)
+    assert "".join(served) == "abababab"
+
+
+@pytest.mark.parametrize("ran_s", [100.0, 1000.0, 20_000.0])
+def test_running_request_is_charged_while_it_runs(ran_s: float) -> None:
+    site = Site(is_fair=True)
+    site.add("1")
+    site.put("a0", tenant="anna")
+    site.pairs()
+    began_s = site.now
+    while site.now < ran_s:
+        site.pass_time(ran_s / 100)
+        anna = site.policy.tenants["anna"]
+        assert site.now - began_s <= anna.charge_s <= max(1.0, 1.25 * (site.now - began_s))
+        assert anna.had_s <= site.now - began_s <= max(1.0, 1.25 * anna.had_s)
+
+
+@pytest.mark.parametrize("released_first", [True, False])
+def test_tenant_is_not_charged_for_a_run_that_came_to_nothing(released_first: bool) -> None:
+    site = Site(is_fair=True)
+    slots = [site.add(name) for name in "12"]
+    for item, tenant in (("a0", "anna"), ("b0", "bert"), ("a1", "anna"), ("b1", "bert")):
+        site.put(item, tenant=tenant)
+    first = site.policy.next_pair()
+    assert first is not None and first[0].item == "a0"
+    site.pairs()
+    site.pass_time(10.0)
+    anna = site.policy.tenants["anna"]
+    assert anna.charge_s > 10.0
+    if released_first:
+        site.policy.release(first[1], site.now)
+    site.policy.put_back(first[0], 10.0)
+    assert anna.charge_s == 0.0
+    if not released_first:
+        site.policy.release(first[1], site.now)
+    assert (anna.charge_s, anna.worked_s) == (0.0, 0.0)
+    site.policy.park(first[1])
+    assert site.pairs() == [("a0", first[1].name)]
+    site.pass_time(3.0)
+    site.finish(first[1])
+    assert (anna.charge_s, anna.worked_s) == (3.0, 3.0)
+    assert len(slots) == 2
+
+
+def test_full_queue_costs_the_tenant_with_the_most_its_newest() -> None:
+    site = Site(is_fair=True, max_length=4)
+    for item in ("a0", "a1", "a2", "b0"):
+        site.put(item, tenant={"a": "anna", "b": "bert"}[item[0]])
+    assert site.policy.evicted_by("anna") is None
+    victim = site.policy.evicted_by("cleo")
+    assert victim is not None and victim.item == "a2"
+    site.policy.withdraw(victim)
+    site.put("c0", tenant="cleo")
+    victim = site.policy.evicted_by("dora")
+    assert victim is not None and victim.item == "a1"
+
+
+def test_without_tenants_nobody_is_evicted() -> None:
+    site = Site(max_length=1)
+    site.put("x")
+    assert site.policy.evicted_by("") is None
+
+
+def test_million_tenants_take_bounded_memory_and_no_more_time() -> None:
+    site = Site(is_fair=True, max_length=1000)
+    slot = site.add("1")
+
+    def come_and_go(start: int, count: int) -> float:
+        began = time.process_time()
+        for number in range(start, start + count):
+            ticket = site.put("x", tenant=f"tenant {number}")
+            site.pass_time(0.001)
+            if number % 2:
+                site.policy.withdraw(ticket)
+            elif site.pairs():
+                site.finish(slot)
+        return time.process_time() - began
+
+    for number in range(500):
+        site.put("waits", tenant=f"waits {number}")
+    first_s = come_and_go(0, 5000)
+    tracemalloc.start()
+    later_s = min(come_and_go(5000 * batch, 5000) for batch in range(1, 5))
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 5_000_000  # of those that wait and those that are remembered
+    assert len(site.policy.tenants) <= LIMITS.remembered_tenants + 501
+    assert later_s < 10 * first_s  # tracing takes most of it
+
+
+@pytest.mark.parametrize("is_fair", [False, True])
+def test_dispatch_among_a_hundred_thousand_is_quick(is_fair: bool) -> None:
+    """1,000 tenants and 50 pools; bench/order.py tells how quick."""
+    pools = [f"http://pool{number}" for number in range(50)]
+    site = Site(max_length=1_000_000, is_fair=is_fair)
+    slots = [site.add(str(number), *pools[number % 60 : number % 60 + 1]) for number in range(120)]
+    rng = random.Random(7)
+    for _ in range(100_000):
+        site.put("x", origin=rng.choice(pools), tenant=str(rng.randrange(1000)))
+    site.pairs()
+    took = []
+    for number in range(2000):
+        site.pass_time(0.01)
+        site.finish(slots[number % 120])
+        began = time.perf_counter()
+        assert site.policy.next_pair() is not None
+        took.append(time.perf_counter() - began)
+    assert sorted(took)[1000] < 500e-6
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+def test_example_of_the_document_is_true(has_more: bool) -> None:
+    """docs/order.md, An example."""
+    site = Site(is_fair=True)
+    site.policy.typical_s = 4.0
+    for item, second, tenant, urgency in (
+        ("a1", 0, "anna", 3), ("a2", 1, "anna", 3), ("a3", 2, "anna", 1), ("b1", 2, "bert", 3),
+    ):  # fmt: skip
+        site.now = float(second)
+        site.put(item, tenant=tenant, urgency=urgency, head_start_s=(3 - urgency) * 30.0)
+    if has_more:
+        site.put("b2", tenant="bert")
+    site.pass_time(1.0)
+    slots = {name: site.add(name) for name in "12"}
+    pairs = site.pairs()
+    assert [item for item, _ in pairs] == ["a3", "b1"]
+    counts = {}
+    for second in (4, 5, 6, 7, 8):
+        site.pass_time(1.0)
+        counts[second] = site.policy.tenants["anna"].charge_s
+    site.finish(slots[pairs[1][1]])
+    assert counts == {4: 4.0, 5: 4.0, 6: 4.0, 7: 5.0, 8: 6.25}
+    assert site.policy.tenants["bert"].worked_s == 5.0
+    assert [item for item, _ in site.pairs()] == ["b2" if has_more else "a1"]
