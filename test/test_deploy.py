@@ -82,11 +82,14 @@ def first(pattern: str, text: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the lists of words that begin with the name of a program, in YAML's two ways to write a list."""
+    """Return the lists of words that begin with the name of a program, in YAML's two ways to write a list.
+
+    What stands behind `--` is another program's.
+    """
     blocks = re.findall(r"(?:args|command):\n((?: +(?:- |#).*\n)+)", text)
     found = [re.findall(r"^ +- (\S+)", block, re.MULTILINE) for block in blocks]
     found += [re.split(r", *", row) for row in re.findall(r"(?:args|command): \[(pothead.*)\]", text)]
-    return found
+    return [words[: words.index("--")] if "--" in words else words for words in found]
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/hub.yaml", "kubernetes/worker.yaml"])
@@ -114,7 +117,8 @@ def test_every_flag_in_the_prose_is_somebodys_option(path: Path) -> None:
     others = {
         "--help", "--build", "--scale", "--build-arg", "--rm", "--now", "--full",  # docker, systemctl
         "--no-install-recommends", "--yes", "--no-cache-dir", "--from", "--directory", "--owner", "--group",
-        "--create-home", "--uid", "--collector",
+        "--create-home", "--uid", "--collector", "--system", "--deploy-hook",
+        "--from-literal", "--from-file", "--type", "--since",
     }  # fmt: skip
     found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")))
     assert found <= ours | others
@@ -127,7 +131,11 @@ def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
     assert names == {name: f"pothead-{name}.socket" for name in pothead.SOCKET_NAMES}
     service = read("systemd/pothead.service")
     for setting in ("Requires", "Sockets", "Also"):
-        assert set(first(rf"^{setting}=(.*)$", service).split()) == set(names.values())
+        always = set(first(rf"^{setting}=(.*)$", service).split())
+        assert always == set(names.values()) - {"pothead-ptth.socket"}
+    # It is there for those who enable it, and a restart of the hub starts it.
+    wanted_by = first("^WantedBy=(.*)$", read("systemd/pothead-ptth.socket")).split()
+    assert wanted_by == ["sockets.target", "pothead.service"]
 
 
 def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
@@ -144,6 +152,63 @@ def test_every_module_is_installed_where_the_units_look_for_it() -> None:
     assert set(names.split()) == {"gating.py", "pothead.py", "pothead_worker.py"}
     for name in ("pothead.service", "pothead-worker@.service"):
         assert first(rf"^ExecStart=/usr/bin/python3 {target}/(\w+\.py)", read(f"systemd/{name}")) in names
+
+
+# ---- Certificates and tokens -------------------------------------------------------------------------
+
+
+def variables(text: str) -> dict[str, str]:
+    """Return the settings of a program that stand on lines of their own, perhaps in a comment."""
+    return dict(re.findall(r"^(?:#   )?(POTHEAD_\w+)=(.+)$", text, re.MULTILINE))
+
+
+def test_no_file_has_a_secret_in_it() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"-----BEGIN|^kind: Secret$|^ *(?:stringData|data):", text, re.MULTILINE), path
+        assert not re.search(r"\b(?:token:(?!/)|sha256:|TOKEN=|[Bb]earer )[\w.~+/-]{12,}", text), path
+
+
+def lay_files(directory: Path, *names: str) -> None:
+    """Put into a directory what a Secret, or an operator, would: by the names that the files have there."""
+    (directory / "admin.token").write_text("abc")
+    (directory / "workers").write_text("demo token:def\n")
+    for name, source in zip(names, ("hub.pem", "hub.key"), strict=True):
+        shutil.copy(wire.authority() / source, directory / name)
+
+
+def test_unit_of_the_hub_has_what_the_readme_lays_there(tmp_path: Path) -> None:
+    readme, service = read("README.md"), read("systemd/pothead.service")
+    settings = variables(readme)
+    assert settings == variables(service)
+    ((group, directory, names),) = re.findall(r"install -D -m 640 -g (\S+) -t (\S+) (.*)\n", readme)
+    assert first("^SupplementaryGroups=(.*)$", service) == group and f"groupadd --system {group}\n" in readme
+    files = {value for name, value in settings.items() if "FILE" in name}
+    assert files == {f"{directory}/{name}" for name in names.split()}
+    lay_files(tmp_path, "hub.pem", "hub.key")
+    environment = {name: value.replace(directory, str(tmp_path)) for name, value in settings.items()}
+    ports = ["--main-port=0", "--worker-port=0", "--admin-port=0", "--ptth-host=0.0.0.0", "--ptth-port=0"]
+    command = wire.python(str(wire.ROOT / "pothead.py"), "--check", *ports)
+    ended = wire.run_to_end(command, tmp_path, environment)
+    assert ended.status == 0 and any(line.startswith("would listen ptth=0.0.0.0:") for line in ended.lines)
+
+
+def test_reload_reaches_the_hub_by_the_signal_that_it_knows() -> None:
+    service = read("systemd/pothead.service")
+    assert first("^ExecReload=(.*)$", service) == "/bin/kill -HUP $MAINPID"
+    assert "\nLoadCredential" not in service, "what is copied at the start cannot be read again"
+
+
+def test_unit_of_a_worker_has_its_token_where_its_settings_say() -> None:
+    unit = read("systemd/pothead-worker@.service")
+    name, source = re.findall("^LoadCredential=(.+):(.+)$", unit, re.MULTILINE)[0]
+    settings = variables(unit)
+    directory = "/run/credentials/pothead-worker@thumbnails.service"
+    assert settings["POTHEAD_WORKER_TOKEN_FILE"] == f"{directory}/{name}"
+    for path in (source.replace("%i", "thumbnails"), settings["POTHEAD_WORKER_CAFILE"].rpartition("/")[0]):
+        assert re.search(rf"install .*{re.escape(path)}\b", read("README.md"))
+    # A worker that has no token finds this, which must never be one.
+    assert not re.fullmatch(r"[\w.~+/-]+=*", first(f"^SetCredential={name}:(.*)$", unit))
 
 
 # ---- Timeouts ----------------------------------------------------------------------------------------
