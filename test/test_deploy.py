@@ -47,6 +47,7 @@ METRICS = {
     "pothead_hub_connections",
     "pothead_hub_spool_bytes",
     "pothead_hub_disk_budget_bytes",
+    "pothead_hub_certificate_expiry_timestamp_seconds",
     "pothead_worker_slots",
     "pothead_worker_slots_busy",
     "pothead_worker_requests_total",
