@@ -3584,14 +3584,14 @@ class Handshaking:
     Until then nothing is known of who is there, and there may be many.
     """
 
-    __slots__ = ("_begin", "_hub", "_port", "_stream", "_transport")
+    __slots__ = ("_begin", "_hub", "_stream", "_transport", "port")
 
     def __init__(
         self, hub: Hub, port: str, stream_of: Callable[[Transport], Stream], sock: socket.socket,
         begin: Callable[[Stream], None],
     ) -> None:  # fmt: skip
         self._hub = hub
-        self._port = port
+        self.port = port
         self._begin = begin
         assert hub.certificate is not None
         self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
@@ -3615,13 +3615,13 @@ class Handshaking:
 
     def on_hangup(self, *, reset: bool) -> None:
         if self._transport.spoke_in_clear:
-            self._hub.complain(self._port, self._stream.address, "spoke without TLS on a port that wants it")
+            self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
             self._stream.transport = self._transport.in_clear()
             text = b"This port speaks TLS: the address begins with https://\n"
             self._stream.write(own_response(400, text, keep_alive=False))
             Farewell(self._hub.loop, self._stream)
         elif reset:
-            self._hub.complain(self._port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
+            self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
             self._stream.close()
         else:
             self._stream.close()
@@ -4811,8 +4811,15 @@ class Hub:
     def _end_drain(self) -> None:
         if self.exchanges or self._has_unsent_bytes():
             return
-        if not self.ports.has_successor or not (self.needy or self.ports.is_leaving):
+        if not self.ports.has_successor or not (self.needy or self._expects_consumers):
             self.loop.stop()
+
+    @property
+    def _expects_consumers(self) -> bool:
+        """Whether some are connecting here still, and would lose their connection."""
+        return self.ports.is_leaving or any(
+            isinstance(each.role, Handshaking) and each.role.port == "consumers" for each in self.newcomers
+        )
 
     def _has_unsent_bytes(self) -> bool:
         """Whether answers are still on their way: without an exchange, no spool holds anything else."""
