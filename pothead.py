@@ -2346,7 +2346,8 @@ class TlsTransport(Transport):
     def _shake_hands(self) -> None:
         self._tls.do_handshake()
         self.is_open = True
-        self._on_open()
+        on_open, self._on_open = self._on_open, _do_nothing
+        on_open()
 
     def _fetch(self) -> bool:
         """Receives something to decrypt, if only the end; false if nothing has come."""
@@ -2417,6 +2418,7 @@ class TlsTransport(Transport):
 
     def close(self) -> None:
         self._say_goodbye()
+        self._on_open = _do_nothing
         super().close()
 
     def _say_goodbye(self) -> None:
@@ -2590,7 +2592,7 @@ class Stream(Watched):
         self.transport = transport
         self.address = address
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
-        self.role: Role = _NoRole()
+        self.role: Role = NO_ROLE
         self.shortcut: Shortcut | None = None  # for bytes that nobody here need look at
         self.written = 0  # bytes that the network has taken
 
@@ -2655,6 +2657,7 @@ class Stream(Watched):
         if self.outbuf is not None:
             self.outbuf.close()
         self.transport.close()
+        self.role = NO_ROLE  # which knows the stream, and would keep it until the collector comes
 
     def _fill(self) -> None:
         if self._has_rest or self._room <= 0 or self.closed:
@@ -2778,6 +2781,8 @@ class _NoRole:
     def settle(self) -> int:
         return 0
 
+
+NO_ROLE: Final = _NoRole()
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
 
@@ -4991,6 +4996,9 @@ def _always() -> bool:
 
 
 def _ignore(text: str) -> None: ...
+
+
+def _do_nothing() -> None: ...
 
 
 PORT_OPTIONS: Final = {
