@@ -73,7 +73,7 @@ import termios
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -4878,7 +4878,8 @@ class Slot:
         self.name = registration.name  # of the worker, empty if it has none
         self.is_welcome = True  # for another request: the workers file still allows it
         machine = stream.address.rpartition(":")[0]
-        self.origins = registration.origins  # none: it serves all
+        # What it serves, none: all.
+        self.origins = registration.origins | {BY_ADDRESS} if registration.origins else registration.origins
         name = f"{self.name}@{machine}" if self.name else machine
         self.machine: Machine[Slot] = hub.join(name, self.origins)
         self.exchange: Exchange | None = None
@@ -5420,10 +5421,15 @@ class Forwarding:
         )  # fmt: skip
 
 
+BY_ADDRESS: Final = "by address"  # the pool of those requests; whatever a slot serves, it serves these
+_BY_ADDRESS: Final = re.compile(rb"(?:[0-9.]+|\[[0-9A-Fa-f:.]+\]|(?i:localhost))(?::[0-9]*)?\Z")
+
+
 class Claims:
     """Reads out of a request who it is for, and what it may claim of the order."""
 
     def __init__(self, options: Options) -> None:
+        self.pools: Container[str] = ()  # the origins that somebody has named
         self.routes = read_routes(options.route)
         self.uses_pools = bool(self.routes)  # or a worker has named what it serves
         self.is_fair = options.fair_by != "none"
@@ -5461,7 +5467,9 @@ class Claims:
         if consumer.is_trusted:
             scheme = head.known.get(b"x-forwarded-proto", (scheme,))[0].partition(b",")[0].strip()
             host = head.known.get(b"x-forwarded-host", (host,))[0].partition(b",")[0].strip()
-        return read_origin(scheme + b"://" + host) or ""
+        origin = read_origin(scheme + b"://" + host) or ""
+        # Who asks for the hub itself, and not for a name that somebody may serve, takes whoever is free.
+        return BY_ADDRESS if _BY_ADDRESS.match(host) and origin not in self.pools else origin
 
     def tenant_of(self, exchange: Exchange) -> str:
         """Returns whose share a request is served from; nothing if there are no shares."""
@@ -5507,6 +5515,7 @@ class Hub:
             is_fair=self.claims.is_fair,
             origins=[origin for _, origin in self.claims.routes],
         )
+        self.claims.pools = self.policy.pools
         self.exchanges: set[Exchange] = set()
         self.slots: set[Slot] = set()
         # Consumers whose next request, or the one that they have sent, no slot has been given yet.

@@ -102,7 +102,7 @@ def join(hub: HubProcess, *arguments: bytes, context: ssl.SSLContext | None = No
 
 def ask(hub: HubProcess, path: bytes, context: ssl.SSLContext | None = None) -> Peer:
     peer = Peer.connect(hub.main, context)
-    peer.send(b"GET %b HTTP/1.1\r\nHost: api.example\r\n\r\n" % path)
+    peer.send(b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % path)
     return peer
 
 
@@ -509,7 +509,7 @@ def test_both_versions_carry_bodies_of_any_size(
     context.minimum_version = context.maximum_version = version
     body = bytes(range(256)) * 12_345
     with join(common_tls, context=context) as slot, Peer.connect(common_tls.main, context) as consumer:
-        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         sender = threading.Thread(target=consumer.send, args=(head + body,))
         sender.start()
         received = slot.read_request().body

@@ -38,7 +38,8 @@ def slot_of(rig: Rig, *origins: str) -> Peer:
         peer = rig.connect(f"127.0.0.1:{listener.getsockname()[1]}")
         sock, address = listener.accept()
     sock.setblocking(False)
-    rig.hub.add_slot(rig.hub._new_stream(sock, pothead.address_text(address)), frozenset(origins))
+    stream = rig.hub._new_stream(pothead.address_text(address), pothead.Transport(sock))
+    rig.hub.enlist(stream, pothead.Registration(None, frozenset(origins)))
     rig.turn()
     return peer
 
@@ -192,6 +193,7 @@ def test_pools_begin_with_the_first_slot_that_names_one(new_rig: Callable[..., R
     assert "pool=http://b.example" in rig.lines[-1]
     pools = rig.hub.stats()["pools"]
     assert pools == [
+        {"pool": "by address", "waiting": 0, "slots": 1, "idle": 1},
         {"pool": "http://b.example", "waiting": 0, "slots": 1, "idle": 1},
         {"pool": "other", "waiting": 1, "slots": 0, "idle": 0},
     ]
@@ -475,6 +477,9 @@ def test_metrics_by_pool_have_the_labels_of_operators_and_workers(new_rig: Calla
     body = pothead._metrics(rig.hub).body.decode()
     found = {each for each in body.splitlines() if each.startswith("pothead_hub_pool_")}
     assert found == {
+        'pothead_hub_pool_queue_length{pool="by address"} 0.0',
+        'pothead_hub_pool_slots{pool="by address",state="idle"} 1.0',
+        'pothead_hub_pool_slots{pool="by address",state="busy"} 0.0',
         'pothead_hub_pool_queue_length{pool="http://r"} 0.0',
         'pothead_hub_pool_queue_length{pool="http://w"} 0.0',
         'pothead_hub_pool_queue_length{pool="other"} 3.0',
@@ -485,3 +490,18 @@ def test_metrics_by_pool_have_the_labels_of_operators_and_workers(new_rig: Calla
         'pothead_hub_pool_slots{pool="other",state="idle"} 0.0',
         'pothead_hub_pool_slots{pool="other",state="busy"} 0.0',
     }
+
+
+@pytest.mark.parametrize("host", [b"127.0.0.1:8080", b"localhost", b"[::1]:80"])
+def test_request_by_address_takes_whoever_is_free(new_rig: Callable[..., Rig], host: bytes) -> None:
+    """Nobody can be meant by it but the hub; unless a worker has named just that."""
+    rig = new_rig()
+    one = slot_of(rig, "http://a.example")
+    ask(rig, b"/by-name")
+    consumer = rig.consumer(b"GET /by-address HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+    assert served_by(rig, one) == "/by-address"
+    assert consumer.read_response().status == 200
+    own = slot_of(rig, pothead.read_origin(b"http://" + host) or "")
+    rig.consumer(b"GET /named HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+    assert served_by(rig, own) == "/named"
+    assert line(rig) == ["/by-name"]

@@ -797,9 +797,13 @@ def hub_process(
         ports += ["--certfile", files[0], "--keyfile", files[1], "--tls", "main,ptth"]
         ports += [] if "--ptth-port" in options else ["--ptth-port", "0"]
     hub = HubProcess([*program("pothead", limits), *ports, *options], cwd, environment)
-    with running(hub):
-        hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
-        yield hub
+    try:
+        with running(hub):
+            hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
+            yield hub
+    finally:  # another program may be given its ports
+        for address in (hub.main, hub.ptth):
+            _secure.pop(address, None)
 
 
 @contextlib.contextmanager
