@@ -59,7 +59,7 @@ def consume(hub: HubProcess, count: int, answers: Counter[tuple[int, bool]]) -> 
     with Peer.connect(hub.main) as consumer:
         for _ in range(count):
             body = chance.randbytes(chance.randint(1, 70_000))
-            consumer.send(wire.post(b"/echo", body))
+            consumer.send(wire.post(b"/echo", body, host=b"localhost"))
             response = consumer.read_response()
             answers[response.status, response.body.endswith(body)] += 1
 
@@ -244,7 +244,7 @@ def test_envoy_that_is_killed_is_a_lost_worker(tmp_path: Path) -> None:
         settings = envoy_settings(hub.ptth, app.worker[1], 1)
         with envoy(tmp_path, settings) as process, Peer.connect(hub.main) as consumer:
             until_slots(hub, 1)
-            consumer.send(wire.post(b"/once", b"body"))
+            consumer.send(wire.post(b"/once", b"body", host=b"localhost"))
             with app.accept() as server:
                 server.read_request()
                 process.kill()
