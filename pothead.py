@@ -3424,8 +3424,8 @@ class TlsTransport(Transport):
         return gone
 
     def has_news(self) -> bool:
-        if not self.has_rest and super().has_news() and not self._is_over:
-            byte = bytearray(1)
+        if not self._ahead and not self._is_over and (self.has_rest or super().has_news()):
+            byte = bytearray(1)  # received for good, since a ticket or new keys are no news
             try:
                 size = self._read(memoryview(byte))
                 if size is None and self._fetch():

@@ -805,6 +805,12 @@ def test_bytes_count_as_taken_when_the_peer_can_read_them(files: Path, version: 
                 received += buffer[: size or 0]
         sender.join()
         assert received == body[:300_000]
+        ours.setblocking(False)
+        transport._sock = ours
+        peer.write(b"x" * 100)
+        theirs.sendall(outgoing.read())
+        assert transport.receive_into(buffer[:100]) == 100
+        assert not transport.has_news(), "there was just as much as there was room for"
         transport.close()
 
 
