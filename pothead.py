@@ -3302,8 +3302,8 @@ class TlsTransport(Transport):
     """
 
     __slots__ = (
-        "_ahead", "_has_heard", "_incoming", "_is_over", "_on_open", "_outgoing", "_overhead", "_sealed",
-        "_tls", "_unsent", "fault", "has_rest", "is_open", "spoke_in_clear",
+        "_ahead", "_incoming", "_is_over", "_on_open", "_outgoing", "_overhead", "_sealed",
+        "_tls", "_unsent", "fault", "has_heard", "has_rest", "is_open", "spoke_in_clear",
     )  # fmt: skip
 
     scheme = b"https"
@@ -3319,7 +3319,7 @@ class TlsTransport(Transport):
         self._sealed = memoryview(b"")  # encrypted, and not sent yet ...
         self._unsent = 0  # ... how many bytes that is, with all of a record that has been sent in part ...
         self._overhead = 0  # ... and what each record takes beside its own
-        self._has_heard = False
+        self.has_heard = False
         self._is_over = False  # nothing more is sent, and what comes is not understood any more
         self.has_rest = False
         self.is_open = False
@@ -3386,10 +3386,10 @@ class TlsTransport(Transport):
         if not data:
             self._incoming.write_eof()
             return True
-        if not self._has_heard and data[0] != TLS_FIRST_BYTE:
+        if not self.has_heard and data[0] != TLS_FIRST_BYTE:
             self.spoke_in_clear = True
             raise ConnectionAbortedError("no TLS")
-        self._has_heard = True
+        self.has_heard = True
         self._incoming.write(data)
         return True
 
@@ -3474,6 +3474,12 @@ class TlsTransport(Transport):
 
 TLS_FIRST_BYTE: Final = 0x16  # of a handshake (RFC 8446 §5.1)
 TLS_RECORD_BYTES: Final = 16 * KIB  # of cleartext, at most (RFC 8446 §5.1)
+
+
+def describe_tls(fault: OSError | None) -> str:
+    """Returns what has ended a connection over TLS, for people."""
+    told = getattr(fault, "verify_message", None) or getattr(fault, "reason", None) or fault
+    return "the peer has left" if told is None else str(told).replace("_", " ").lower()
 
 
 class Certificate:
@@ -3563,8 +3569,7 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
                 side.do_handshake()
         certificate = peer.getpeercert()
     except ssl.SSLError as exc:
-        reason = getattr(exc, "verify_message", "") or exc.reason
-        raise ValueError(f"--certfile: {certfile} cannot be used: {reason}") from exc
+        raise ValueError(f"--certfile: {certfile} cannot be used: {describe_tls(exc)}") from exc
     assert certificate
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
@@ -4696,10 +4701,10 @@ class Handshaking:
             text = b"This port speaks TLS: the address begins with https://\n"
             self._stream.write(own_response(400, text, keep_alive=False))
             Farewell(self._hub.loop, self._stream)
-        elif reset:
-            self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
-            self._stream.close()
         else:
+            if self._transport.has_heard:  # and not one who only looks whether the port is open
+                why = describe_tls(self._transport.fault)
+                self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {why}")
             self._stream.close()
         self._hub.newcomers.pop(self._stream, None)
 
