@@ -5455,8 +5455,7 @@ class Claims:
         return Claim(
             self.origin_of(exchange), self.tenant_of(exchange), urgency,
             (NORMAL_URGENCY - urgency) * self._step_s,
-            # Everybody's: it is about the consumer's own time, and costs nobody else a place.
-            read_wait(known[b"prefer"]) if b"prefer" in known else None,
+            read_wait(known[b"prefer"]) if b"prefer" in known and exchange.consumer.is_trusted else None,
         )  # fmt: skip
 
     def origin_of(self, exchange: Exchange) -> str:

@@ -505,3 +505,11 @@ def test_request_by_address_takes_whoever_is_free(new_rig: Callable[..., Rig], h
     rig.consumer(b"GET /named HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
     assert served_by(rig, own) == "/named"
     assert line(rig) == ["/by-name"]
+
+
+def test_preference_of_somebody_who_is_not_believed_is_ignored(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(forwarded_allow_ips=())
+    ask(rig, b"/", b"Prefer: wait=1", b"Priority: u=0")
+    assert rig.exchange(b"/").wait_s is None
+    rig.pass_time(2)
+    assert line(rig) == ["/"]
