@@ -490,6 +490,7 @@ def test_connections_that_come_and_go_leave_no_memory_behind(hub: HubProcess, wh
 
 
 @linux_only
+@wire.in_clear_only
 def test_slot_that_comes_and_goes_ten_thousand_times_costs_bounded_time(hub: HubProcess) -> None:
     """W13: it takes nothing from the one that stays, and leaves nothing behind."""
     before = descriptors(hub.pid)
