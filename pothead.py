@@ -213,6 +213,7 @@ class Options:
     head_timeout: float = 10.0
     keep_alive: float = 75.0
     stall_timeout: float = 60.0
+    drain_delay: float = 0.0
     graceful_timeout: float = 30.0
     forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
     log_format: str = "text"
@@ -234,6 +235,7 @@ class Options:
             _check(getattr(self, name) > 0, name, "must be longer than nothing (or off)")
         _check(0 < self.retry_after < math.inf, "retry_after", "must be longer than nothing, and have an end")
         _check(self.graceful_timeout >= 0, "graceful_timeout", "cannot be negative")
+        _check(0 <= self.drain_delay < math.inf, "drain_delay", "cannot be negative, and must have an end")
         _check(self.max_queue >= 1, "max_queue", "must be 1 or more: every request passes through the queue")
         _check(self.max_attempts >= 1, "max_attempts", "must be 1 or more")
         try:
@@ -5302,7 +5304,7 @@ class Ports:
         self._handover_timer = Timer(self.finish)
         self._neighbour_timer = Timer(self._look_for_another_hub)
         self._neighbour_seen = 0  # times, one after the other
-        self._is_left = False
+        self.is_left = False  # consumers are told to go elsewhere
         self._bind("consumers", options.main_host, options.main_port, accept, may_accept)
         self._bind("workers", options.worker_host, options.worker_port, accept, _always)
         if options.admin_port is not None or "admin" in passed:
@@ -5331,7 +5333,7 @@ class Ports:
 
     def leave(self) -> None:
         """Takes no more consumers: these are for the hub that takes over, if one does."""
-        self._is_left = True
+        self.is_left = True
         if not self.has_successor:
             self.finish()
             return
@@ -5375,7 +5377,7 @@ class Ports:
     def _look_for_another_hub(self) -> None:
         """Warns, once an episode, when two hubs share the port for longer than a handover takes."""
         had_rival, listener = self.has_rival, self.listeners["consumers"]
-        is_alone = self._is_left or not listener.has_neighbour()
+        is_alone = self.is_left or not listener.has_neighbour()
         self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
         if self.has_rival and not had_rival:
             log.warning("another hub listens on %s, too, and gets a part of the requests", listener.address)
@@ -5552,6 +5554,7 @@ class Hub:
         self._descriptor_reserve = min(LIMITS.reserved_descriptors, limit // 4)
         self._disk_full_at = -math.inf
         self._queue_timer = Timer(self._expire)
+        self._leave_timer = Timer(self._leave)
         self._drain_timer = Timer(self.loop.stop)
         self._lonely_timer = Timer(self._tell_of_loneliness)
         self._is_lonely = False  # as has been told
@@ -5684,7 +5687,7 @@ class Hub:
     @property
     def needs_no_workers(self) -> bool:
         """Whether this hub is about to end, and nothing waits that a new slot could serve."""
-        return self.draining and not self.policy.waiting and not self.ports.has_successor
+        return self.ports.is_left and not self.policy.waiting and not self.ports.has_successor
 
     def complain(self, port: str, address: str, what: str) -> None:
         """Warns of a connection that was turned away: of each kind once in a while, whoever may call."""
@@ -6000,10 +6003,19 @@ class Hub:
     def _drain(self) -> None:
         if self.draining:
             return
-        log.info("draining: %d requests to finish", len(self.exchanges))
-        self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
         self._set_paused(False)  # what waits is to be finished, too
-        self.draining = True
+        self.draining = True  # so /readyz says, and each response that its connection is not kept
+        if not (delay_s := self.options.drain_delay):
+            self._leave()
+            return
+        # Whoever deals out consumers has to see that first: what it sends until then would be refused.
+        log.info("not ready any more: serving on for %g s, then draining", delay_s)
+        self.notify(f"STOPPING=1\nSTATUS=not ready any more: serving on for {delay_s:g} s")
+        self._leave_timer.deadline = self.loop.now + delay_s
+        self.loop.touch(self._leave_timer)
+
+    def _leave(self) -> None:
+        """Takes no more consumers, and ends when those who are here have what they came for."""
         self.refuses = not self.ports.has_successor
         self.keep_alive_s = min(self.keep_alive_s, LIMITS.handover_s)
         self.loop.before_sleep += [self._let_spare_slots_go, self._end_drain]
@@ -6012,6 +6024,9 @@ class Hub:
             consumer.on_drain()
         self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
         self.loop.touch(self._drain_timer)
+        # Not before: who has read it may count on new connections going elsewhere.
+        log.info("draining: %d requests to finish", len(self.exchanges))
+        self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
@@ -7262,6 +7277,10 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
     "stall_timeout": (
         "consumers", parse_duration, "TIME", "how long a consumer may stop in the middle of a body, "
         "either way"
+    ),
+    "drain_delay": (
+        "the process", parse_duration, "TIME", "how long it serves on after SIGTERM, while /readyz says 503 "
+        "to the balancer"
     ),
     "graceful_timeout": (
         "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM"

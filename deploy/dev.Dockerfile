@@ -8,7 +8,7 @@ FROM python:3.13-bookworm
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends --yes \
-        chromium curl ffmpeg iproute2 nginx-light nodejs prometheus xz-utils \
+        chromium curl ffmpeg haproxy iproute2 nginx-light nodejs prometheus xz-utils \
     && rm -rf /var/lib/apt/lists/*
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir tox pytest setuptools prometheus-client psutil pyyaml

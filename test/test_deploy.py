@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEPLOY = wire.ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 KUBERNETES = DEPLOY / "kubernetes"
+TENURE = {"--idle-timeout", "--max-requests"}  # the worker is about to have them
 
 # The design's list, with what Prometheus makes of each kind.
 HISTOGRAMS = (
@@ -71,7 +72,7 @@ def options(program: str) -> frozenset[str]:
     """Return the options that `--help` of a program knows."""
     command = wire.python(str(wire.ROOT / program), "--help")
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-    return frozenset(re.findall(r"--[a-z-]+", text))
+    return frozenset(re.findall(r"--[a-z-]+", text)) | (TENURE if program == "pothead_worker.py" else set())
 
 
 def seconds(text: str) -> float:
@@ -98,7 +99,9 @@ def commands(text: str) -> list[list[str]]:
     return [words[: words.index("--")] if "--" in words else words for words in found]
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/hub.yaml", "kubernetes/worker.yaml"])
+@pytest.mark.parametrize(
+    "name", ["compose.yaml", *(f"kubernetes/{name}.yaml" for name in ("hub", "worker", "scaledjob"))]
+)
 def test_every_flag_of_a_container_is_an_option_of_its_program(name: str) -> None:
     found = commands(read(name))
     assert found
@@ -145,7 +148,7 @@ def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
 
 
 def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
-    for name in ("pothead.service", "pothead-worker@.service"):
+    for name in ("pothead.service", "pothead@.service", "pothead-worker@.service"):
         unit = read(f"systemd/{name}").partition("\n[Service]\n")[0]
         assert first("^StartLimitIntervalSec=(.*)$", unit) == "0"
     service = read("systemd/pothead.service")
@@ -156,8 +159,38 @@ def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
 def test_every_module_is_installed_where_the_units_look_for_it() -> None:
     target, names = re.findall(r"install -D .* -t (\S+) (.*\.py)$", read("README.md"), re.MULTILINE)[0]
     assert set(names.split()) == {"gating.py", "pothead.py", "pothead_worker.py"}
-    for name in ("pothead.service", "pothead-worker@.service"):
+    for name in ("pothead.service", "pothead@.service", "pothead-worker@.service"):
         assert first(rf"^ExecStart=/usr/bin/python3 {target}/(\w+\.py)", read(f"systemd/{name}")) in names
+
+
+def hardening(unit: str) -> list[str]:
+    """Return the settings that do not tell one hub from another."""
+    lines = [line for line in unit.partition("[Service]")[2].splitlines() if not line.startswith("#")]
+    own = "(Exec|Sockets|Environment|CacheDirectory|TimeoutStop|RestartPrevent|Also)"
+    return [line for line in lines if line and not re.match(own, line)]
+
+
+def test_one_of_several_hubs_is_a_hub_like_the_single_one() -> None:
+    several, single = (read(f"systemd/{name}") for name in ("pothead@.service", "pothead.service"))
+    assert hardening(several) == hardening(single) and len(hardening(several)) > 30
+    own = {line for line in set(several.splitlines()) - set(single.splitlines()) if re.match("[A-Z]", line)}
+    assert all("%i" in line for line in own if "Directory" in line or "SPOOL" in line)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_hubs_of_one_machine_have_the_ports_that_the_readme_tells(number: int, tmp_path: Path) -> None:
+    unit = read("systemd/pothead@.service").replace("%i", str(number)).replace("%C/", f"{tmp_path}/")
+    told = first(rf"^\| `pothead@{number}` \| (.*) \| `/etc", read("README.md")).split(" | ")
+    lines = re.findall(r"^Environment=(.*)$", unit, re.MULTILINE)
+    environment = dict(each.split("=") for line in lines for each in line.split())
+    (tmp_path / f"pothead-{number}").mkdir()
+    ended = wire.run_to_end(wire.python(str(wire.ROOT / "pothead.py"), "--check"), tmp_path, environment)
+    listens = re.findall(r"^would listen (\w+)=127\.0\.0\.1:(\d+)", "\n".join(ended.lines), re.MULTILINE)
+    ports = dict(listens)
+    assert ended.status == 0 and [ports[name] for name in ("consumers", "ptth", "admin")] == told
+    connect = first(r"^POTHEAD_CONNECT=(http:.*)$", read("README.md")).split(",")
+    assert connect[number - 1] == f"http://127.0.0.1:{told[1]}"
+    assert f"`server hub{number} 127.0.0.1:{told[0]} port {told[2]}`" in read("README.md")
 
 
 # ---- Certificates and tokens -------------------------------------------------------------------------
@@ -276,8 +309,11 @@ def lay_files(directory: Path, *names: str) -> None:
 
 def test_unit_of_the_hub_has_what_the_readme_lays_there(tmp_path: Path) -> None:
     readme, service = read("README.md"), read("systemd/pothead.service")
-    settings = variables(readme)
+    settings = {name: value for name, value in variables(readme).items() if name != "POTHEAD_CONNECT"}
     assert settings == variables(service)
+    ports = {name: settings[name] for name in settings if name.endswith("PORT")}
+    several = {**variables(read("systemd/pothead@.service")), **ports}
+    assert several == {**settings, "POTHEAD_HUB_PTTH_HOST": "0.0.0.0"}
     ((group, directory, names),) = re.findall(r"install -D -m 640 -g (\S+) -t (\S+) (.*)\n", readme)
     assert first("^SupplementaryGroups=(.*)$", service) == group and f"groupadd --system {group}\n" in readme
     files = {value for name, value in settings.items() if "FILE" in name}
@@ -332,8 +368,9 @@ def hub_of_a_pod(mount: Path) -> Iterator[wire.HubProcess]:
     assert "sleep 10;" in arguments[-1]
     arguments[-1] = arguments[-1].replace("sleep 10;", "sleep 0.1;")
     at = arguments.index("--")
-    ports = ["--main-port=0", "--worker-port=0", "--admin-port=0", "--ptth-port", "0", "--log-format=text"]
-    command = [*wire.python(str(wire.ROOT / "pothead.py")), *arguments[:at], *ports, *arguments[at:]]
+    changes = ["--main-port=0", "--worker-port=0", "--admin-port=0", "--ptth-port", "0"]
+    changes += ["--log-format=text", "--drain-delay=0"]
+    command = [*wire.python(str(wire.ROOT / "pothead.py")), *arguments[:at], *changes, *arguments[at:]]
     hub = wire.HubProcess(command, mount)
     with wire.running(hub):
         hub.wait_until_ready()
@@ -378,10 +415,22 @@ def test_worker_in_a_pod_shows_its_token_to_the_hub_that_it_trusts(tmp_path: Pat
 # ---- Timeouts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["systemd/pothead.service", "systemd/pothead-worker@.service"])
+def given_s(flag_or_variable: str, text: str) -> float:
+    """Return how long a program is told to take for something; 0 if it is not told."""
+    return sum(
+        map(
+            seconds, re.findall(rf"^ *(?:- --|Environment=POTHEAD_\w+_){flag_or_variable}=(\w+)$", text, re.M)
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["pothead.service", "pothead@.service", "pothead-worker@.service"])
 def test_systemd_kills_later_than_the_program_gives_up(name: str) -> None:
-    graceful = first(r"^Environment=POTHEAD_\w+_GRACEFUL_TIMEOUT=(.*)$", read(name))
-    assert seconds(graceful) + 5 <= seconds(first(r"^TimeoutStopSec=(.*)$", read(name)))
+    unit = read(f"systemd/{name}")
+    graceful = given_s("GRACEFUL_TIMEOUT", unit)
+    assert graceful and given_s("DRAIN_DELAY", unit) + graceful + 5 <= seconds(
+        first(r"^TimeoutStopSec=(.*)$", unit)
+    )
 
 
 def test_compose_kills_later_than_the_programs_give_up() -> None:
@@ -392,13 +441,12 @@ def test_compose_kills_later_than_the_programs_give_up() -> None:
     assert all(before + 5 <= after for before, after in zip(graceful, killed, strict=True))
 
 
-@pytest.mark.parametrize("name", ["hub.yaml", "worker.yaml"])
+@pytest.mark.parametrize("name", ["hub.yaml", "worker.yaml", "scaledjob.yaml"])
 def test_kubernetes_kills_later_than_the_programs_give_up(name: str) -> None:
     text = (KUBERNETES / name).read_text(encoding="utf-8")
-    graceful = seconds(first(r"--graceful-timeout=(\w+)", text))
-    pre_stop = re.search(r'command: \[sleep, "(\d+)"\]', text)
-    before = graceful + (float(pre_stop[1]) if pre_stop else 0)
-    assert before + 5 <= float(first(r"terminationGracePeriodSeconds: (\d+)", text))
+    graceful = given_s("graceful-timeout", text)
+    before = given_s("drain-delay", text) + graceful
+    assert graceful and before + 5 <= float(first(r"terminationGracePeriodSeconds: (\d+)", text))
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------
@@ -583,6 +631,60 @@ def test_services_select_the_pods_and_ports_that_there_are() -> None:
     assert services["pothead-workers"]["clusterIP"] == "None"
     assert services["pothead-workers"]["publishNotReadyAddresses"] is True
     assert pod["spec"]["enableServiceLinks"] is False, "POTHEAD_..._PORT=tcp://... would be taken for options"
+
+
+def test_hubs_are_several_kept_apart_and_known_to_each_worker() -> None:
+    deployment, *others = yaml_documents("hub")
+    spec, labels = deployment["spec"], deployment["spec"]["template"]["metadata"]["labels"]
+    assert spec["replicas"] == 2
+    affinity = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (preferred,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    apart = preferred["podAffinityTerm"]
+    assert (apart["topologyKey"], apart["labelSelector"]) == (
+        "kubernetes.io/hostname",
+        {"matchLabels": labels},
+    )
+    (budget,) = [each["spec"] for each in others if each["kind"] == "PodDisruptionBudget"]
+    assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": labels}}
+    (container,) = spec["template"]["spec"]["containers"]
+    assert "lifecycle" not in container and "--reuse-port" not in container["args"], (
+        "--drain-delay is for that"
+    )
+
+
+def test_scaling_adds_up_what_all_hubs_have() -> None:
+    hubs = {each["metadata"]["name"]: each for each in yaml_documents("hub") if each["kind"] == "Service"}
+    for name in ("scaledobject", "scaledjob"):
+        (trigger,) = yaml_documents(name)[0]["spec"]["triggers"]
+        metadata = trigger["metadata"]
+        assert (metadata["aggregateFromKubeServiceEndpoints"], metadata["aggregationType"]) == ("true", "sum")
+        service, namespace, port = re.findall(r"^http://([\w-]+)\.(\w+):(\d+)/stats$", metadata["url"])[0]
+        (listed,) = hubs[service]["spec"]["ports"]
+        assert (hubs[service]["metadata"]["namespace"], listed["port"]) == (namespace, int(port))
+        assert hubs[service]["spec"]["publishNotReadyAddresses"] is True, "one that drains has demand"
+        with wire.hub_process() as hub:
+            assert hub.stats()[metadata["valueLocation"]] == 0
+
+
+def test_job_of_a_worker_is_its_deployment_but_for_its_end() -> None:
+    job = yaml_documents("scaledjob")[0]["spec"]["jobTargetRef"]["template"]
+    deployment = yaml_documents("worker")[0]["spec"]["template"]
+    (of_job,), (of_deployment,) = (each["spec"]["containers"] for each in (job, deployment))
+    extra = set(of_job["args"]) - set(of_deployment["args"])
+    assert {each.partition("=")[0] for each in extra} == {"--idle-timeout"} <= TENURE
+    of_job["args"] = [each for each in of_job["args"] if each not in extra]
+    assert job["spec"].pop("restartPolicy") == "Never"
+    assert job["metadata"].pop("annotations") == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+    assert job == deployment
+
+
+def test_jobs_are_what_kubernetes_takes_for_such() -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    spec = yaml_documents("scaledjob")[0]["spec"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": spec["jobTargetRef"]}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    # KEDA ends what runs when this changes, unless it is told not to.
+    assert spec["rollout"] == {"strategy": "gradual"}
 
 
 def container_ports(component: str) -> set[str]:

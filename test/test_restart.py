@@ -544,6 +544,50 @@ def test_hub_on_the_same_port_of_another_address_is_no_rival() -> None:
             assert [hub.stats()["has_rival"] for hub in (one, other)] == [False, False]
 
 
+# ---- A hub that is not ready before it leaves --------------------------------------------------------
+
+
+def test_hub_serves_on_while_its_balancer_learns_that_it_is_not_ready(manager: Manager) -> None:
+    hub_options = ("--drain-delay", "1s")
+    environment = {"NOTIFY_SOCKET": manager.environment()["NOTIFY_SOCKET"]}
+    with wire.hub_process(*hub_options, environment=environment) as hub, contextlib.ExitStack() as stack:
+        kept, idle = (stack.enter_context(Peer.connect(hub.main)) for _ in range(2))
+        with Peer.connect(hub.worker) as slot:
+            kept.send(get(b"/before"))
+            wire.serve(slot)
+            assert kept.read_response().value(b"Connection") is None
+            assert hub.ask_admin(b"/readyz").status == 200
+            began = time.monotonic()
+            hub.terminate()
+            hub.wait_for_error(wire.is_line("not ready any more: serving on for 1 s, then draining"))
+            assert hub.ask_admin(b"/readyz").status == 503
+            new = stack.enter_context(Peer.connect(hub.main))
+            for consumer in (kept, new):
+                consumer.send(get(b"/meanwhile"))
+                wire.serve(slot)
+                response = consumer.read_response()
+                assert (response.status, response.value(b"Connection")) == (200, b"close")
+                consumer.expect_eof()
+            with Peer.connect(hub.worker) as late:
+                wire.until(lambda: len(slots_of(hub)) == 2)
+                late.expect_eof()
+            assert hub.wait() == 0
+        assert time.monotonic() - began >= 1
+        idle.expect_eof()
+        assert "draining: 0 requests to finish" in hub.stderr
+    manager.hear()
+    assert manager.hear() == b"STOPPING=1\nSTATUS=not ready any more: serving on for 1 s"
+    assert manager.hear() == b"STOPPING=1\nSTATUS=draining: 0 requests to finish"
+
+
+def test_hub_that_serves_on_can_be_told_again_to_stop_at_once() -> None:
+    with wire.hub_process("--drain-delay", "1h") as hub:
+        hub.terminate()
+        hub.wait_for_error(wire.is_line("not ready any more"))
+        hub.terminate()
+        assert hub.wait() == 0
+
+
 # ---- Under load --------------------------------------------------------------------------------------
 
 RESTARTS = 3
