@@ -1461,25 +1461,38 @@ class Ranking(Generic[RankedT]):
     """Things by rank, the least first; the rank is a function of the thing, ``None`` if it is not to be had.
 
     A rank may rise at any time and nobody need tell: it is looked at when the thing comes to the top.  One
-    that has fallen must be filed again.
+    that has fallen must be filed again.  One thing alone is not ordered: only whether it is to be had counts.
     """
 
-    __slots__ = ("_filed", "_heap", "_numbers", "_rank")
+    __slots__ = ("_alone", "_filed", "_heap", "_numbers", "_rank")
 
     def __init__(self, rank: Callable[[RankedT], Rank | None]) -> None:
         self._rank = rank
+        self._alone: RankedT | None = None  # as long as there has been no other
         self._heap: list[tuple[Rank, int, RankedT]] = []  # with some that are stale
         self._filed: dict[RankedT, Rank] = {}  # the entry that counts
         self._numbers = itertools.count()
 
-    def file(self, thing: RankedT) -> bool:
-        """Takes the thing up, or its rank that has fallen; returns whether that changed anything."""
+    def file(self, thing: RankedT) -> None:
+        """Takes the thing up, or its rank that has fallen."""
+        alone = self._alone
+        if alone is thing:
+            return
+        if alone is not None:
+            self._alone = None
+            self._order(alone)
+        elif not self._filed:
+            self._alone = thing
+            return
+        self._order(thing)
+
+    def _order(self, thing: RankedT) -> None:
         rank = self._rank(thing)
         if rank is None:
-            return False
+            return
         filed = self._filed.get(thing)
         if filed is not None and filed <= rank:
-            return False
+            return
         self._filed[thing] = rank
         heap = self._heap
         entry = rank, next(self._numbers), thing
@@ -1490,15 +1503,19 @@ class Ranking(Generic[RankedT]):
             if len(heap) > 2 * len(self._filed) + 64:
                 self._heap = [each for each in heap if self._filed.get(each[2]) is each[0]]
                 heapq.heapify(self._heap)
-        return True
 
     def drop(self, thing: RankedT) -> None:
         """Forgets the thing."""
-        if self._filed.pop(thing, None) is not None and not self._filed:
+        if self._alone is thing:
+            self._alone = None
+        elif self._filed.pop(thing, None) is not None and not self._filed:
             self._heap.clear()  # nothing is kept alive that has gone
 
     def first(self) -> RankedT | None:
         """Returns what has the least rank."""
+        alone = self._alone
+        if alone is not None:
+            return None if self._rank(alone) is None else alone
         heap, filed = self._heap, self._filed
         while heap:
             rank, number, thing = heap[0]
