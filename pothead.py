@@ -1553,22 +1553,19 @@ class Ticket(Generic[ItemT]):
     )  # fmt: skip
 
     def __init__(
-        self,
-        item: ItemT,
-        number: int,
-        since: float,
-        expires_at: float,
-        place: float,
-        urgency: int,
-        origin: str,
+        self, item: ItemT, number: int, since: float, expires_at: float, claim: Claim | None
     ) -> None:
         self.item = item
         self.number = number  # by arrival
         self.since = since  # monotonic seconds
         self.expires_at = expires_at
-        self.place = place  # monotonic seconds: when one without a head start would have come
-        self.urgency = urgency
-        self.origin = origin  # the pool that it belongs to, if that has a name
+        self.place = since  # monotonic seconds: when one without a head start would have come
+        self.urgency = NORMAL_URGENCY
+        self.origin = ""  # the pool that it belongs to, if that has a name
+        if claim is not None:
+            self.place -= claim.head_start_s
+            self.urgency = claim.urgency
+            self.origin = claim.origin
         self.line: Line[ItemT]  # where it waits, or has waited last
         self.run: Run | None = None  # the last one, if its tenant is charged for it
         self.filed = 0  # the number of its entry among the expiries
@@ -1902,10 +1899,6 @@ class Offer(Generic[SlotT]):
             return None
         return self.machine.running, self.newest
 
-    def park(self, slot: SlotT, number: int) -> None:
-        """Has a slot wait."""
-        self.newest = self.idle[slot] = -number
-
     def take(self) -> SlotT:
         """Removes and returns the slot that is next; there must be one."""
         idle = self.idle
@@ -2052,24 +2045,13 @@ class Policy(Generic[ItemT, SlotT]):
         """Whether no other request may wait."""
         return self.waiting >= self._max_length
 
-    def put(
-        self,
-        item: ItemT,
-        now: float,
-        limit_s: float,
-        claim: Claim | None = None,
-    ) -> Ticket[ItemT]:
+    def put(self, item: ItemT, now: float, limit_s: float, claim: Claim | None = None) -> Ticket[ItemT]:
         """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
-        number, expires_at = next(self._numbers), now + limit_s
-        if claim is None:
-            ticket = Ticket(item, number, now, expires_at, now, NORMAL_URGENCY, "")
-        else:
-            place = now - claim.head_start_s
-            ticket = Ticket(item, number, now, expires_at, place, claim.urgency, claim.origin)
+        ticket = Ticket(item, next(self._numbers), now, now + limit_s, claim)
         if self._is_plain:
             is_last = self._line.put(ticket)
-            if is_last and expires_at >= self._last_expiry and not self._gives_up:
-                self._last_expiry = expires_at
+            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = ticket.expires_at
             else:
                 self._file_expiry(ticket)
         else:
@@ -2133,12 +2115,12 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        at = self.next_expiry() if self.waiting else math.inf
-        if self._resting:
-            at = min(at, self._resting[0].rests_until)
-        if self._orphaned and self.waiting:
-            at = min(at, self._orphaned[0][0])
-        return at
+        over_at = self._resting[0].rests_until if self._resting else math.inf
+        if not self.waiting:
+            return over_at
+        if self._orphaned:
+            over_at = min(over_at, self._orphaned[0][0])
+        return min(over_at, self.next_expiry())
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
@@ -2512,11 +2494,12 @@ class Policy(Generic[ItemT, SlotT]):
         """Has a slot wait."""
         offers = slot.machine.offers
         offer = offers[slot.origins]
-        offer.park(slot, next(self._numbers))
-        offer.scope.idle += 1
+        scope = offer.scope
+        offer.newest = offer.idle[slot] = -next(self._numbers)
+        scope.idle += 1
         self.idle += 1
         if len(offers) == 1:
-            offer.scope.offers.file(offer)
+            scope.offers.file(offer)
         else:
             self._file(slot.machine)
 
@@ -2573,12 +2556,12 @@ class Policy(Generic[ItemT, SlotT]):
 
     def wake(self, now: float) -> None:
         """Ends the rest of those that have rested, and brings what runs up to date."""
-        self._now = now
         while self._resting and self._resting[0].rests_until <= now:
             machine = self._resting.popleft()
             machine.rests = False
             self._file(machine)
-        if self._growing:
+        if self.is_fair:
+            self._now = now
             self._grow(now)
 
     def _file(self, machine: Machine[SlotT]) -> None:
