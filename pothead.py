@@ -5725,9 +5725,10 @@ class Hub:
             policy.typical_s = self.counters.mean_service_s or policy.typical_s
         while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
             self._pair(*pair)
-        if self._queue_timer.deadline != (event := policy.next_event()):
-            self._queue_timer.deadline = event
-            self.loop.touch(self._queue_timer)
+        timer, event = self._queue_timer, policy.next_event()
+        if event < timer.deadline:
+            self.loop.touch(timer)  # which need not know at once of a later one
+        timer.deadline = event
         if (
             policy.waiting
             and not self.slots
