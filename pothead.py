@@ -2115,12 +2115,13 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        over_at = self._resting[0].rests_until if self._resting else math.inf
-        if not self.waiting:
-            return over_at
-        if self._orphaned:
-            over_at = min(over_at, self._orphaned[0][0])
-        return min(over_at, self.next_expiry())
+        following = self._next_to_expire() if self.waiting else None
+        at = math.inf if following is None else following[0]
+        if self._resting:
+            at = min(at, self._resting[0].rests_until)
+        if self._orphaned and self.waiting:
+            at = min(at, self._orphaned[0][0])
+        return at
 
     def next_expiry(self) -> float:
         """Returns when the time of the next request is over, infinity if there is none."""
@@ -2159,20 +2160,27 @@ class Policy(Generic[ItemT, SlotT]):
         return min(ticket.expires_at, alone_since + self._no_worker_s)
 
     def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
-        """Returns what expires first, and when: the first in the line, if it is not one of those filed."""
+        """Returns what expires first, and when: the first in the line, if it is not one of those filed.
+
+        Where all are filed, it is one of those, and what it is filed for is not later.
+        """
+        first = self._line.first_to_come()
+        filed = self._first_filed() if self._expiries else None
+        if filed is not None and (first is None or filed[0] < first.expires_at):
+            return filed
+        return None if first is None else (first.expires_at, first)
+
+    def _first_filed(self) -> tuple[float, Ticket[ItemT]] | None:
         filed = self._expiries
         while filed:
             at, number, ticket = filed[0]
             is_of_now = ticket.waits and ticket.filed == number
             if is_of_now and not (self._gives_up and at < self._due(ticket)):
-                break
+                return at, ticket
             heapq.heappop(filed)
             if is_of_now:  # meanwhile there is somebody to serve it
                 self._file_expiry(ticket)
-        first = self._line.first_to_come() if self._is_plain and not self._gives_up else None
-        if filed and (first is None or filed[0][0] < first.expires_at):
-            return filed[0][0], filed[0][2]
-        return None if first is None else (first.expires_at, first)
+        return None
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
@@ -4345,10 +4353,10 @@ class Exchange:
         # 1. Nothing more will happen to it.
         if self.state is QUEUED:
             self.queued_s += self._hub.loop.now - self.since
+            if self.ticket is not None:
+                self._hub.policy.withdraw(self.ticket)
         self._to(FINISHED)
         self.outcome, self.detail = outcome, detail
-        if self.ticket is not None:
-            self._hub.policy.withdraw(self.ticket)
         if self.attempt is not None:
             self._end_attempt(reusable=False)
         if self.spool is not None:
