@@ -1587,14 +1587,15 @@ class Line(Generic[ItemT]):
 
     def put(self, ticket: Ticket[ItemT]) -> bool:
         """Takes up one that came after all others; returns whether it is behind them, too."""
+        late = self._late
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
             self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        if self._late and ticket.place < self._late[-1].place:
+        if late and ticket.place < late[-1].place:
             heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
             return False
-        self._late.append(ticket)
+        late.append(ticket)
         return True
 
     def put_back(self, ticket: Ticket[ItemT]) -> None:
@@ -4032,8 +4033,9 @@ class Exchange:
         if self._upload_bytes:
             self._count_upload(0)
         limit_s, tenant = hub.options.queue_timeout, ""
-        claim = self.claim = hub.claims.of(self)
+        claim = hub.claims.of(self)
         if claim is not None:
+            self.claim = claim
             tenant = claim.tenant
             if claim.wait_s is not None:
                 limit_s = min(limit_s, claim.wait_s)
@@ -4042,7 +4044,7 @@ class Exchange:
                         Outcome.QUEUE_TOO_LONG, f"about {estimate_s:.0f} s, and not {claim.wait_s:.0f}"
                     )
                     return
-        if not hub.has_room() and not hub.make_room(tenant):
+        if hub.policy.is_full and not hub.make_room(tenant):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(QUEUED)
@@ -4903,13 +4905,12 @@ class Slot:
         return response_body(head, b"GET" if self.exchange is None else self.exchange.head.method)
 
     def begin(self, exchange: Exchange) -> None:
-        """The slot is busy with ``exchange``."""
+        """The slot is busy with ``exchange``, which the loop delivers to its stream."""
         self.exchange = exchange
         limit_s = self._hub.options.response_timeout
         if self.registration.process:
             limit_s = min(limit_s, LIMITS.unclaimed_s)
         self.stream.deadline = self._hub.loop.now + limit_s
-        self._hub.loop.touch(self.stream)
 
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more; it is free when all that has been sent."""
@@ -5784,7 +5785,12 @@ class Hub:
         return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
 
     def make_room(self, tenant: str) -> bool:
-        """Has the newest request of the tenant with the most go for one of this tenant, if that has fewer."""
+        """Makes room for a request of this tenant in a full queue, if need be at another tenant's expense.
+
+        The newest request of the tenant with the most has to go, if this one has fewer.
+        """
+        if self.has_room():
+            return True
         victim = self.policy.evicted_by(tenant)
         if victim is None:
             return False
