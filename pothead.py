@@ -1900,14 +1900,6 @@ class Offer(Generic[SlotT]):
             return None
         return self.machine.running, self.newest
 
-    def take(self) -> SlotT:
-        """Removes and returns the slot that is next; there must be one."""
-        idle = self.idle
-        slot, _ = idle.popitem()
-        if idle:
-            self.newest = idle[next(reversed(idle))]
-        return slot
-
     def remove(self, slot: SlotT) -> bool:
         """Has a slot not wait any more; returns whether it did."""
         if self.idle.pop(slot, None) is None:
@@ -2546,10 +2538,14 @@ class Policy(Generic[ItemT, SlotT]):
         return best
 
     def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
+        """Returns the slot that is next, and counts it as running."""
         offer = scope.offers.first()
         if offer is None:
             return None
-        slot = offer.take()
+        idle = offer.idle
+        slot, _ = idle.popitem()
+        if idle:
+            offer.newest = idle[next(reversed(idle))]
         offer.machine.running += 1
         scope.idle -= 1
         self.idle -= 1
