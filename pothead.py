@@ -1478,15 +1478,14 @@ class Ranking(Generic[RankedT]):
         alone = self._alone
         if alone is thing:
             return
-        if alone is not None:
+        if not self._filed:
+            if alone is None:
+                self._alone = thing
+                return
             self._alone = None
-            self._order(alone)
-        elif not self._filed:
-            self._alone = thing
-            return
-        self._order(thing)
-
-    def _order(self, thing: RankedT) -> None:
+            if (rank := self._rank(alone)) is not None:
+                self._filed[alone] = rank
+                self._heap = [(rank, next(self._numbers), alone)]
         rank = self._rank(thing)
         if rank is None:
             return
