@@ -1463,25 +1463,37 @@ class Ranking(Generic[RankedT]):
     """Things by rank, the least first; the rank is a function of the thing, ``None`` if it is not to be had.
 
     A rank may rise at any time and nobody need tell: it is looked at when the thing comes to the top.  One
-    that has fallen must be filed again.
+    that has fallen must be filed again.  One thing alone is not ordered: only whether it is to be had counts.
     """
 
-    __slots__ = ("_filed", "_heap", "_numbers", "_rank")
+    __slots__ = ("_alone", "_filed", "_heap", "_numbers", "_rank")
 
     def __init__(self, rank: Callable[[RankedT], Rank | None]) -> None:
         self._rank = rank
+        self._alone: RankedT | None = None  # as long as there has been no other
         self._heap: list[tuple[Rank, int, RankedT]] = []  # with some that are stale
         self._filed: dict[RankedT, Rank] = {}  # the entry that counts
         self._numbers = itertools.count()
 
-    def file(self, thing: RankedT) -> bool:
-        """Takes the thing up, or its rank that has fallen; returns whether that changed anything."""
+    def file(self, thing: RankedT) -> None:
+        """Takes the thing up, or its rank that has fallen."""
+        alone = self._alone
+        if alone is thing:
+            return
+        if not self._filed:
+            if alone is None:
+                self._alone = thing
+                return
+            self._alone = None
+            if (rank := self._rank(alone)) is not None:
+                self._filed[alone] = rank
+                self._heap = [(rank, next(self._numbers), alone)]
         rank = self._rank(thing)
         if rank is None:
-            return False
+            return
         filed = self._filed.get(thing)
         if filed is not None and filed <= rank:
-            return False
+            return
         self._filed[thing] = rank
         heap = self._heap
         entry = rank, next(self._numbers), thing
@@ -1492,15 +1504,19 @@ class Ranking(Generic[RankedT]):
             if len(heap) > 2 * len(self._filed) + 64:
                 self._heap = [each for each in heap if self._filed.get(each[2]) is each[0]]
                 heapq.heapify(self._heap)
-        return True
 
     def drop(self, thing: RankedT) -> None:
         """Forgets the thing."""
-        if self._filed.pop(thing, None) is not None and not self._filed:
+        if self._alone is thing:
+            self._alone = None
+        elif self._filed.pop(thing, None) is not None and not self._filed:
             self._heap.clear()  # nothing is kept alive that has gone
 
     def first(self) -> RankedT | None:
         """Returns what has the least rank."""
+        alone = self._alone
+        if alone is not None:
+            return None if self._rank(alone) is None else alone
         heap, filed = self._heap, self._filed
         while heap:
             rank, number, thing = heap[0]
@@ -1538,22 +1554,19 @@ class Ticket(Generic[ItemT]):
     )  # fmt: skip
 
     def __init__(
-        self,
-        item: ItemT,
-        number: int,
-        since: float,
-        expires_at: float,
-        place: float,
-        urgency: int,
-        origin: str,
+        self, item: ItemT, number: int, since: float, expires_at: float, claim: Claim | None
     ) -> None:
         self.item = item
         self.number = number  # by arrival
         self.since = since  # monotonic seconds
         self.expires_at = expires_at
-        self.place = place  # monotonic seconds: when one without a head start would have come
-        self.urgency = urgency
-        self.origin = origin  # the pool that it belongs to, if that has a name
+        self.place = since  # monotonic seconds: when one without a head start would have come
+        self.urgency = NORMAL_URGENCY
+        self.origin = ""  # the pool that it belongs to, if that has a name
+        if claim is not None:
+            self.place -= claim.head_start_s
+            self.urgency = claim.urgency
+            self.origin = claim.origin
         self.line: Line[ItemT]  # where it waits, or has waited last
         self.run: Run | None = None  # the last one, if its tenant is charged for it
         self.filed = 0  # the number of its entry among the expiries
@@ -1575,14 +1588,15 @@ class Line(Generic[ItemT]):
 
     def put(self, ticket: Ticket[ItemT]) -> bool:
         """Takes up one that came after all others; returns whether it is behind them, too."""
+        late = self._late
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
             self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        if self._late and ticket.place < self._late[-1].place:
+        if late and ticket.place < late[-1].place:
             heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
             return False
-        self._late.append(ticket)
+        late.append(ticket)
         return True
 
     def put_back(self, ticket: Ticket[ItemT]) -> None:
@@ -1887,18 +1901,6 @@ class Offer(Generic[SlotT]):
             return None
         return self.machine.running, self.newest
 
-    def park(self, slot: SlotT, number: int) -> None:
-        """Has a slot wait."""
-        self.newest = self.idle[slot] = -number
-
-    def take(self) -> SlotT:
-        """Removes and returns the slot that is next; there must be one."""
-        idle = self.idle
-        slot, _ = idle.popitem()
-        if idle:
-            self.newest = idle[next(reversed(idle))]
-        return slot
-
     def remove(self, slot: SlotT) -> bool:
         """Has a slot not wait any more; returns whether it did."""
         if self.idle.pop(slot, None) is None:
@@ -2037,24 +2039,13 @@ class Policy(Generic[ItemT, SlotT]):
         """Whether no other request may wait."""
         return self.waiting >= self._max_length
 
-    def put(
-        self,
-        item: ItemT,
-        now: float,
-        limit_s: float,
-        claim: Claim | None = None,
-    ) -> Ticket[ItemT]:
+    def put(self, item: ItemT, now: float, limit_s: float, claim: Claim | None = None) -> Ticket[ItemT]:
         """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
-        number, expires_at = next(self._numbers), now + limit_s
-        if claim is None:
-            ticket = Ticket(item, number, now, expires_at, now, NORMAL_URGENCY, "")
-        else:
-            place = now - claim.head_start_s
-            ticket = Ticket(item, number, now, expires_at, place, claim.urgency, claim.origin)
+        ticket = Ticket(item, next(self._numbers), now, now + limit_s, claim)
         if self._is_plain:
             is_last = self._line.put(ticket)
-            if is_last and expires_at >= self._last_expiry and not self._gives_up:
-                self._last_expiry = expires_at
+            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = ticket.expires_at
             else:
                 self._file_expiry(ticket)
         else:
@@ -2118,7 +2109,8 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        at = self.next_expiry() if self.waiting else math.inf
+        following = self._next_to_expire() if self.waiting else None
+        at = math.inf if following is None else following[0]
         if self._resting:
             at = min(at, self._resting[0].rests_until)
         if self._orphaned and self.waiting:
@@ -2162,20 +2154,27 @@ class Policy(Generic[ItemT, SlotT]):
         return min(ticket.expires_at, alone_since + self._no_worker_s)
 
     def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
-        """Returns what expires first, and when: the first in the line, if it is not one of those filed."""
+        """Returns what expires first, and when: the first in the line, if it is not one of those filed.
+
+        Where all are filed, it is one of those, and what it is filed for is not later.
+        """
+        first = self._line.first_to_come()
+        filed = self._first_filed() if self._expiries else None
+        if filed is not None and (first is None or filed[0] < first.expires_at):
+            return filed
+        return None if first is None else (first.expires_at, first)
+
+    def _first_filed(self) -> tuple[float, Ticket[ItemT]] | None:
         filed = self._expiries
         while filed:
             at, number, ticket = filed[0]
             is_of_now = ticket.waits and ticket.filed == number
             if is_of_now and not (self._gives_up and at < self._due(ticket)):
-                break
+                return at, ticket
             heapq.heappop(filed)
             if is_of_now:  # meanwhile there is somebody to serve it
                 self._file_expiry(ticket)
-        first = self._line.first_to_come() if self._is_plain and not self._gives_up else None
-        if filed and (first is None or filed[0][0] < first.expires_at):
-            return filed[0][0], filed[0][2]
-        return None if first is None else (first.expires_at, first)
+        return None
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
         ticket.filed = next(self._numbers)
@@ -2497,11 +2496,12 @@ class Policy(Generic[ItemT, SlotT]):
         """Has a slot wait."""
         offers = slot.machine.offers
         offer = offers[slot.origins]
-        offer.park(slot, next(self._numbers))
-        offer.scope.idle += 1
+        scope = offer.scope
+        offer.newest = offer.idle[slot] = -next(self._numbers)
+        scope.idle += 1
         self.idle += 1
         if len(offers) == 1:
-            offer.scope.offers.file(offer)
+            scope.offers.file(offer)
         else:
             self._file(slot.machine)
 
@@ -2539,10 +2539,14 @@ class Policy(Generic[ItemT, SlotT]):
         return best
 
     def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
+        """Returns the slot that is next, and counts it as running."""
         offer = scope.offers.first()
         if offer is None:
             return None
-        slot = offer.take()
+        idle = offer.idle
+        slot, _ = idle.popitem()
+        if idle:
+            offer.newest = idle[next(reversed(idle))]
         offer.machine.running += 1
         scope.idle -= 1
         self.idle -= 1
@@ -2558,12 +2562,12 @@ class Policy(Generic[ItemT, SlotT]):
 
     def wake(self, now: float) -> None:
         """Ends the rest of those that have rested, and brings what runs up to date."""
-        self._now = now
         while self._resting and self._resting[0].rests_until <= now:
             machine = self._resting.popleft()
             machine.rests = False
             self._file(machine)
-        if self._growing:
+        if self.is_fair:
+            self._now = now
             self._grow(now)
 
     def _file(self, machine: Machine[SlotT]) -> None:
@@ -4031,8 +4035,9 @@ class Exchange:
         if self._upload_bytes:
             self._count_upload(0)
         limit_s, tenant = hub.options.queue_timeout, ""
-        claim = self.claim = hub.claims.of(self)
+        claim = hub.claims.of(self)
         if claim is not None:
+            self.claim = claim
             tenant = claim.tenant
             if claim.wait_s is not None:
                 limit_s = min(limit_s, claim.wait_s)
@@ -4041,7 +4046,7 @@ class Exchange:
                         Outcome.QUEUE_TOO_LONG, f"about {estimate_s:.0f} s, and not {claim.wait_s:.0f}"
                     )
                     return
-        if not hub.has_room() and not hub.make_room(tenant):
+        if hub.policy.is_full and not hub.make_room(tenant):
             self.finish(Outcome.QUEUE_FULL)
             return
         self._to(QUEUED)
@@ -4352,10 +4357,10 @@ class Exchange:
         # 1. Nothing more will happen to it.
         if self.state is QUEUED:
             self.queued_s += self._hub.loop.now - self.since
+            if self.ticket is not None:
+                self._hub.policy.withdraw(self.ticket)
         self._to(FINISHED)
         self.outcome, self.detail = outcome, detail
-        if self.ticket is not None:
-            self._hub.policy.withdraw(self.ticket)
         if self.attempt is not None:
             self._end_attempt(reusable=False)
         if self.spool is not None:
@@ -4902,13 +4907,12 @@ class Slot:
         return response_body(head, b"GET" if self.exchange is None else self.exchange.head.method)
 
     def begin(self, exchange: Exchange) -> None:
-        """The slot is busy with ``exchange``."""
+        """The slot is busy with ``exchange``, which the loop delivers to its stream."""
         self.exchange = exchange
         limit_s = self._hub.options.response_timeout
         if self.registration.process:
             limit_s = min(limit_s, LIMITS.unclaimed_s)
         self.stream.deadline = self._hub.loop.now + limit_s
-        self._hub.loop.touch(self.stream)
 
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more; it is free when all that has been sent."""
@@ -5732,9 +5736,10 @@ class Hub:
             policy.typical_s = self.counters.mean_service_s or policy.typical_s
         while policy.waiting and policy.idle and not self.paused and (pair := policy.next_pair()):
             self._pair(*pair)
-        if self._queue_timer.deadline != (event := policy.next_event()):
-            self._queue_timer.deadline = event
-            self.loop.touch(self._queue_timer)
+        timer, event = self._queue_timer, policy.next_event()
+        if event < timer.deadline:
+            self.loop.touch(timer)  # which need not know at once of a later one
+        timer.deadline = event
         if (
             policy.waiting
             and not self.slots
@@ -5782,7 +5787,12 @@ class Hub:
         return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
 
     def make_room(self, tenant: str) -> bool:
-        """Has the newest request of the tenant with the most go for one of this tenant, if that has fewer."""
+        """Makes room for a request of this tenant in a full queue, if need be at another tenant's expense.
+
+        The newest request of the tenant with the most has to go, if this one has fewer.
+        """
+        if self.has_room():
+            return True
         victim = self.policy.evicted_by(tenant)
         if victim is None:
             return False
