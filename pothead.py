@@ -2305,6 +2305,8 @@ class Policy(Generic[ItemT, SlotT]):
         """Forgets the first pool that nobody has, serves or waits for."""
         for pool in self.pools.values():
             if not (pool.is_kept or pool.slots or pool.waiting):
+                for line in list(pool.members.values()):
+                    self._drop_line(line)
                 del self.pools[pool.origin]
                 return
 

@@ -685,6 +685,19 @@ def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
     assert len(site.policy.pool_of(A).scopes) == 1
 
 
+def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs() -> None:
+    site = Site()
+    for number in range(3 * LIMITS.remembered_pools):
+        origin = f"http://{number}"
+        slot = site.add("m", origin)
+        site.put("x", origin=origin)
+        assert site.pairs() == [("x", "m")]
+        site.policy.release(slot, 0.0)
+        site.policy.leave(slot.machine, 0.0, slot.origins)
+    assert len(site.policy.pools) == LIMITS.remembered_pools
+    assert len(site.policy._everybody.lines) <= LIMITS.remembered_pools + 1
+
+
 @pytest.mark.parametrize(
     ("served", "expired"), [((), ["a", "n"]), ((A,), ["n"]), ((A, B), ["n"]), (None, [])]
 )
