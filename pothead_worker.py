@@ -4954,10 +4954,12 @@ class Slot:
         began_at = time.monotonic()
         self._pool.reachability.on_request()
         self._pool.metrics.on_request()
+        self._pool.tenure.on_request()
         try:
             return self._pool.server.answer(exchange)
         finally:
             self._pool.metrics.on_response(self._status, time.monotonic() - began_at)
+            self._pool.tenure.on_response()
 
     def is_last(self) -> bool:
         return self._offer is not None or self._halt.is_set()
@@ -5107,6 +5109,58 @@ class GateLoop:
 # ---- The pool ----------------------------------------------------------------------------------------
 
 
+class Tenure:
+    """How long the worker stays: until it has had nothing to do for some time, or enough to do."""
+
+    def __init__(self, leave: Callable[[str], None], idle_timeout_s: float, max_requests: float) -> None:
+        """`leave` is called once, with the reason, and returns soon."""
+        self._leave = leave
+        self._idle_timeout_s = idle_timeout_s
+        self._left = max_requests
+        self._busy = 0
+        self._idle_since = time.monotonic()
+        self._changed = threading.Condition()
+        self._is_over = False
+
+    def start(self) -> None:
+        """Count the idle time from now on. Raises OSError."""
+        self._idle_since = time.monotonic()
+        if self._idle_timeout_s < math.inf:
+            start_thread(self._watch, "idle")
+
+    def end(self) -> None:
+        """The worker ends for another reason."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def on_request(self) -> None:
+        with self._changed:
+            self._busy += 1
+            self._left -= 1
+            has_enough = not self._left
+        if has_enough:
+            self._leave("it has had its number of requests")
+
+    def on_response(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            if not self._busy:
+                self._idle_since = time.monotonic()
+                self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._is_over and (left_s := self._left_s()) > 0:
+                self._changed.wait(min(left_s, LONGEST_POLL_S))
+            is_over = self._is_over
+        if not is_over:
+            self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
+
+    def _left_s(self) -> float:
+        return math.inf if self._busy else self._idle_since + self._idle_timeout_s - time.monotonic()
+
+
 def resolve_hub(connect: str | tuple[str, int] | HubURL) -> Address | HubURL:
     """Raises ValueError."""
     if isinstance(connect, str):
@@ -5143,6 +5197,8 @@ class WorkerPool:
         pickups: PickupPort | None = None,
         metrics: Metrics | None = None,
         credentials: Credentials | None = None,
+        idle_timeout_s: float = math.inf,
+        max_requests: float = math.inf,
     ) -> None:
         """`application` is an app, or a Forwarder to a program that serves in its place.
 
@@ -5152,6 +5208,9 @@ class WorkerPool:
 
         `connect` is `host:port` of the hub's silent port, or a URL of the port where it speaks PTTH, which
         `credentials` are for.
+
+        After `idle_timeout_s` without a request, or when `max_requests` have come, the pool ends as if it
+        had been stopped, but gives running requests all the time they need.
 
         Raises ValueError for another address, for credentials that cannot be used, for less than one worker,
         and if there is no app or no gate.
@@ -5181,6 +5240,7 @@ class WorkerPool:
         self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
         self._has_gate_ended = False
         self._ended = threading.Event()
+        self.tenure = Tenure(self._retire, idle_timeout_s, max_requests)
 
     def run(self) -> bool:
         """Serve until stopped. Return True if every request could be finished."""
@@ -5203,6 +5263,7 @@ class WorkerPool:
             if self._is_stopping:
                 halt.set()
             self.lobby.start()
+            self.tenure.start()
             if self.gate:
                 self._running = 1
                 self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
@@ -5260,10 +5321,23 @@ class WorkerPool:
                 return
             self._is_stopping = True
             if self._halt and not self._ended.is_set():
-                self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
-                if self.gate:
-                    try_to_start(self._gate_timer)
+                self._drain()
+
+    def _drain(self) -> None:
+        assert self._halt is not None
+        if self._halt.is_set():  # it has retired before
+            return
+        self._halt.set()
+        if self.gate:
+            try_to_start(self._gate_timer)
+
+    def _retire(self, reason: str) -> None:
+        """Drain for however long that takes, unless the pool is stopped meanwhile."""
+        with self._lock:
+            if not (self._is_stopping or self._ended.is_set()):
+                log.info("draining: %s", reason)
+                self._drain()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -5315,7 +5389,7 @@ class WorkerPool:
 
     @property
     def is_stopping(self) -> bool:
-        return self._is_stopping
+        return self._is_stopping or (self._halt is not None and self._halt.is_set())
 
     @property
     def is_connected(self) -> bool:
@@ -5332,7 +5406,7 @@ class WorkerPool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
         try:
             assert self._halt is not None
-            return self._is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
+            return self.is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
         except ValueError:  # it has ended meanwhile, and with it the halt
             return True
 
@@ -5360,6 +5434,7 @@ class WorkerPool:
     def _on_end(self) -> None:
         """Called by the lobby's thread as its last act."""
         assert self._halt is not None
+        self.tenure.end()
         with self._lock:
             if self._timer:
                 self._timer.cancel()
@@ -5679,6 +5754,8 @@ class Options:
     inspection_port: int | None = None
     inspection_host: str | None = "127.0.0.1"
     graceful_timeout: float = 30.0
+    idle_timeout: float = math.inf
+    max_requests: float = math.inf
     use_request_subprocess: bool = False
     request_timeout: float = math.inf
     redirect_response: int | None = None
@@ -5755,6 +5832,15 @@ def parse_host(text: str) -> str | None:
 def parse_workers(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
+
+
+def parse_count(text: str) -> float:
+    """Return a number of at least 1; `off` is any. Raises ValueError."""
+    if text.lower() == "off":
+        return math.inf
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
+        raise ValueError(f"{text!r} is neither a number from 1 on nor off")
     return int(text)
 
 
@@ -5883,6 +5969,13 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     ),
     "graceful_timeout": (
         "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM",
+    ),
+    "idle_timeout": (
+        "the process", parse_limit, "TIME",
+        "drain and end, with status 0, after so long without a request; nothing that runs is cut off",
+    ),
+    "max_requests": (
+        "the process", parse_count, "N", "the same after N requests",
     ),
     "use_request_subprocess": (
         "requests", parse_switch, "",
@@ -6480,6 +6573,8 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         pickups=pickups,
         metrics=metrics,
         credentials=options.credentials,
+        idle_timeout_s=options.idle_timeout,
+        max_requests=options.max_requests,
     )
     if inspection:
         inspection.pages = Inspection(pool).pages
