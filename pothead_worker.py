@@ -82,11 +82,11 @@ import traceback
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
@@ -4380,6 +4380,199 @@ def clean(text: str, limit: int = 200) -> str:
 def words_of(reason: str) -> str:
     """Return OpenSSL's name for a failure as words: `TLSV1_ALERT_UNKNOWN_CA`."""
     return re.sub(r"^(?:SSLV3|TLSV1|TLSV13)_ALERT_", "", reason).replace("_", " ").lower()
+
+
+# ---- Several hubs: who is next -----------------------------------------------------------------------
+#
+# Hubs do not know of each other; what makes several of them one service is that each slot is offered at all
+# of them. A request *rings* where a connection waits, which so is a *bell*. If a slot is free, the request is
+# claimed; else it is turned away, and its hub stands in *line*, for the next slot that is free.
+
+HubT = TypeVar("HubT", bound=Hashable)
+
+
+class BellState(enum.Enum):
+    """What a connection to one of several hubs is to the slots of this process."""
+
+    COMING = enum.auto()  # a handshake is on its way; what came before it means nothing
+    WAITING = enum.auto()  # the hub may send a request
+    SERVING = enum.auto()  # the response to a request that was claimed
+    HELD = enum.auto()  # the hub sends nothing before the next handshake
+    GONE = enum.auto()
+
+
+class Bell(Generic[HubT]):
+    """One connection to one of several hubs, as the line sees it, which alone changes it."""
+
+    __slots__ = ("hub", "is_invited", "state")
+
+    def __init__(self, hub: HubT) -> None:
+        self.hub = hub
+        self.state = BellState.COMING
+        self.is_invited = False  # it is the hub's turn: a free slot is meant for what it sends here
+
+
+class Line(Generic[HubT]):
+    """Decides which hub a free slot is for. Pure: it is told what happens, and says what is to be done.
+
+    There is a bell at every hub, even while all slots are busy, and as many as there are free slots. A hub
+    whose request was turned away stands in line, at the place of that request's age. A slot that becomes free
+    invites the first in line by a handshake. If the answer is that nothing waits there, or none comes in
+    time, the next in line is invited. Ages are times of birth: the lowest is the oldest.
+
+    After each call `take_orders` has the bells that need a handshake now: a new connection for a new one.
+    """
+
+    def __init__(self, most_bells: int) -> None:
+        """`most_bells` is how many there may be at one hub, however many slots are free."""
+        self.free = 0  # slots
+        self.first: HubT | None = None  # in line. May be read by any thread
+        self._most_bells = most_bells
+        self._invited = 0  # free slots that are meant for somebody
+        self._ages: dict[HubT, float] = {}  # of the oldest request of each that stands in line
+        self._bells: dict[HubT, dict[Bell[HubT], None]] = {}  # all of each hub
+        self._good: set[HubT] = set()  # hubs that have agreed since something failed there
+        self._orders: list[Bell[HubT]] = []
+
+    def take_orders(self) -> list[Bell[HubT]]:
+        orders, self._orders = self._orders, []
+        return orders
+
+    def bells_of(self, hub: HubT) -> list[Bell[HubT]]:
+        return list(self._bells.get(hub, ()))
+
+    # -- what happens to hubs and slots
+
+    def join(self, hub: HubT) -> None:
+        """There is another hub."""
+        self._bells[hub] = {}
+        self._go_on()
+
+    def leave(self, hub: HubT) -> None:
+        """The hub is to be used no longer. Responses that are under way there end with `on_gone`."""
+        self._ages.pop(hub, None)
+        for bell in self.bells_of(hub):
+            if bell.state is not BellState.SERVING:
+                self._forget(bell)
+        self._bells.pop(hub)
+        self._go_on()
+
+    def on_free(self) -> None:
+        """There is another free slot."""
+        self.free += 1
+        self._go_on()
+
+    def on_less(self) -> None:
+        """There is one less: it was free, and has ended."""
+        self.free -= 1
+        self._go_on()
+
+    # -- what happens to bells
+
+    def on_agreed(self, bell: Bell[HubT], is_waiting: bool) -> None:
+        """The hub has agreed to the handshake, and said whether requests wait there."""
+        bell.state = BellState.WAITING
+        self._good.add(bell.hub)
+        if not is_waiting:
+            self._settle(bell)
+        self._go_on()
+
+    def on_ring(self, bell: Bell[HubT], age: float, next_age: float | None) -> bool:
+        """A request has come, and behind it waits one of `next_age`, if any. Return whether to claim it.
+
+        If not, it is to be turned away, which holds the connection.
+        """
+        self._settle(bell)
+        if self.free:
+            self.free -= 1
+            bell.state = BellState.SERVING
+            self._ages.pop(bell.hub, None)
+            if next_age is not None:
+                self._ages[bell.hub] = next_age
+        else:
+            bell.state = BellState.HELD
+            self._ages[bell.hub] = min(age, self._ages.get(bell.hub, math.inf))
+        is_claimed = bell.state is BellState.SERVING
+        self._go_on()
+        return is_claimed
+
+    def on_response(self, bell: Bell[HubT], is_held: bool) -> None:
+        """A response has ended, with or without holding the connection, and its slot is free."""
+        self.free += 1
+        if bell.hub not in self._bells:
+            self._forget(bell)
+        else:
+            bell.state = BellState.HELD if is_held else BellState.WAITING
+            if not is_held and self.first == bell.hub and self.free > self._invited:
+                del self._ages[bell.hub]  # what waits there comes by itself
+                self._invite(bell)
+        self._go_on()
+
+    def on_late(self, bell: Bell[HubT]) -> None:
+        """The hub does not answer its invitation."""
+        self._settle(bell)
+        self._go_on()
+
+    def on_gone(self, bell: Bell[HubT]) -> None:
+        """The connection has ended, or there could be none. A slot that served is busy until `on_free`."""
+        if bell.state is BellState.COMING:
+            self._ages.pop(bell.hub, None)
+        if bell.state is not BellState.SERVING:
+            self._good.discard(bell.hub)
+        self._forget(bell)
+        self._go_on()
+
+    # -- what is to be done about it
+
+    def must_hold(self, hub: HubT) -> bool:
+        """Return whether a response there has to hold its connection: others come first. For any thread."""
+        first = self.first
+        return first is not None and first != hub
+
+    def _forget(self, bell: Bell[HubT]) -> None:
+        self._settle(bell)
+        bell.state = BellState.GONE
+        self._bells.get(bell.hub, {}).pop(bell, None)
+
+    def _invite(self, bell: Bell[HubT]) -> None:
+        bell.is_invited = True
+        self._invited += 1
+
+    def _settle(self, bell: Bell[HubT]) -> None:
+        """The slot that was meant for this bell is for whoever comes next."""
+        if bell.is_invited:
+            bell.is_invited = False
+            self._invited -= 1
+
+    def _go_on(self) -> None:
+        while self._ages and self.free > self._invited:
+            hub = self._first_in_line()
+            del self._ages[hub]
+            self._invite(self._order(hub))
+        if not self.free or not self._invited:
+            self._hang_bells()
+        self.first = self._first_in_line() if self._ages else None
+
+    def _first_in_line(self) -> HubT:
+        return min(self._ages, key=self._ages.__getitem__)
+
+    def _hang_bells(self) -> None:
+        """Whoever is not in line gets bells."""
+        for hub, bells in self._bells.items():
+            wanted = max(1, min(self.free, self._most_bells)) if hub in self._good else 1
+            if hub not in self._ages:
+                there = sum([bell.state in (BellState.COMING, BellState.WAITING) for bell in bells])
+                for _ in range(wanted - there):
+                    self._order(hub)
+
+    def _order(self, hub: HubT) -> Bell[HubT]:
+        """Have a handshake made: on a connection that is held, if there is one."""
+        held = [bell for bell in self._bells[hub] if bell.state is BellState.HELD]
+        bell = held[0] if held else Bell(hub)
+        bell.state = BellState.COMING
+        self._bells[hub][bell] = None
+        self._orders.append(bell)
+        return bell
 
 
 # ---- The lobby ---------------------------------------------------------------------------------------
