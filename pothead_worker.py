@@ -4166,6 +4166,7 @@ class Handshake:
     def __init__(self, sock: socket.socket, introduction: Introduction) -> None:
         self.sock = sock
         self.has_asked = False
+        self.said: Mapping[str, str] = {}  # the fields of its 101
         self.deadline = math.inf  # beside that of the whole
         self.transport: PlainTransport | TlsTransport = PlainTransport(sock)
         self._introduction = introduction
@@ -4234,6 +4235,7 @@ class Handshake:
         fields = parse_fields(lines)
         if status == "101":
             self._check_switch(minor_version, fields)
+            self.said = fields
             return 0
         if status.startswith("1"):
             return self._skip_interim()
@@ -4599,7 +4601,7 @@ class Lobby:
     ) -> None:
         """With an introduction, the hub is told who comes."""
         self.hang_up = getattr(select, "POLLRDHUP", 0)
-        self.is_halted = False
+        self.is_closed = False  # nobody is to wait here any more
         self.seats: set[Seat] = set()
         self.introduction = introduction
         self.rests_until = -math.inf  # for seats that come and go with each request
@@ -4713,7 +4715,7 @@ class Lobby:
 
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
-        self.is_halted = True
+        self.is_closed = True
         for seat in list(self.seats):
             seat.on_halt()
 
@@ -4786,129 +4788,81 @@ class Stage(enum.Enum):
     """What a seat waits for."""
 
     LOOKING_UP = enum.auto()  # the hub's addresses
-    DIALLING = enum.auto()  # the connection to one of them
-    GREETING = enum.auto()  # the hub's consent
+    DIALLING = enum.auto()  # the connection to one of them, and the hub's consent
     RESTING = enum.auto()  # the next try
     WAITING = enum.auto()  # a request
     SERVING = enum.auto()  # the slot, which has the link
     LEFT = enum.auto()  # nothing more
 
 
-class Seat:
-    """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
+class Visit(Protocol):
+    """Who approaches a hub: its approach ends with one of these."""
 
-    def __init__(
-        self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
-    ) -> None:
-        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # held while a link is given back
-        self.link: Link | None = None
-        self.is_good = False  # or the last link was good for nothing
-        self.stage = Stage.RESTING
-        self.deadline = math.inf
-        self.backoff = Backoff()
+    deadline: float
+
+    def set_deadline(self, deadline: float) -> None: ...
+
+    def on_link(self, link: Link, said: Mapping[str, str]) -> None:
+        """The hub has agreed; `said` are the fields of its 101, if it was one."""
+
+    def on_refused(self, refusal: Refusal) -> None: ...
+
+    def on_failed(self, reason: OSError) -> None: ...
+
+
+class Approach:
+    """The way to a link: addresses are dialled one after the other, then it is said who comes. Never waits."""
+
+    def __init__(self, lobby: Lobby, visit: Visit, introduction: Introduction | None) -> None:
         self._lobby = lobby
-        self._reachability = reachability
-        self._metrics = metrics
-        self._is_for_one_request = is_for_one_request
+        self._visit = visit
+        self._introduction = introduction
         self._addresses: list[AddressInfo] = []  # that have not been tried
         self._failure = OSError()
         self._dialled: socket.socket | None = None
         self._handshake: Handshake | None = None
 
-    # -- for its slot
+    def dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        """Begin; if none of the addresses answers, `failure` or what came last is the reason."""
+        self._addresses, self._failure = list(found), failure
+        self._dial_next()
 
-    def take(self) -> Link | None:
-        """Return a link with a request on it, or None when there will be no more of them."""
-        return self._inbox.get()
-
-    def give_back(self, ending: Ending) -> None:
-        """End SERVING, during which the seat was the slot's."""
-        assert self.link is not None
-        if ending is not Ending.KEEP:
-            self._lobby.order(self._end_link, ending)
-            return
-        with self._lock:
-            is_waiting = self._lobby.wait_again(self.link)
-            if is_waiting:
-                self.stage = Stage.WAITING
-        if not is_waiting:
-            self._lobby.order(self._wait)
-        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
-            self._lobby.order(self.on_halt)
-
-    # -- for the lobby
-
-    def begin(self) -> None:
-        self._lobby.seats.add(self)
-        if self._lobby.is_halted:
-            self._leave()
-        elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
-            self._set_deadline(self._lobby.rests_until)
-        else:
-            self._look_up()
-
-    def on_halt(self) -> None:
-        if self.stage is Stage.WAITING:
-            self._wait_no_longer()
-        elif self._handshake and self._handshake.has_asked:
-            self._set_deadline(
-                min(self.deadline, time.monotonic() + CROSSING_S)
-            )  # perhaps it is a link already
-        elif self._is_connected_unasked():
-            self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
-        elif self.stage not in (Stage.SERVING, Stage.LEFT):
-            self._leave()
-
-    def _is_connected_unasked(self) -> bool:
-        if self._dialled is None or self._lobby.introduction:
+    def may_be_there(self) -> bool:
+        """Return whether the hub may have the connection already, and a request on it."""
+        if self._handshake:
+            return self._handshake.has_asked
+        if self._dialled is None or self._introduction:
             return False
         return wait_ready(self._dialled.fileno(), select.POLLOUT, 0)
 
+    def hurry(self) -> None:
+        """End soon: there is no time to wait for what is not there yet."""
+        if self._handshake:
+            self._visit.set_deadline(min(self._visit.deadline, time.monotonic() + CROSSING_S))
+        else:
+            self._on_dial_event(0)
+
     def on_deadline(self) -> None:
-        if self.stage is Stage.RESTING:
-            self._look_up()
-        elif self.stage is Stage.LOOKING_UP:
-            self._fail(OSError(errno.ETIMEDOUT, "the name service does not answer"))
-        elif self.stage is Stage.DIALLING:
-            self._on_dialled(errno.ETIMEDOUT)
-        elif self._handshake:
+        if self._handshake:
             self._on_refused(self._handshake.on_deadline())
         else:
-            self._end_link(Ending.CLOSE)
+            self._on_dialled(errno.ETIMEDOUT)
 
-    def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
-        self._addresses, self._failure = list(found), failure
-        self._dial()
+    def drop(self) -> None:
+        """Leave it, and close what there is."""
+        if self._dialled:
+            self._lobby.close(self._dialled)
+        handshake, self._handshake = self._handshake, None
+        if handshake:
+            handshake.transport.say_goodbye()
+            self._lobby.close(handshake.sock)
 
-    # -- reaching the hub, whose name is looked up each time
-
-    def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
-        self.stage, self.deadline = stage, math.inf
-        if seconds < math.inf:
-            self._set_deadline(time.monotonic() + seconds)
-
-    def _set_deadline(self, deadline: float) -> None:
-        self.deadline = deadline
-        self._lobby.wake_by(deadline)
-
-    def _look_up(self) -> None:
-        self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
-        try:
-            self._lobby.look_up()
-        except OSError as exc:
-            self._fail(exc)
-
-    def _dial(self) -> None:
-        """Begin to connect to the next of the addresses."""
-        if self._lobby.is_halted:
-            self._leave()
-            return
-        if not self._addresses:
-            self._fail(self._failure)
+    def _dial_next(self) -> None:
+        if self._lobby.is_closed or not self._addresses:
+            self._visit.on_failed(self._failure)
             return
         family, kind, protocol, _, address = self._addresses.pop(0)
-        self._wait_for(Stage.DIALLING, CONNECT_TIMEOUT_S)
+        self._visit.set_deadline(time.monotonic() + CONNECT_TIMEOUT_S)
         try:
             self._dialled = own(socket.socket(family, kind, protocol))
             self._dialled.setblocking(False)
@@ -4938,15 +4892,14 @@ class Seat:
             if sock:
                 self._lobby.close(sock)
             self._failure = exc
-            self._dial()
+            self._dial_next()
         else:
             self._lobby.ignore(sock.fileno())
-            if self._lobby.introduction:
-                self.stage = Stage.GREETING  # until when it may take has been said
-                self._handshake = Handshake(sock, self._lobby.introduction)
+            if self._introduction:  # until when it may take has been said
+                self._handshake = Handshake(sock, self._introduction)
                 self._greet()
             else:
-                self._on_link(Link(PlainTransport(sock)))
+                self._visit.on_link(Link(PlainTransport(sock)), {})
 
     def _greet(self, _events: int = 0) -> None:
         """Go on with the handshake."""
@@ -4957,35 +4910,135 @@ class Seat:
         except Refusal as exc:
             self._on_refused(exc)
             return
-        self._set_deadline(min(self.deadline, handshake.deadline))
+        self._visit.set_deadline(min(self._visit.deadline, handshake.deadline))
         if events:
             self._lobby.listen(handshake.sock.fileno(), events, self._greet)
         else:
             self._handshake = None
-            self._on_link(handshake.make_link())
+            self._visit.on_link(handshake.make_link(), handshake.said)
 
     def _on_refused(self, refusal: Refusal) -> None:
-        self._drop_handshake()
-        if not self._lobby.is_halted:
-            self._reachability.on_refused(None if self._is_for_one_request else self, refusal)
+        self.drop()
+        self._visit.on_refused(refusal)
+
+
+class Seat:
+    """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
+
+    def __init__(
+        self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
+    ) -> None:
+        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # held while a link is given back
+        self.link: Link | None = None
+        self.is_good = False  # or the last link was good for nothing
+        self.stage = Stage.RESTING
+        self.deadline = math.inf
+        self.backoff = Backoff()
+        self._lobby = lobby
+        self.reachability = reachability
+        self._metrics = metrics
+        self._is_for_one_request = is_for_one_request
+        self._approach: Approach | None = None
+
+    # -- for its slot
+
+    def take(self) -> Link | None:
+        """Return a link with a request on it, or None when there will be no more of them."""
+        return self._inbox.get()
+
+    def give_back(self, ending: Ending) -> None:
+        """End SERVING, during which the seat was the slot's."""
+        assert self.link is not None
+        if ending is not Ending.KEEP:
+            self._lobby.order(self._end_link, ending)
+            return
+        with self._lock:
+            is_waiting = self._lobby.wait_again(self.link)
+            if is_waiting:
+                self.stage = Stage.WAITING
+        if not is_waiting:
+            self._lobby.order(self._wait)
+        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
+            self._lobby.order(self.on_halt)
+
+    # -- for the lobby
+
+    def begin(self) -> None:
+        self._lobby.seats.add(self)
+        if self._lobby.is_closed:
+            self._leave()
+        elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
+            self.set_deadline(self._lobby.rests_until)
+        else:
+            self._look_up()
+
+    def on_halt(self) -> None:
+        if self.stage is Stage.WAITING:
+            self._wait_no_longer()
+        elif self._approach and self._approach.may_be_there():
+            self._approach.hurry()
+        elif self.stage not in (Stage.SERVING, Stage.LEFT):
+            self._leave()
+
+    def on_deadline(self) -> None:
+        if self.stage is Stage.RESTING:
+            self._look_up()
+        elif self.stage is Stage.LOOKING_UP:
+            self.on_failed(OSError(errno.ETIMEDOUT, "the name service does not answer"))
+        elif self._approach:
+            self._approach.on_deadline()
+        else:
+            self._end_link(Ending.CLOSE)
+
+    def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        self._dial(found, failure)
+
+    # -- reaching the hub, whose name is looked up each time
+
+    def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
+        self.stage, self.deadline = stage, math.inf
+        if seconds < math.inf:
+            self.set_deadline(time.monotonic() + seconds)
+
+    def set_deadline(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._lobby.wake_by(deadline)
+
+    def _look_up(self) -> None:
+        self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
+        try:
+            self._lobby.look_up()
+        except OSError as exc:
+            self.on_failed(exc)
+
+    def _dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        if self._lobby.is_closed:
+            self._leave()
+            return
+        self.stage = Stage.DIALLING
+        self._approach = Approach(self._lobby, self, self._lobby.introduction)
+        self._approach.dial(found, failure)
+
+    def on_refused(self, refusal: Refusal) -> None:
+        self._approach = None
+        if not self._lobby.is_closed:
+            self.reachability.on_refused(None if self._is_for_one_request else self, refusal)
         self._rest(refusal.least_wait_s)
 
-    def _drop_handshake(self) -> None:
-        handshake, self._handshake = self._handshake, None
-        if handshake:
-            handshake.transport.say_goodbye()
-            self._lobby.close(handshake.sock)
-
-    def _on_link(self, link: Link) -> None:
+    def on_link(self, link: Link, _said: Mapping[str, str]) -> None:
         """The link is ready for requests."""
+        self._approach = None
         self.link = link
-        self._reachability.on_connected(self)
+        self.reachability.on_connected(self)
         self._metrics.on_slot(1)
         self._wait()
 
-    def _fail(self, reason: OSError) -> None:
+    def on_failed(self, reason: OSError) -> None:
         """The hub cannot be reached."""
-        self._reachability.on_failed(reason)
+        self._approach = None
+        if not self._lobby.is_closed:
+            self.reachability.on_failed(reason)
         self._rest()
 
     def _rest(self, least_wait_s: float = 0.0) -> None:
@@ -4993,7 +5046,7 @@ class Seat:
         wait_s = least_wait_s + self.backoff.next_wait_s()
         if self._is_for_one_request and least_wait_s:
             self._lobby.rests_until = time.monotonic() + wait_s
-        if self._is_for_one_request or self._lobby.is_halted:
+        if self._is_for_one_request or self._lobby.is_closed:
             self._leave()
         else:
             self._wait_for(Stage.RESTING, wait_s)
@@ -5001,9 +5054,9 @@ class Seat:
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
         self._wait_for(Stage.LEFT)
-        if self._dialled:
-            self._lobby.close(self._dialled)
-        self._drop_handshake()
+        approach, self._approach = self._approach, None
+        if approach:
+            approach.drop()
         self._lobby.seats.discard(self)
         self._inbox.put(None)
 
@@ -5013,7 +5066,7 @@ class Seat:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
         self._lobby.wait_with(self.link, self._on_event)
-        if self._lobby.is_halted:
+        if self._lobby.is_closed:
             self._wait_no_longer()
         elif self.link.has_news():  # which has been received together with something else
             self._on_arrival(0)
@@ -5024,7 +5077,7 @@ class Seat:
         The hub, which did not know of the halt, may have sent it on the heels of the last response.
         """
         assert self.link is not None
-        self._set_deadline(self.link.free_since + CROSSING_S)
+        self.set_deadline(self.link.free_since + CROSSING_S)
         self._on_arrival(0)
 
     def _on_event(self, events: int) -> None:
@@ -5056,12 +5109,12 @@ class Seat:
         self._lobby.dismiss(link)
         self.link = None
         self._metrics.on_slot(-1)
-        if not link.has_served and not self._lobby.is_halted:
-            self._reachability.on_unused(link.opened_at, now)
+        if not link.has_served and not self._lobby.is_closed:
+            self.reachability.on_unused(link.opened_at, now)
         self.is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
         if self.is_good:
             self.backoff.reset()
-        if self._lobby.is_halted or self._is_for_one_request:
+        if self._lobby.is_closed or self._is_for_one_request:
             self._leave()
         elif self.is_good:
             self._look_up()
@@ -5145,7 +5198,7 @@ class Slot:
     def _answer_and_count(self, exchange: Exchange) -> Ending:
         self._status = GONE_STATUS
         began_at = time.monotonic()
-        self._pool.reachability.on_request()
+        self.seat.reachability.on_request()
         self._pool.metrics.on_request()
         self._pool.tenure.on_request()
         try:
@@ -5168,7 +5221,7 @@ class Slot:
         log.info("request %s: %s", exchange.request_id, reason)
 
     def on_response(self, status_line: str) -> None:
-        self._pool.reachability.on_response(status_line)
+        self.seat.reachability.on_response(status_line)
 
     # -- for other threads
 

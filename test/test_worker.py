@@ -1765,8 +1765,8 @@ def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.
     waiting = threading.Event()
     dial = pothead_worker.Seat._dial
 
-    def telling(seat: pothead_worker.Seat) -> None:
-        dial(seat)
+    def telling(seat: pothead_worker.Seat, *found: Any) -> None:
+        dial(seat, *found)
         assert seat.stage is pothead_worker.Stage.DIALLING
         waiting.set()
 
