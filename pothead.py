@@ -2346,7 +2346,8 @@ class TlsTransport(Transport):
     def _shake_hands(self) -> None:
         self._tls.do_handshake()
         self.is_open = True
-        self._on_open()
+        on_open, self._on_open = self._on_open, _do_nothing
+        on_open()
 
     def _fetch(self) -> bool:
         """Receives something to decrypt, if only the end; false if nothing has come."""
@@ -2417,6 +2418,7 @@ class TlsTransport(Transport):
 
     def close(self) -> None:
         self._say_goodbye()
+        self._on_open = _do_nothing
         super().close()
 
     def _say_goodbye(self) -> None:
@@ -2590,7 +2592,7 @@ class Stream(Watched):
         self.transport = transport
         self.address = address
         self.outbuf: Spool | None = None  # what is written and the network has not taken; mostly nothing
-        self.role: Role = _NoRole()
+        self.role: Role = NO_ROLE
         self.shortcut: Shortcut | None = None  # for bytes that nobody here need look at
         self.written = 0  # bytes that the network has taken
 
@@ -2655,6 +2657,7 @@ class Stream(Watched):
         if self.outbuf is not None:
             self.outbuf.close()
         self.transport.close()
+        self.role = NO_ROLE  # which knows the stream, and would keep it until the collector comes
 
     def _fill(self) -> None:
         if self._has_rest or self._room <= 0 or self.closed:
@@ -2778,6 +2781,8 @@ class _NoRole:
     def settle(self) -> int:
         return 0
 
+
+NO_ROLE: Final = _NoRole()
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
 
@@ -3584,14 +3589,14 @@ class Handshaking:
     Until then nothing is known of who is there, and there may be many.
     """
 
-    __slots__ = ("_begin", "_hub", "_port", "_stream", "_transport")
+    __slots__ = ("_begin", "_hub", "_stream", "_transport", "port")
 
     def __init__(
         self, hub: Hub, port: str, stream_of: Callable[[Transport], Stream], sock: socket.socket,
         begin: Callable[[Stream], None],
     ) -> None:  # fmt: skip
         self._hub = hub
-        self._port = port
+        self.port = port
         self._begin = begin
         assert hub.certificate is not None
         self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
@@ -3615,13 +3620,13 @@ class Handshaking:
 
     def on_hangup(self, *, reset: bool) -> None:
         if self._transport.spoke_in_clear:
-            self._hub.complain(self._port, self._stream.address, "spoke without TLS on a port that wants it")
+            self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
             self._stream.transport = self._transport.in_clear()
             text = b"This port speaks TLS: the address begins with https://\n"
             self._stream.write(own_response(400, text, keep_alive=False))
             Farewell(self._hub.loop, self._stream)
         elif reset:
-            self._hub.complain(self._port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
+            self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {self._transport.fault}")
             self._stream.close()
         else:
             self._stream.close()
@@ -3648,7 +3653,7 @@ class Applicant:
     __slots__ = ("_held", "_hub", "_inbuf", "_stream")
 
     def __init__(
-        self, hub: Hub, stream: Stream, held: Registration | None = None, received: bytes = b""
+        self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
         self._stream = stream
@@ -4811,8 +4816,15 @@ class Hub:
     def _end_drain(self) -> None:
         if self.exchanges or self._has_unsent_bytes():
             return
-        if not self.ports.has_successor or not (self.needy or self.ports.is_leaving):
+        if not self.ports.has_successor or not (self.needy or self._expects_consumers):
             self.loop.stop()
+
+    @property
+    def _expects_consumers(self) -> bool:
+        """Whether some are connecting here still, and would lose their connection."""
+        return self.ports.is_leaving or any(
+            isinstance(each.role, Handshaking) and each.role.port == "consumers" for each in self.newcomers
+        )
 
     def _has_unsent_bytes(self) -> bool:
         """Whether answers are still on their way: without an exchange, no spool holds anything else."""
@@ -4984,6 +4996,9 @@ def _always() -> bool:
 
 
 def _ignore(text: str) -> None: ...
+
+
+def _do_nothing() -> None: ...
 
 
 PORT_OPTIONS: Final = {

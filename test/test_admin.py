@@ -574,6 +574,7 @@ def test_durations_are_put_into_buckets_and_the_last_are_summed_up() -> None:
 
 
 NAMES = {
+    "pothead_hub_turned_away": "counter",
     "pothead_hub_certificate_expiry_timestamp_seconds": "gauge",
     "pothead_hub_worker_requests": "counter",
     "pothead_hub_refused_workers": "counter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -10,11 +11,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import pothead
 import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 DEPLOY = wire.ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
@@ -42,6 +47,7 @@ METRICS = {
     "pothead_hub_connections",
     "pothead_hub_spool_bytes",
     "pothead_hub_disk_budget_bytes",
+    "pothead_hub_certificate_expiry_timestamp_seconds",
     "pothead_worker_slots",
     "pothead_worker_slots_busy",
     "pothead_worker_requests_total",
@@ -82,11 +88,14 @@ def first(pattern: str, text: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the lists of words that begin with the name of a program, in YAML's two ways to write a list."""
+    """Return the lists of words that begin with the name of a program, in YAML's two ways to write a list.
+
+    What stands behind `--` is another program's.
+    """
     blocks = re.findall(r"(?:args|command):\n((?: +(?:- |#).*\n)+)", text)
     found = [re.findall(r"^ +- (\S+)", block, re.MULTILINE) for block in blocks]
     found += [re.split(r", *", row) for row in re.findall(r"(?:args|command): \[(pothead.*)\]", text)]
-    return found
+    return [words[: words.index("--")] if "--" in words else words for words in found]
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/hub.yaml", "kubernetes/worker.yaml"])
@@ -114,7 +123,8 @@ def test_every_flag_in_the_prose_is_somebodys_option(path: Path) -> None:
     others = {
         "--help", "--build", "--scale", "--build-arg", "--rm", "--now", "--full",  # docker, systemctl
         "--no-install-recommends", "--yes", "--no-cache-dir", "--from", "--directory", "--owner", "--group",
-        "--create-home", "--uid", "--collector",
+        "--create-home", "--uid", "--collector", "--system", "--deploy-hook",
+        "--from-literal", "--from-file", "--type", "--since",
     }  # fmt: skip
     found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text(encoding="utf-8")))
     assert found <= ours | others
@@ -127,7 +137,11 @@ def test_units_name_the_sockets_as_the_hub_knows_them() -> None:
     assert names == {name: f"pothead-{name}.socket" for name in pothead.SOCKET_NAMES}
     service = read("systemd/pothead.service")
     for setting in ("Requires", "Sockets", "Also"):
-        assert set(first(rf"^{setting}=(.*)$", service).split()) == set(names.values())
+        always = set(first(rf"^{setting}=(.*)$", service).split())
+        assert always == set(names.values()) - {"pothead-ptth.socket"}
+    # It is there for those who enable it, and a restart of the hub starts it.
+    wanted_by = first("^WantedBy=(.*)$", read("systemd/pothead-ptth.socket")).split()
+    assert wanted_by == ["sockets.target", "pothead.service"]
 
 
 def test_units_are_started_again_until_what_is_wrong_is_corrected() -> None:
@@ -144,6 +158,221 @@ def test_every_module_is_installed_where_the_units_look_for_it() -> None:
     assert set(names.split()) == {"gating.py", "pothead.py", "pothead_worker.py"}
     for name in ("pothead.service", "pothead-worker@.service"):
         assert first(rf"^ExecStart=/usr/bin/python3 {target}/(\w+\.py)", read(f"systemd/{name}")) in names
+
+
+# ---- Certificates and tokens -------------------------------------------------------------------------
+
+
+def variables(text: str) -> dict[str, str]:
+    """Return the settings of a program that stand on lines of their own, perhaps in a comment."""
+    return dict(re.findall(r"^(?:#   )?(POTHEAD_\w+)=(.+)$", text, re.MULTILINE))
+
+
+def yaml_documents(name: str, text: str = "") -> list[dict[str, Any]]:
+    yaml = pytest.importorskip("yaml")
+    return list(yaml.safe_load_all(text or read(f"kubernetes/{name}.yaml")))
+
+
+def pod_of(component: str) -> dict[str, Any]:
+    return yaml_documents(component)[0]["spec"]["template"]["spec"]
+
+
+def mounted_secrets(component: str) -> dict[str, tuple[str, str]]:
+    """Return the files of a pod that come from Secrets, with the name of the Secret and the key in it."""
+    pod = pod_of(component)
+    (container,) = pod["containers"]
+    found = {}
+    for mount in container["volumeMounts"]:
+        assert "subPath" not in mount, "it would stay as it is when the Secret changes"
+        (volume,) = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+        sources = [each["secret"] for each in volume.get("projected", {}).get("sources", [])]
+        for secret in [*sources, *([volume["secret"]] if "secret" in volume else [])]:
+            name = secret.get("secretName", secret.get("name"))
+            for item in secret.get("items", [{"key": "token", "path": "token"}]):
+                found[f"{mount['mountPath']}/{item['path']}"] = (name, item["key"])
+    return found
+
+
+def test_no_file_has_a_secret_in_it() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"-----BEGIN|^kind: Secret$|^ *(?:stringData|data):", text, re.MULTILINE), path
+        assert not re.search(r"\b(?:token:(?!/)|sha256:|TOKEN=|[Bb]earer )[\w.~+/-]{12,}", text), path
+
+
+@pytest.mark.parametrize("component", ["hub", "worker"])
+def test_files_that_a_container_names_come_from_secrets(component: str) -> None:
+    ((_, *flags),) = commands(read(f"kubernetes/{component}.yaml"))
+    named = {path for flag, _, path in (each.partition("=") for each in flags) if flag.endswith("file")}
+    assert named == set(mounted_secrets(component)) and len(named) > 1
+
+
+def test_secrets_of_the_pods_are_those_that_the_readme_and_cert_manager_make() -> None:
+    made = {
+        (name, key)
+        for name, rest in re.findall(
+            r"kubectl create secret generic (\S+) ((?:.*\\\n)*.*)", read("README.md")
+        )
+        for key in re.findall(r"--from-(?:literal|file)=([\w.]+)", rest)
+    }
+    hub, worker = (set(mounted_secrets(each).values()) for each in ("hub", "worker"))
+    assert hub | worker == made
+    assert worker & hub == set() and ("pothead-hub-tls", "tls.key") in hub, "the key is for the hub alone"
+    certificates = [each["spec"] for each in yaml_documents("certificate") if each["kind"] == "Certificate"]
+    assert certificates[-1]["secretName"] == "pothead-hub-tls"
+
+
+def test_workers_call_the_hub_by_a_name_and_a_port_that_it_has() -> None:
+    worker = read("kubernetes/worker.yaml")
+    host, port = re.findall(r"--connect=https://([\w.-]+):(\d+)$", worker, re.MULTILINE)[0]
+    assert f"--ptth-port={port}" in commands(read("kubernetes/hub.yaml"))[0]
+    services = {each["metadata"]["name"]: each for each in yaml_documents("hub") if each["kind"] == "Service"}
+    service, namespace, _ = host.split(".")
+    assert services[service]["metadata"]["namespace"] == namespace
+    (listed,) = services[service]["spec"]["ports"]
+    assert (listed["port"], listed["targetPort"]) == (int(port), "ptth")
+    (container,) = pod_of("hub")["containers"]
+    assert {"name": "ptth", "containerPort": int(port)} in container["ports"]
+    assert [host] == yaml_documents("certificate")[-1]["spec"]["dnsNames"]
+    assert f"subjectAltName=DNS:{host} " in read("README.md")
+    assert f":{port}\n" in read("systemd/pothead-ptth.socket")
+    units = read("systemd/pothead.service") + read("systemd/pothead-worker@.service")
+    assert variables(units)["POTHEAD_HUB_PTTH_PORT"] == port
+    assert variables(units)["POTHEAD_CONNECT"] == f"https://hub.example:{port}"
+
+
+def test_anonymous_workers_are_nowhere_but_on_networks_of_their_own() -> None:
+    for path in FILES:
+        if path.name != "compose.yaml":
+            assert "anonymous" not in path.read_text(encoding="utf-8").lower(), path
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load(read("compose.yaml"))
+    assert compose["networks"]["workers"] == {"internal": True}
+    assert not any(str(each).endswith(":4040") for each in compose["services"]["hub"]["ports"])
+
+
+def test_token_for_all_is_shown_when_the_comments_are_taken_off() -> None:
+    hub = mounted_secrets("hub")["/etc/pothead/admin.token"]
+    begins = re.compile(r"# ?(?=---|auth\w+:|(?:apiVersion|kind|metadata|spec): ?|  )")
+    text = begins.sub("", read("kubernetes/scaledobject.yaml"))
+    scaled, authentication = yaml_documents("scaledobject", text)
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["metadata"]["authMode"] == "bearer"
+    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    (shown,) = authentication["spec"]["secretTargetRef"]
+    assert (shown["parameter"], shown["name"], shown["key"]) == ("token", *hub)
+    monitor = yaml_documents("podmonitor", re.sub("# (?=auth)", "", read("kubernetes/podmonitor.yaml")))[0]
+    credentials = monitor["spec"]["podMetricsEndpoints"][0]["authorization"]["credentials"]
+    assert (credentials["name"], credentials["key"]) == hub
+
+
+def lay_files(directory: Path, *names: str) -> None:
+    """Put into a directory what a Secret, or an operator, would: by the names that the files have there."""
+    (directory / "admin.token").write_text("abc")
+    (directory / "workers").write_text("demo token:def\n")
+    for name, source in zip(names, ("hub.pem", "hub.key"), strict=True):
+        shutil.copy(wire.authority() / source, directory / name)
+
+
+def test_unit_of_the_hub_has_what_the_readme_lays_there(tmp_path: Path) -> None:
+    readme, service = read("README.md"), read("systemd/pothead.service")
+    settings = variables(readme)
+    assert settings == variables(service)
+    ((group, directory, names),) = re.findall(r"install -D -m 640 -g (\S+) -t (\S+) (.*)\n", readme)
+    assert first("^SupplementaryGroups=(.*)$", service) == group and f"groupadd --system {group}\n" in readme
+    files = {value for name, value in settings.items() if "FILE" in name}
+    assert files == {f"{directory}/{name}" for name in names.split()}
+    lay_files(tmp_path, "hub.pem", "hub.key")
+    environment = {name: value.replace(directory, str(tmp_path)) for name, value in settings.items()}
+    ports = ["--main-port=0", "--worker-port=0", "--admin-port=0", "--ptth-host=0.0.0.0", "--ptth-port=0"]
+    command = wire.python(str(wire.ROOT / "pothead.py"), "--check", *ports)
+    ended = wire.run_to_end(command, tmp_path, environment)
+    assert ended.status == 0 and any(line.startswith("would listen ptth=0.0.0.0:") for line in ended.lines)
+
+
+def test_reload_reaches_the_hub_by_the_signal_that_it_knows() -> None:
+    service = read("systemd/pothead.service")
+    assert first("^ExecReload=(.*)$", service) == "/bin/kill -HUP $MAINPID"
+    assert "\nLoadCredential" not in service, "what is copied at the start cannot be read again"
+
+
+def test_unit_of_a_worker_has_its_token_where_its_settings_say() -> None:
+    unit = read("systemd/pothead-worker@.service")
+    name, source = re.findall("^LoadCredential=(.+):(.+)$", unit, re.MULTILINE)[0]
+    settings = variables(unit)
+    directory = "/run/credentials/pothead-worker@thumbnails.service"
+    assert settings["POTHEAD_WORKER_TOKEN_FILE"] == f"{directory}/{name}"
+    for path in (source.replace("%i", "thumbnails"), settings["POTHEAD_WORKER_CAFILE"].rpartition("/")[0]):
+        assert re.search(rf"install .*{re.escape(path)}\b", read("README.md"))
+    # A worker that has no token finds this, which must never be one.
+    assert not re.fullmatch(r"[\w.~+/-]+=*", first(f"^SetCredential={name}:(.*)$", unit))
+
+
+def put(mount: Path, version: str, fill: Callable[[Path], None]) -> None:
+    """Write files as the kubelet does: anew in a directory of their own, to which `..data` leads then."""
+    (mount / version).mkdir()
+    fill(mount / version)
+    (mount / "..new").symlink_to(version)
+    (mount / "..new").rename(mount / "..data")
+    for path in (mount / version).iterdir():
+        if not (mount / path.name).is_symlink():
+            (mount / path.name).symlink_to(f"..data/{path.name}")
+
+
+def lay_secrets(directory: Path) -> None:
+    lay_files(directory, "tls.crt", "tls.key")
+
+
+@contextlib.contextmanager
+def hub_of_a_pod(mount: Path) -> Iterator[wire.HubProcess]:
+    """Run what the container of the hub does, on free ports, with its files in `mount`."""
+    put(mount, "..1", lay_secrets)
+    (container,) = pod_of("hub")["containers"]
+    arguments = [each.replace("/etc/pothead", str(mount)) for each in container["args"][1:]]
+    assert "sleep 10;" in arguments[-1]
+    arguments[-1] = arguments[-1].replace("sleep 10;", "sleep 0.1;")
+    at = arguments.index("--")
+    ports = ["--main-port=0", "--worker-port=0", "--admin-port=0", "--ptth-port", "0", "--log-format=text"]
+    command = [*wire.python(str(wire.ROOT / "pothead.py")), *arguments[:at], *ports, *arguments[at:]]
+    hub = wire.HubProcess(command, mount)
+    with wire.running(hub):
+        hub.wait_until_ready()
+        yield hub
+        hub.terminate()
+        assert hub.wait() == 0, "what runs beside it ends with it"
+
+
+def test_hub_in_a_pod_reads_secrets_again_when_they_change(tmp_path: Path) -> None:
+    def times(name: str) -> int:
+        return sum(line.endswith(f"/{name} has been read again") for line in hub.errors)
+
+    with hub_of_a_pod(tmp_path) as hub:
+        # The first time is for what may have changed while the hub started.
+        for turn in (1, 2, 3):
+            hub.wait_for_error(lambda _, turn=turn: times("admin.token") == turn)
+            assert times("tls.crt") == times("workers") == turn
+            put(tmp_path, f"..{turn + 1}", lay_secrets)
+
+
+def test_worker_in_a_pod_shows_its_token_to_the_hub_that_it_trusts(tmp_path: Path) -> None:
+    mount = tmp_path / "hub"
+    mount.mkdir()
+    (tmp_path / "token").write_text("def")
+    files = {
+        "/etc/pothead/ca/ca.crt": wire.authority() / "ca.pem",
+        "/etc/pothead/token/token": tmp_path / "token",
+    }
+    with hub_of_a_pod(mount) as hub:
+        arguments = commands(read("kubernetes/worker.yaml"))[0][1:]
+        for inside, outside in files.items():
+            arguments = [each.replace(inside, str(outside)) for each in arguments]
+        arguments.append(f"--connect=https://localhost:{hub.ptth[1]}")
+        command = [*wire.python(str(wire.ROOT / "pothead_worker.py")), *arguments]
+        worker = wire.WorkerProcess(command, tmp_path)
+        with wire.running(worker), wire.Peer.connect(("127.0.0.1", hub.main[1])) as consumer:
+            consumer.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert consumer.read_response().status == 200
+            hub.wait_for_line(lambda line: "worker_name=demo" in line)
 
 
 # ---- Timeouts ----------------------------------------------------------------------------------------

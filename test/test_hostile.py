@@ -336,7 +336,7 @@ def test_forged_fields_of_the_hub_never_reach_a_worker(
     request = forwarded(hub, get(b"/forged", *lines), "127.0.0.9")
     assert b"6.6.6.6" not in b"".join(value for _, value in request.fields)
     assert request.value(b"X-Forwarded-For") == b"127.0.0.9"
-    assert request.value(b"X-Forwarded-Proto") == b"http"
+    assert request.value(b"X-Forwarded-Proto") == wire.SCHEME
     assert request.value(b"X-Forwarded-Host") == b"pothead.test"
     assert request.value(b"Pothead-Attempt") == b"1"
 
@@ -412,6 +412,7 @@ STAGES = {
 }
 
 
+@wire.in_clear_only
 @linux_only
 @pytest.mark.parametrize("stage", STAGES)
 def test_half_closed_consumers_leave_nothing_behind(hub: HubProcess, stage: str) -> None:
@@ -460,6 +461,7 @@ def test_bad_requests_cost_hardly_more_than_good_ones(hub: HubProcess) -> None:
     assert bad <= 2 * good + 5, (bad, good)
 
 
+@wire.in_clear_only
 @linux_only
 @pytest.mark.parametrize("what", ["says nothing", "is served"])
 def test_connections_that_come_and_go_leave_no_memory_behind(hub: HubProcess, what: str) -> None:
@@ -609,6 +611,7 @@ def limited_hub(limit: int) -> Iterator[HubProcess]:
         yield hub
 
 
+@wire.in_clear_only
 @linux_only
 @pytest.mark.parametrize("foreseen", [True, False], ids=["limit at the start", "limit lowered later"])
 def test_hub_without_descriptors_pauses_and_serves_on(foreseen: bool) -> None:
@@ -689,6 +692,7 @@ def test_bodies_in_files_leave_descriptors_for_workers() -> None:
         assert "Traceback" not in hub.stderr
 
 
+@wire.in_clear_only
 @linux_only
 def test_ten_thousand_idle_consumers_and_a_thousand_slots_cost_memory_alone() -> None:
     """C7: under 150 MB, no wake-ups, and a request among them is served."""

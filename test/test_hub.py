@@ -136,6 +136,7 @@ def test_requests_are_served_in_the_order_they_came(hub: HubProcess) -> None:
             assert consumer.read_response().body == answer
 
 
+@wire.in_clear_only
 def test_requests_that_come_at_once_are_served_in_the_order_they_came(hub: HubProcess) -> None:
     """On connections that the hub has not seen before, too."""
     paths = [b"/at-once/%d" % number for number in range(50)]
@@ -188,6 +189,7 @@ def test_slot_of_the_machine_with_the_fewest_running_requests_is_taken(hub: HubP
         assert a1.read_request().target == b"/6"
 
 
+@wire.in_clear_only
 def test_slot_that_leaves_as_the_request_comes_costs_not_even_a_post() -> None:
     with hub_process() as hub, dial(hub) as staying, dial(hub) as leaving:
         with paused(hub):
@@ -214,6 +216,7 @@ def test_slot_that_leaves_after_its_response_costs_not_even_a_post(leave: Callab
                 assert second.read_response().body == b"ok"
 
 
+@wire.in_clear_only
 def test_requests_that_come_at_once_find_the_waiting_slots_before_the_queue_is_full() -> None:
     with hub_process("--max-queue", "1") as hub, dial(hub) as one, dial(hub) as two, dial(hub) as three:
         with contextlib.ExitStack() as stack:
@@ -253,7 +256,9 @@ def test_forwarded_head_is_the_request_with_the_hubs_own_fields(hub: HubProcess,
         rb"Host: pothead\.test\r\n"
         rb"Accept: \*/\*\r\nx-ODD: spaced\r\nCookie: a=1\r\nCookie: b=2\r\n"
         rb"Via: 1\.1 pothead\r\n"
-        rb"X-Forwarded-For: 127\.0\.0\.1\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: pothead\.test\r\n"
+        rb"X-Forwarded-For: 127\.0\.0\.1\r\nX-Forwarded-Proto: "
+        + wire.SCHEME
+        + rb"\r\nX-Forwarded-Host: pothead\.test\r\n"
         rb"X-Request-Id: [0-9a-f]{12}-[0-9a-f]+\r\n"
         rb"X-Request-Start: t=[0-9]{10}\.[0-9]{3}\r\n"
         rb"Pothead-Attempt: 1\r\nPothead-Queue-Seconds: 0\.[0-9]{3}\r\n\r\n"
@@ -389,10 +394,10 @@ def test_trusted_consumer_speaks_for_those_behind_it(hub: HubProcess, slot: Peer
 
 @several_loopback_addresses
 def test_untrusted_consumer_speaks_for_itself_alone(hub: HubProcess, slot: Peer) -> None:
-    lines = (b"X-Forwarded-For: 192.0.2.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: outside.test")
+    lines = (b"X-Forwarded-For: 192.0.2.1", b"X-Forwarded-Proto: ftp", b"X-Forwarded-Host: outside.test")
     request = forwarded(hub, slot, get(b"/untrusted", *lines), host="127.0.0.2")
     assert request.value(b"X-Forwarded-For") == b"127.0.0.2"
-    assert request.value(b"X-Forwarded-Proto") == b"http"
+    assert request.value(b"X-Forwarded-Proto") == wire.SCHEME
     assert request.value(b"X-Forwarded-Host") == b"pothead.test"
 
 
@@ -413,6 +418,7 @@ def test_forwarded_allow_ips_names_who_is_trusted(option: str, host: str, is_tru
     assert request.value(b"X-Forwarded-For") == wanted.encode()
 
 
+@wire.in_clear_only
 def test_consumer_over_ipv4_is_known_by_its_ipv4_address_on_every_port() -> None:
     with hub_process("--main-host", "::") as hub, dial(hub) as slot:
         with Peer.connect(("127.0.0.1", hub.main[1])) as consumer:
@@ -799,6 +805,7 @@ def test_slow_head_is_408() -> None:
         assert logged(hub, status=408)["code"] == "RQ"
 
 
+@wire.in_clear_only
 def test_head_timeout_is_for_the_whole_head() -> None:
     with hub_process("--head-timeout", "200ms") as hub, ask(hub, b"GET / HTTP/1.1\r\nX: ") as consumer:
         started_at = time.monotonic()

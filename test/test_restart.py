@@ -292,6 +292,8 @@ REUSE = "--reuse-port"
 def ports_of(hub: HubProcess) -> list[str]:
     """Return the options for a hub on the same ports."""
     ports = {"--main-port": hub.main, "--worker-port": hub.worker, "--admin-port": hub.admin}
+    if wire.OVER_TLS:
+        ports["--ptth-port"] = ports.pop("--worker-port")
     return [REUSE, *itertools.chain.from_iterable((flag, str(port)) for flag, (_, port) in ports.items())]
 
 
@@ -309,6 +311,7 @@ def test_platform_without_shared_ports_says_so(monkeypatch: pytest.MonkeyPatch) 
         pothead.Options(reuse_port=True)
 
 
+@wire.in_clear_only
 def test_connection_that_waits_when_a_drain_begins_is_refused_in_words() -> None:
     with wire.hub_process("--graceful-timeout", "100ms") as hub:
         hub.process.send_signal(signal.SIGSTOP)

@@ -28,6 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -92,6 +94,7 @@ class TlsSocket:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, is_hub, None if is_hub else name)
         self.unsent = b""
+        self.ahead = b""  # has come, and was not asked for yet
         self.is_reset = False
         try:
             self._until_done(self.tls.do_handshake)
@@ -110,7 +113,8 @@ class TlsSocket:
             except ssl.SSLWantReadError:
                 pass
             finally:
-                self._flush()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # receiving will tell
+                    self._flush()
             data = self.below.recv(1 << 18)
             if data:
                 self.incoming.write(data)
@@ -122,12 +126,15 @@ class TlsSocket:
         while self.unsent:
             self.unsent = self.unsent[self.below.send(self.unsent) :]
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         """Return what has come; nothing at the end, be it close_notify or a mere FIN."""
-        with contextlib.suppress(ssl.SSLEOFError):
-            data: bytes = self._until_done(lambda: self.tls.read(size))
-            return data
-        return b""
+        if not self.ahead:
+            with contextlib.suppress(ssl.SSLEOFError):
+                self.ahead = self._until_done(lambda: self.tls.read(1 << 18))
+        data = self.ahead[:size]
+        if not flags & socket.MSG_PEEK:
+            self.ahead = self.ahead[size:]
+        return data
 
     def sendall(self, data: bytes | memoryview) -> None:
         self.tls.write(data)
@@ -207,6 +214,8 @@ HANDSHAKE = (
     b"GET /ptth HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n\r\n"
 )
 OVER_TLS = bool(os.environ.get("POTHEAD_TEST_OVER_TLS"))  # the port for consumers, and PTTH for slots
+SCHEME = b"https" if OVER_TLS else b"http"  # of consumers
+in_clear_only = pytest.mark.skipif(OVER_TLS, reason="what it does to the connection cannot be done to TLS")
 _secure: dict[Address, str] = {}  # what listens there
 # ---- Messages that tests send ------------------------------------------------------------------------
 
@@ -783,9 +792,10 @@ def hub_process(
 ) -> Iterator[HubProcess]:
     """Run pothead.py on free ports with further `options`, which a `-- command …` may end; it is ready."""
     ports = ["--main-port", "0", "--worker-port", "0", "--admin-port", "0"]
-    if OVER_TLS and "--ptth-port" not in options:
+    if OVER_TLS and "--certfile" not in options:
         files = [str(authority() / name) for name in ("hub.pem", "hub.key")]
-        ports += ["--ptth-port", "0", "--certfile", files[0], "--keyfile", files[1], "--tls", "main,ptth"]
+        ports += ["--certfile", files[0], "--keyfile", files[1], "--tls", "main,ptth"]
+        ports += [] if "--ptth-port" in options else ["--ptth-port", "0"]
     hub = HubProcess([*program("pothead", limits), *ports, *options], cwd, environment)
     with running(hub):
         hub.wait_until_ready(has_admin=("--admin-port", "off") not in pairwise(options))
@@ -803,6 +813,9 @@ def worker_process(
     """Run pothead_worker.py against `hub`. Applications are looked up in `cwd`."""
     host, port = hub.worker
     command = [*program("pothead_worker", limits), "--connect", f"{host}:{port}", *arguments]
+    if (host, port) in _secure:
+        command[-len(arguments) - 1 :] = [f"https://{host}:{port}", *arguments]
+        command += ["--cafile", str(authority() / "ca.pem")]
     worker = WorkerProcess(command, cwd, environment)
     worker.stand_in = hub if isinstance(hub, Listener) else None
     with running(worker):
