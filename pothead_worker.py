@@ -147,6 +147,11 @@ REASON_TIMEOUT_S = 1.0  # for what a hub tells after the head of a refusal
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
 EXIT_GRACE_S = 2.0  # how long what the app has left running may keep an ended worker alive
 
+MAX_BELLS = 32  # connections that wait at one of several hubs, however many slots are free
+LOOK_UP_INTERVAL_S = 5.0  # between two looks which hubs there are
+PATIENCE_S = 0.25  # how long a slot that is free is kept for a hub that was asked whether it has something,
+LEAST_PATIENCE_S = 0.02  # but not more than four times as long as it took to answer before
+
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
 KEEP_ALIVE_PROBES = 3
@@ -489,6 +494,28 @@ class Intake:
         head = self._take_until(b"\r\n\r\n", limit_bytes)
         return None if head is None else head + b"\r\n"
 
+    def peek_head(self, limit_bytes: int) -> bytes | None:
+        """Return the next head with its empty line if it is there, and leave it. Raises ProtocolError."""
+        end = self._buffer.find(b"\r\n\r\n", 0, limit_bytes + 4)
+        if end < 0 and len(self._buffer) >= limit_bytes + 4:
+            raise HeadTooLong("head too long")
+        return None if end < 0 else self._buffer[: end + 4]
+
+    def skip_to(self, start: bytes, mark: bytes) -> bool:
+        """Drop what comes before the head that begins with `start` and has `mark` in it; False at the end."""
+        while True:
+            at = self._buffer.find(mark)
+            begin = self._buffer.rfind(start, 0, at) if at >= 0 else -1
+            if begin >= 0 and b"\r\n\r\n" not in self._buffer[begin:at]:
+                self._buffer = self._buffer[begin:]
+                return True
+            if at >= 0:
+                self._buffer = self._buffer[at + len(mark) :]
+                continue
+            self._buffer = self._buffer[-MAX_ANSWER_BYTES:]
+            if not self._receive():
+                return False
+
     def take_wary_head(self, limit_bytes: int, start: bytes = b"") -> bytes | None:
         """Raise ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
         searched = 0
@@ -681,6 +708,9 @@ class Transport(Protocol):
     def send(self, *pieces: bytes) -> None:
         """Send all pieces in order."""
 
+    def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken. Raises OSError."""
+
     def peek(self) -> bytes | None:
         """Return the next byte if it has come, or b"" if there will be no more."""
 
@@ -719,6 +749,9 @@ class PlainTransport:
             if sent < len(piece):
                 self.sock.sendall(memoryview(piece)[sent:])
             sent = max(0, sent - len(piece))
+
+    def try_to_send(self, data: bytes) -> bool:
+        return self.sock.send(data, socket.MSG_DONTWAIT) == len(data)
 
     def peek(self) -> bytes | None:
         try:
@@ -1026,13 +1059,22 @@ class Link:
 
     def take_in(self) -> bool | None:
         """Receive what has come, for the intake; None if nothing has, False if there will be no more."""
-        if not self.intake.is_empty:
-            return True
+        return True if not self.intake.is_empty else self.take_more()
+
+    def take_more(self) -> bool | None:
+        """The same, although something may have come before."""
         try:
             data = self.transport.take(RECEIVE_BYTES)
         except OSError:
             return False
         return None if data is None else self.intake.add(data)
+
+    def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken."""
+        try:
+            return self.transport.try_to_send(data)
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
@@ -1454,6 +1496,8 @@ class Response(BaseHandler):
         self.says_close = self.says_close or detour is not None or self.exchange.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
+        elif self.exchange.keeper.must_hold():
+            fields = [*fields, ("Connection", "hold")]
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
         if detour:
@@ -1627,6 +1671,12 @@ class Keeper(Protocol):
 
     def is_last(self) -> bool:
         """Return whether the request at hand is the last one that is taken from this connection."""
+
+    def must_hold(self, is_early: bool = False) -> bool:
+        """Return whether the response at hand has to say that its connection is held.
+
+        Early is before anybody knows when it ends, and which other hubs have something then.
+        """
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         """The app is about to be called with this."""
@@ -2551,6 +2601,7 @@ class Order(TypedDict):
     environ: dict[str, object]  # what else the app shall find there
     callbacks: list[str]  # names of functions that it shall find there, too
     is_last: bool  # on this connection
+    holds: bool  # its response does, the connection
     may_redirect: bool
 
 
@@ -2911,6 +2962,7 @@ class RequestProcess:
             "environ": environ,
             "callbacks": list(self._callbacks),
             "is_last": exchange.keeper.is_last(),
+            "holds": exchange.keeper.must_hold(is_early=True),
             "may_redirect": self.pickup is not None,
         }
         with self._control, contextlib.closing(self):
@@ -3522,6 +3574,9 @@ class ProcessKeeper:
     def is_last(self) -> bool:
         return self._order["is_last"] or self._orders.is_draining()
 
+    def must_hold(self, is_early: bool = False) -> bool:
+        return self._order["holds"]
+
     def on_environ(self, environ: WSGIEnvironment) -> None:
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
@@ -3811,6 +3866,34 @@ def parse_hub(text: str) -> Address | HubURL:
     return HubURL(scheme, Address(match[2].strip("[]"), port), match[4] or "/")
 
 
+def parse_hubs(text: str) -> tuple[Address | HubURL, ...]:
+    """Understand hubs with commas between them. Raises ValueError."""
+    has_path = "://" in text  # which may have commas
+    texts = re.split(r",\s*(?=https?://)" if has_path else ",", text, flags=re.IGNORECASE)
+    return check_hubs([parse_hub(each.strip()) for each in texts if each.strip()] or [parse_hub(text)])
+
+
+def check_hubs(hubs: Sequence[Address | HubURL]) -> tuple[Address | HubURL, ...]:
+    """Return them, each once. Raises ValueError for several that cannot be used together."""
+    several = tuple(dict.fromkeys(hubs))
+    silent = [each for each in several if isinstance(each, Address)]
+    if len(several) > 1 and silent:
+        raise ValueError(
+            f"{silent[0]} is a port where nothing is said, and so no request can be claimed; "
+            "with several hubs, say http://HOST:PORT or https://HOST:PORT of each"
+        )
+    return several
+
+
+def is_address(host: str) -> bool:
+    """Return whether it is a number, and not a name."""
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
 def parse_origins(text: str) -> tuple[str, ...]:
     """Return origins as RFC 6454 §6.2 writes them, of a list with commas. Raises ValueError."""
     return tuple([parse_origin(each.strip()) for each in text.split(",") if each.strip()])
@@ -3879,17 +3962,17 @@ class Reachability:
     it waits; but a web server gives itself away, by an error or by how it ends what says nothing.
     """
 
-    def __init__(self, address: Address | HubURL, slots: int, description: str) -> None:
-        self._address = address
+    def __init__(self, address: Address | HubURL, slots: int, description: str, name: str = "") -> None:
+        self._address = name or address
         self._slots = slots
         self._description = description
         self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
-        self._connected: set[Seat] = set()
+        self._connected: set[object] = set()  # seats, or whatever else can be
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
-        self._refused: set[Seat | None] = set()  # None for all that come and go with each request
+        self._refused: set[object | None] = set()  # None for all that come and go with each request
         self._told: set[str] = set()  # what refusals have been, while there are some
         self._is_doubted = False  # and this has been said
         self._unused_until = -math.inf  # when the last connection that no request came on was closed,
@@ -3900,7 +3983,7 @@ class Reachability:
         is_refused = len(self._refused) >= self._slots
         return self._has_connected and not self._is_unreachable and not is_refused
 
-    def on_connected(self, seat: Seat) -> None:
+    def on_connected(self, seat: object) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
             was_unreachable = self._end_refusals(seat) or was_unreachable
@@ -3913,7 +3996,7 @@ class Reachability:
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
 
-    def _end_refusals(self, seat: Seat) -> bool:
+    def _end_refusals(self, seat: object) -> bool:
         """Return whether these were the last ones of an episode."""
         was_refused = bool(self._told)
         self._refused -= {seat, None}
@@ -3921,7 +4004,7 @@ class Reachability:
             self._told.clear()
         return was_refused and not self._told
 
-    def on_refused(self, seat: Seat | None, refusal: Refusal) -> None:
+    def on_refused(self, seat: object | None, refusal: Refusal) -> None:
         """The hub does not take the worker, or something else has answered. Each kind is told once."""
         with self._lock:
             self._refused.add(seat)
@@ -4030,9 +4113,15 @@ class Credentials:
 class Introduction:
     """What is said on each new connection to a hub."""
 
-    def __init__(self, url: HubURL, credentials: Credentials) -> None:
-        """Raises ValueError for credentials that cannot be used, or must not be at this hub."""
+    def __init__(
+        self, url: HubURL, credentials: Credentials, more: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """`more` returns further lines of the request.
+
+        Raises ValueError for credentials that cannot be used, or must not be at this hub.
+        """
         self.url = url
+        self._more = more
         self._credentials = credentials
         self._token = credentials.token
         self.context: ssl.SSLContext | None = None
@@ -4059,6 +4148,7 @@ class Introduction:
             "Connection: upgrade",
             "Upgrade: ptth",
             "ALPN: http%2F1.1",
+            *self._more(),
         ]
         if token := self._read_token():
             lines.append(f"Authorization: Bearer {token.text}")
@@ -4163,19 +4253,26 @@ class Handshake:
     It never waits, and ends with the link or a Refusal.
     """
 
-    def __init__(self, sock: socket.socket, introduction: Introduction) -> None:
+    def __init__(
+        self, sock: socket.socket, introduction: Introduction, link: Link | None = None, hub_id: str = ""
+    ) -> None:
+        """With a link, which is held, it is another one on the same connection to the hub with that id."""
         self.sock = sock
+        self._link = link
+        self._hub_id = hub_id.encode("latin-1")
         self.has_asked = False
         self.said: Mapping[str, str] = {}  # the fields of its 101
         self.deadline = math.inf  # beside that of the whole
-        self.transport: PlainTransport | TlsTransport = PlainTransport(sock)
+        self.transport: Transport = PlainTransport(sock)
         self._introduction = introduction
         self._go_on = self._ask
-        if introduction.context:
+        if link:
+            self.transport = link.transport
+        elif introduction.context:
             self.transport = TlsTransport(sock, introduction.context, introduction.tls_name)
             self._go_on = self._begin_tls
         self.transport.limit_time(0)
-        self._intake = Intake(self.transport)
+        self._intake = link.intake if link else Intake(self.transport)
         self._interim_heads = 0
         self._reason = b""  # for a refusal
         self._refusal: Callable[[str], Refusal] | None = None
@@ -4195,7 +4292,7 @@ class Handshake:
     def make_link(self) -> Link:
         """Return the link, which has received perhaps the first request already."""
         self.transport.limit_time(None)
-        return Link(self.transport, self._intake.take_received())
+        return self._link or Link(self.transport, self._intake.take_received())
 
     def on_deadline(self) -> Refusal:
         if self._refusal:
@@ -4216,6 +4313,16 @@ class Handshake:
         with contextlib.suppress(OSError):  # if it has been refused unasked, receiving tells why
             self.transport.send(self._introduction.request())
         self.has_asked = True
+        self._go_on = self._skip_stale if self._link else self._take_answer
+        return self._go_on()
+
+    def _skip_stale(self) -> int:
+        """Skip what crossed our last word: perhaps a request, and any part of its body.
+
+        A consumer, who may say in a body whatever it likes, does not know the hub's id.
+        """
+        if not self._intake.skip_to(b"HTTP/1.1 101 ", b"\r\nPothead-Hub: %b\r\n" % self._hub_id):
+            raise Refusal(f"closes the connection without an answer; {HINTS['closed']}", "closed")
         self._go_on = self._take_answer
         return self._go_on()
 
@@ -4430,6 +4537,7 @@ class Line(Generic[HubT]):
         self.free = 0  # slots
         self.first: HubT | None = None  # in line. May be read by any thread
         self._most_bells = most_bells
+        self._most_free = 0  # slots that have ever been free at once: all of them, mostly
         self._invited = 0  # free slots that are meant for somebody
         self._ages: dict[HubT, float] = {}  # of the oldest request of each that stands in line
         self._bells: dict[HubT, dict[Bell[HubT], None]] = {}  # all of each hub
@@ -4462,11 +4570,7 @@ class Line(Generic[HubT]):
     def on_free(self) -> None:
         """There is another free slot."""
         self.free += 1
-        self._go_on()
-
-    def on_less(self) -> None:
-        """There is one less: it was free, and has ended."""
-        self.free -= 1
+        self._most_free = max(self._most_free, self.free)
         self._go_on()
 
     # -- what happens to bells
@@ -4498,11 +4602,14 @@ class Line(Generic[HubT]):
         self._go_on()
         return is_claimed
 
-    def on_response(self, bell: Bell[HubT], is_held: bool) -> None:
-        """A response has ended, with or without holding the connection, and its slot is free."""
-        self.free += 1
-        if bell.hub not in self._bells:
-            self._forget(bell)
+    def on_response(self, bell: Bell[HubT], is_held: bool, is_slot_free: bool = True) -> None:
+        """A response has ended, with or without holding the connection; its slot is free, or has left.
+
+        The connection may be of no more use then, and GONE.
+        """
+        self.free += is_slot_free
+        if len(self._bells.get(bell.hub, ())) not in range(1, self._most_free + 2):
+            self._forget(bell)  # the hub is used no longer, or has more connections than we need
         else:
             bell.state = BellState.HELD if is_held else BellState.WAITING
             if not is_held and self.first == bell.hub and self.free > self._invited:
@@ -4580,6 +4687,19 @@ class Line(Generic[HubT]):
 # ---- The lobby ---------------------------------------------------------------------------------------
 
 
+class Guest(Protocol):
+    """Who has the lobby look at the time."""
+
+    @property
+    def deadline(self) -> float:
+        """When it wants to be called."""
+
+    def on_deadline(self) -> None: ...
+
+    def on_halt(self) -> None:
+        """The worker is to take no more requests."""
+
+
 class Lobby:
     """One thread that dials the hub, waits with the links for requests, and watches all links for their end.
 
@@ -4601,8 +4721,9 @@ class Lobby:
     ) -> None:
         """With an introduction, the hub is told who comes."""
         self.hang_up = getattr(select, "POLLRDHUP", 0)
-        self.is_closed = False  # nobody is to wait here any more
+        self.is_halted = False
         self.seats: set[Seat] = set()
+        self.guests: list[Guest] = []
         self.introduction = introduction
         self.rests_until = -math.inf  # for seats that come and go with each request
         self._address = address
@@ -4706,18 +4827,18 @@ class Lobby:
     def _on_time(self) -> None:
         now = time.monotonic()
         if now >= self._deadline:
-            for seat in [seat for seat in self.seats if seat.deadline <= now]:
-                seat.on_deadline()
-            self._deadline = min([seat.deadline for seat in self.seats], default=math.inf)
+            for guest in [guest for guest in (*self.seats, *self.guests) if guest.deadline <= now]:
+                guest.on_deadline()
+            self._deadline = min([guest.deadline for guest in (*self.seats, *self.guests)], default=math.inf)
         if not self.hang_up:
             for link in [link for link in self._watched if link.peek() == b""]:
                 self.on_watched(link, select.POLLHUP)
 
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
-        self.is_closed = True
-        for seat in list(self.seats):
-            seat.on_halt()
+        self.is_halted = True
+        for guest in (*self.seats, *self.guests):
+            guest.on_halt()
 
     def forget(self, link: Link) -> None:
         """Watch it no longer."""
@@ -4811,7 +4932,7 @@ class Visit(Protocol):
 
 
 class Approach:
-    """The way to a link: addresses are dialled one after the other, then it is said who comes. Never waits."""
+    """The way to a link: it dials one address after the other, then says who comes. It never waits."""
 
     def __init__(self, lobby: Lobby, visit: Visit, introduction: Introduction | None) -> None:
         self._lobby = lobby
@@ -4826,6 +4947,13 @@ class Approach:
         """Begin; if none of the addresses answers, `failure` or what came last is the reason."""
         self._addresses, self._failure = list(found), failure
         self._dial_next()
+
+    def renew(self, link: Link, hub_id: str) -> None:
+        """Begin on a link that is held."""
+        self._visit.set_deadline(time.monotonic() + CONNECT_TIMEOUT_S)
+        assert self._introduction is not None
+        self._handshake = Handshake(link.transport.sock, self._introduction, link, hub_id)
+        self._greet()
 
     def may_be_there(self) -> bool:
         """Return whether the hub may have the connection already, and a request on it."""
@@ -4858,7 +4986,7 @@ class Approach:
             self._lobby.close(handshake.sock)
 
     def _dial_next(self) -> None:
-        if self._lobby.is_closed or not self._addresses:
+        if self._lobby.is_halted or not self._addresses:
             self._visit.on_failed(self._failure)
             return
         family, kind, protocol, _, address = self._addresses.pop(0)
@@ -4925,6 +5053,8 @@ class Approach:
 class Seat:
     """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
 
+    claims = False  # what comes is for us
+
     def __init__(
         self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
     ) -> None:
@@ -4943,9 +5073,22 @@ class Seat:
 
     # -- for its slot
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no request may follow on the same link."""
+        return self._is_for_one_request
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether a hub may send it a request, or has done so."""
+        return self.link is not None
+
     def take(self) -> Link | None:
         """Return a link with a request on it, or None when there will be no more of them."""
         return self._inbox.get()
+
+    def must_hold(self, is_early: bool) -> bool:
+        return False
 
     def give_back(self, ending: Ending) -> None:
         """End SERVING, during which the seat was the slot's."""
@@ -4966,7 +5109,7 @@ class Seat:
 
     def begin(self) -> None:
         self._lobby.seats.add(self)
-        if self._lobby.is_closed:
+        if self._lobby.is_halted:
             self._leave()
         elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
             self.set_deadline(self._lobby.rests_until)
@@ -5013,7 +5156,7 @@ class Seat:
             self.on_failed(exc)
 
     def _dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
-        if self._lobby.is_closed:
+        if self._lobby.is_halted:
             self._leave()
             return
         self.stage = Stage.DIALLING
@@ -5022,7 +5165,7 @@ class Seat:
 
     def on_refused(self, refusal: Refusal) -> None:
         self._approach = None
-        if not self._lobby.is_closed:
+        if not self._lobby.is_halted:
             self.reachability.on_refused(None if self._is_for_one_request else self, refusal)
         self._rest(refusal.least_wait_s)
 
@@ -5037,7 +5180,7 @@ class Seat:
     def on_failed(self, reason: OSError) -> None:
         """The hub cannot be reached."""
         self._approach = None
-        if not self._lobby.is_closed:
+        if not self._lobby.is_halted:
             self.reachability.on_failed(reason)
         self._rest()
 
@@ -5046,7 +5189,7 @@ class Seat:
         wait_s = least_wait_s + self.backoff.next_wait_s()
         if self._is_for_one_request and least_wait_s:
             self._lobby.rests_until = time.monotonic() + wait_s
-        if self._is_for_one_request or self._lobby.is_closed:
+        if self._is_for_one_request or self._lobby.is_halted:
             self._leave()
         else:
             self._wait_for(Stage.RESTING, wait_s)
@@ -5066,7 +5209,7 @@ class Seat:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
         self._lobby.wait_with(self.link, self._on_event)
-        if self._lobby.is_closed:
+        if self._lobby.is_halted:
             self._wait_no_longer()
         elif self.link.has_news():  # which has been received together with something else
             self._on_arrival(0)
@@ -5109,17 +5252,511 @@ class Seat:
         self._lobby.dismiss(link)
         self.link = None
         self._metrics.on_slot(-1)
-        if not link.has_served and not self._lobby.is_closed:
+        if not link.has_served and not self._lobby.is_halted:
             self.reachability.on_unused(link.opened_at, now)
         self.is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
         if self.is_good:
             self.backoff.reset()
-        if self._lobby.is_closed or self._is_for_one_request:
+        if self._lobby.is_halted or self._is_for_one_request:
             self._leave()
         elif self.is_good:
             self._look_up()
         else:
             self._wait_for(Stage.RESTING, self.backoff.next_wait_s())
+
+
+# ---- Several hubs: their bells -----------------------------------------------------------------------
+
+CLAIM = b"HTTP/1.1 102 Processing\r\n\r\n"
+TURN_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n"
+QUEUE_SECONDS = re.compile(rb"\r\nPothead-Queue-Seconds: ([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE)
+OLDEST_SECONDS = re.compile(
+    rb"\r\nPothead-Waiting: [0-9]+; oldest=([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE
+)
+
+
+class KnownHub:
+    """One of several hubs: one address, of which nobody knows yet whether it is another one's, too."""
+
+    def __init__(self, introduction: Introduction, found: Sequence[AddressInfo], slots: str) -> None:
+        """`found` has more than one address only if they are surely one machine's. `slots` is for the log."""
+        url = introduction.url
+        self.introduction = introduction
+        self.found = found
+        host = str(found[0][4][0])
+        is_plain = len(found) > 1 or host == url.address.host
+        self.name = str(url) if is_plain else f"{url} at {host}"
+        self.reachability = Reachability(url, 1, slots, self.name)
+        self.id = ""  # that it gives itself; another one after each start
+        self.is_listed = True  # or its name has other addresses now
+        self.twin: KnownHub | None = None  # is used in its place: the same hub at another address
+        self.rests_until = -math.inf
+        self._backoff = Backoff()
+        self._round_trip_s = PATIENCE_S
+
+    @property
+    def patience_s(self) -> float:
+        """How long an invited hub may take, before the slot is for the next in line."""
+        return min(PATIENCE_S, max(LEAST_PATIENCE_S, 4 * self._round_trip_s))
+
+    def on_agreed(self, after_s: float) -> None:
+        self._round_trip_s += (after_s - self._round_trip_s) / 4
+        self.reachability.on_connected(self)
+
+    def rest(self, least_wait_s: float = 0.0) -> None:
+        """It cannot be reached, or does not want us: leave it alone for a while."""
+        now = time.monotonic()
+        if now >= self.rests_until:
+            self.rests_until = now + least_wait_s + self._backoff.next_wait_s()
+
+    def rest_after(self, link: Link) -> None:
+        """A connection has ended: was it good for nothing?"""
+        if link.has_served or time.monotonic() - link.opened_at > BACKOFF_LAST_S:
+            self._backoff.reset()
+        else:
+            self.rest()
+
+
+class Wire:
+    """The connection of a bell: says there what the line has decided, and tells the line what happens."""
+
+    def __init__(self, board: Switchboard, bell: Bell[KnownHub]) -> None:
+        self.bell = bell
+        self.hub = bell.hub
+        self.link: Link | None = None
+        self.deadline = math.inf
+        self._board = board
+        self._lobby = board.lobby
+        self._approach: Approach | None = None
+        self._asked_at = 0.0
+        self._next_step_at = self._late_at = math.inf
+
+    def shake_hands(self) -> None:
+        """Offer a slot there: on the connection that is held, or on a new one as soon as may be."""
+        self._expect_answer()
+        self._asked_at = time.monotonic()
+        if self.link is None and self.hub.rests_until > self._asked_at:
+            self.set_deadline(self.hub.rests_until)
+            return
+        self._approach = Approach(self._lobby, self, self.hub.introduction)
+        if self.link:
+            self._lobby.forget(self.link)
+            self._approach.renew(self.link, self.hub.id)
+        else:
+            self._approach.dial(self.hub.found, OSError())
+
+    def close(self) -> None:
+        """Let go of the connection. What was not claimed there, the hub gives to somebody else."""
+        approach, self._approach = self._approach, None
+        link, self.link = self.link, None
+        if approach:
+            approach.drop()
+        if link:
+            link.leave(Ending.CLOSE)
+            self._lobby.dismiss(link)
+
+    # -- deadlines
+
+    def set_deadline(self, deadline: float) -> None:
+        self._next_step_at = deadline
+        self._update_deadline()
+
+    def _expect_answer(self) -> None:
+        """If a slot is meant for this hub, it is so for a short time only."""
+        self._late_at = time.monotonic() + self.hub.patience_s if self.bell.is_invited else math.inf
+        self._update_deadline()
+
+    def _update_deadline(self) -> None:
+        self.deadline = min(self._next_step_at, self._late_at)
+        self._lobby.wake_by(self.deadline)
+
+    def on_deadline(self, now: float) -> None:
+        if now >= self._late_at:
+            self._late_at = math.inf
+            self._update_deadline()
+            if self.bell.is_invited:
+                self._board.line.on_late(self.bell)
+        if now >= self._next_step_at:
+            self._next_step_at = math.inf
+            if self._approach:
+                self._approach.on_deadline()
+            elif self.link is None:
+                self.shake_hands()
+
+    # -- how its approach ends
+
+    def on_link(self, link: Link, said: Mapping[str, str]) -> None:
+        now = time.monotonic()
+        self._approach, self.link = None, link
+        self.set_deadline(math.inf)
+        if not self._board.may_use(self, said):
+            return
+        self.hub.on_agreed(now - self._asked_at)
+        self._lobby.wait_with(link, self._on_event)
+        self._board.line.on_agreed(self.bell, "POTHEAD_WAITING" in said)
+        if link.has_news():
+            self._on_arrival(0)
+
+    def on_failed(self, reason: OSError) -> None:
+        self._approach = None
+        if not self._lobby.is_halted:
+            self.hub.reachability.on_failed(reason)
+        self.hub.rest()
+        self._board.on_unwanted(self)
+
+    def on_refused(self, refusal: Refusal) -> None:
+        """Why a held connection ends is told when the next one is refused, if that is."""
+        self._approach = None
+        is_held = self.link is not None
+        if not (self._lobby.is_halted or (is_held and refusal.kind == "closed")):
+            self.hub.reachability.on_refused(self.hub, refusal)
+        if not is_held or refusal.least_wait_s:
+            self.hub.rest(refusal.least_wait_s)
+        self._board.on_unwanted(self)
+
+    # -- what comes on the link
+
+    def _on_event(self, events: int) -> None:
+        assert self.link is not None
+        if self.bell.state is BellState.WAITING:
+            self._on_arrival(events)
+        elif self.bell.state is BellState.SERVING:
+            self._lobby.on_watched(self.link, events)
+        elif events & ~(select.POLLIN | select.POLLOUT):
+            self._on_gone()
+
+    def _on_gone(self) -> None:
+        assert self.link is not None
+        self.hub.rest_after(self.link)
+        self._board.on_gone(self)
+
+    def _on_arrival(self, events: int) -> None:
+        """The bell rings, or the hub has gone: then nobody wants an answer."""
+        link = self.link
+        assert link is not None
+        has_come: bool | None = True
+        try:
+            while (head := link.intake.peek_head(MAX_HEAD_BYTES)) is None and has_come:
+                has_come = link.take_more()
+        except ProtocolError as exc:
+            log.warning("not a request from the hub at %s: %s", link.host, exc)
+            has_come = False
+        if has_come is False or (head and (events & self._lobby.hang_up or link.peek() == b"")):
+            self._on_gone()
+        elif head:
+            self._on_ring(head)
+
+    def _on_ring(self, head: bytes) -> None:
+        line, now = self._board.line, time.monotonic()
+        queued = QUEUE_SECONDS.search(head)
+        behind = OLDEST_SECONDS.search(head)
+        age = now - float(queued[1]) if queued else now
+        self.hub.reachability.on_request()
+        if line.on_ring(self.bell, age, now - float(behind[1]) if behind else None):
+            self._claim()
+        else:
+            self._turn_away()
+
+    def _claim(self) -> None:
+        assert self.link is not None
+        if self.link.try_to_send(CLAIM):
+            self._lobby.watch_for(self.link, self._on_event)
+            self._board.serve(self)
+        else:
+            self._on_gone()
+            self._board.line.on_free()
+
+    def _turn_away(self) -> None:
+        """What has come of the request, and will, is skipped by the next handshake."""
+        assert self.link is not None
+        self.link.intake.take_received()
+        if self.link.try_to_send(TURN_AWAY):
+            self._lobby.watch_for(self.link, self._on_event)
+        else:
+            self._on_gone()
+
+    def on_response(self) -> None:
+        """The response has ended, and the line knows what the connection is now."""
+        link = self.link
+        assert link is not None
+        if self.bell.state is BellState.WAITING:
+            self._expect_answer()
+            self._lobby.wait_with(link, self._on_event)
+            if link.has_news():
+                self._on_arrival(0)
+        else:
+            self._lobby.watch_for(link, self._on_event)
+
+
+class Berth:
+    """A slot's place at the switchboard: it is given links with requests that have been claimed."""
+
+    is_good = True  # whatever the last connection was: there are others
+    is_last = False  # no request is the last one of its connection
+    claims = True  # requests, one by one
+
+    def __init__(self, board: Switchboard, metrics: Metrics, is_for_one_request: bool) -> None:
+        self.link: Link | None = None
+        self.wire: Wire | None = None
+        self.is_held = False  # as the response at hand has told the hub
+        self.is_for_one_request = is_for_one_request
+        self._board = board
+        self._metrics = metrics
+        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+
+    # -- for its slot
+
+    @property
+    def is_offered(self) -> bool:
+        return self.link is not None or self._board.is_reached
+
+    @property
+    def reachability(self) -> Reachability:
+        assert self.wire is not None
+        return self.wire.hub.reachability
+
+    def take(self) -> Link | None:
+        """Return a link with a request on it, or None when there will be no more of them."""
+        return self._inbox.get()
+
+    def must_hold(self, is_early: bool) -> bool:
+        """Return whether the response has to hold its connection; early is long before its end."""
+        assert self.wire is not None
+        self.is_held = is_early or self._board.line.must_hold(self.wire.hub)
+        return self.is_held
+
+    def give_back(self, ending: Ending) -> None:
+        self._board.lobby.order(self._board.on_response, self, ending)
+
+    # -- for the lobby
+
+    def begin(self) -> None:
+        self._metrics.on_slot(1)
+        self._board.take_in(self)
+
+    def serve(self, wire: Wire) -> None:
+        assert wire.link is not None
+        self.wire, self.link, self.is_held = wire, wire.link, False
+        self._inbox.put(wire.link)
+
+    def leave(self) -> None:
+        self._metrics.on_slot(-1)
+        self._inbox.put(None)
+
+
+class Switchboard:
+    """Offers the slots of this process at several hubs at once. It lives in the lobby's thread.
+
+    Names of hubs are looked up again every few seconds. A hub that comes is joined; one that has gone from
+    its name is used until it refuses.
+    """
+
+    def __init__(
+        self,
+        lobby: Lobby,
+        urls: Sequence[HubURL],
+        credentials: Credentials,
+        count_slots: Callable[[], int],
+        description: str,
+    ) -> None:
+        """`count_slots` tells how many to announce; the description is for the log. Raises ValueError."""
+        self.lobby = lobby
+        self.line: Line[KnownHub] = Line(MAX_BELLS)
+        self._id = secrets.token_hex(8)
+        self._count_slots = count_slots
+        self._description = description
+        self._introductions = [Introduction(url, credentials, self._claim_lines) for url in urls]
+        self._hubs: dict[tuple[HubURL, object], KnownHub] = {}
+        self._wires: dict[Bell[KnownHub], Wire] = {}
+        self._idle: list[Berth] = []
+        self._looks_at = -math.inf
+        self._being_looked_up: set[HubURL] = set()
+        self._unknown: set[HubURL] = set()  # whose name has no address, as has been said
+
+    def _claim_lines(self) -> list[str]:
+        return ["Pothead-Claim: 102", f"Pothead-Worker: {self._id}; slots={self._count_slots()}"]
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether one of the hubs could be reached the last time. For any thread."""
+        return any([hub.reachability.is_reached for hub in list(self._hubs.values())])
+
+    # -- as a guest of the lobby
+
+    @property
+    def deadline(self) -> float:
+        return min([self._looks_at, *[wire.deadline for wire in self._wires.values()]])
+
+    def begin(self) -> None:
+        self.lobby.guests.append(self)
+        if self.lobby.is_halted:
+            self.on_halt()
+        else:
+            self._look_around()
+
+    def on_deadline(self) -> None:
+        now = time.monotonic()
+        for wire in [wire for wire in self._wires.values() if wire.deadline <= now]:
+            wire.on_deadline(now)
+        if now >= self._looks_at:
+            self._look_around()
+        self._obey()
+
+    def on_halt(self) -> None:
+        """What has not been claimed, the hubs give to others as soon as the connections end."""
+        self._looks_at = math.inf
+        for wire in list(self._wires.values()):
+            if wire.bell.state is not BellState.SERVING:
+                self._drop(wire)
+        for berth in self._idle:
+            berth.leave()
+        self._idle.clear()
+
+    # -- for berths
+
+    def take_in(self, berth: Berth) -> None:
+        """A slot is free from now on."""
+        if self.lobby.is_halted:
+            berth.leave()
+            return
+        self._idle.append(berth)
+        self.line.on_free()
+        self._obey()
+
+    def serve(self, wire: Wire) -> None:
+        """Have a request served that has been claimed."""
+        self._idle.pop().serve(wire)
+
+    def on_response(self, berth: Berth, ending: Ending) -> None:
+        """A slot has done with a request."""
+        wire = berth.wire
+        assert wire is not None and wire.link is not None
+        berth.wire = berth.link = None
+        stays = not (berth.is_for_one_request or self.lobby.is_halted)
+        if stays:
+            self._idle.append(berth)
+        if ending is Ending.KEEP and not (wire.link.is_gone or self.lobby.is_halted):
+            self.line.on_response(wire.bell, berth.is_held, stays)
+            if wire.bell.state is BellState.GONE:
+                self._drop(wire)
+            else:
+                wire.on_response()
+        else:
+            wire.link.leave(ending)
+            wire.hub.rest_after(wire.link)
+            self.on_gone(wire)
+            if stays:
+                self.line.on_free()
+        self._obey()
+        if not stays:
+            berth.leave()
+
+    # -- for wires
+
+    def on_gone(self, wire: Wire) -> None:
+        """Its connection has ended."""
+        self._drop(wire)
+        self.line.on_gone(wire.bell)
+        self._obey()
+
+    def on_unwanted(self, wire: Wire) -> None:
+        """The hub could not be reached, or has refused."""
+        if not wire.hub.is_listed:
+            self._stop(wire.hub)
+            self._hubs = {key: hub for key, hub in self._hubs.items() if hub is not wire.hub}
+        self.on_gone(wire)
+
+    def may_use(self, wire: Wire, said: Mapping[str, str]) -> bool:
+        """Look at what the hub has said of itself; if it is not to be used, see to that."""
+        hub = wire.hub
+        if said.get("POTHEAD_CLAIM") != "102":
+            text = "does not let a worker have other hubs beside it; it is not used"
+            wire.on_refused(Refusal(text, "claim", BACKOFF_REFUSED_S))
+            return False
+        hub.id = said.get("POTHEAD_HUB", "")
+        same = [each for each in self._hubs.values() if each.id == hub.id and each is not hub]
+        hub.twin = next((each for each in same if each.twin is None and each.reachability.is_reached), None)
+        if hub.twin is None:
+            return True
+        log.info("hub %s is the same as %s, and used once", hub.name, hub.twin.name)
+        self._stop(hub)
+        self._obey()
+        return False
+
+    def _drop(self, wire: Wire) -> None:
+        wire.close()
+        self._wires.pop(wire.bell, None)
+
+    def _stop(self, hub: KnownHub) -> None:
+        """Use a hub no longer; what runs there goes on."""
+        for bell in self.line.bells_of(hub):
+            if bell.state is not BellState.SERVING and bell in self._wires:
+                self._drop(self._wires[bell])
+        self.line.leave(hub)
+
+    def _obey(self) -> None:
+        while orders := self.line.take_orders():
+            for bell in orders:
+                if bell.state is BellState.COMING:  # and has not gone meanwhile
+                    self._wires.setdefault(bell, Wire(self, bell)).shake_hands()
+
+    # -- which hubs there are
+
+    def _look_around(self) -> None:
+        """Join the hubs that there are; again and again, if there are names or addresses of the same hub."""
+        self._looks_at = math.inf
+        for introduction in self._introductions:
+            url = introduction.url
+            if is_address(url.address.host):
+                self._on_found(introduction, look_up(url.address))
+                continue
+            self._looks_at = time.monotonic() + LOOK_UP_INTERVAL_S
+            if url not in self._being_looked_up:
+                self._look_up(introduction)
+        for hub in [hub for hub in self._hubs.values() if hub.twin]:
+            self._looks_at = time.monotonic() + LOOK_UP_INTERVAL_S
+            if hub.twin and (hub.twin not in self._hubs.values() or not hub.twin.reachability.is_reached):
+                hub.twin = None
+                self.line.join(hub)
+        self.lobby.wake_by(self._looks_at)
+        self._obey()
+
+    def _look_up(self, introduction: Introduction) -> None:
+        """Have a thread ask, which may take its time."""
+
+        def ask() -> None:
+            self.lobby.order(self._on_answer, introduction, look_up(introduction.url.address))
+
+        try:
+            start_thread(ask, "resolver")
+        except OSError as exc:
+            log.warning("names are not looked up for now: %s", exc)
+        else:
+            self._being_looked_up.add(introduction.url)
+
+    def _on_answer(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
+        self._being_looked_up.discard(introduction.url)
+        if not self.lobby.is_halted:
+            self._on_found(introduction, found)
+
+    def _on_found(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
+        """These are the addresses of a name; if it could not be looked up, the last ones are good."""
+        url = introduction.url
+        if isinstance(found, OSError):
+            if url not in self._unknown:
+                self._unknown.add(url)
+                log.warning("hub %s unreachable, trying again: %s", url, found.strerror or found)
+            return
+        self._unknown.discard(url)
+        is_one = is_loopback(url.address.host)
+        there = {(url, None): found} if is_one else {(url, each[4]): [each] for each in found}
+        for key, hub in self._hubs.items():
+            hub.is_listed = key in there or key[0] != url
+        for key, infos in there.items():
+            if key not in self._hubs:
+                self._hubs[key] = KnownHub(introduction, infos, self._description)
+                self.line.join(self._hubs[key])
+        self._obey()
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
@@ -5131,7 +5768,7 @@ class Slot:
     With an offer of a gate, it serves a single request.
     """
 
-    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat, offer: Offer | None = None) -> None:
+    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
         self.seat = seat
         self._pool = pool
         self._halt = halt
@@ -5139,6 +5776,7 @@ class Slot:
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
         self._poller: select.poll | None = None  # of a link with which it waits itself
+        self._may_take = True  # a request from the link that it has
 
     def run(self) -> None:
         try:
@@ -5154,8 +5792,8 @@ class Slot:
 
         When none was soon after the one before, none is expected to be, and the link is given back at once.
         """
-        self._poller = None
-        if time.monotonic() - link.free_since < HAND_BACK_S:
+        self._poller, self._may_take = None, True
+        if time.monotonic() - link.free_since < HAND_BACK_S and not self.seat.claims:
             self._poller = select.poll()
             self._poller.register(self._halt, select.POLLIN)
             self._poller.register(link, select.POLLIN)
@@ -5171,6 +5809,8 @@ class Slot:
     # -- as the keeper of its requests
 
     def has_next(self, link: Link) -> bool:
+        if not self._may_take:
+            return False
         if link.has_news():
             return True
         if self._poller is None:
@@ -5182,6 +5822,7 @@ class Slot:
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
         link.has_served = True
+        self._may_take = not self.seat.claims
         self._exchange = exchange
         link.when_gone(exchange.cancel)
         try:
@@ -5208,7 +5849,10 @@ class Slot:
             self._pool.tenure.on_response()
 
     def is_last(self) -> bool:
-        return self._offer is not None or self._halt.is_set()
+        return self.seat.is_last or self._halt.is_set()
+
+    def must_hold(self, is_early: bool = False) -> bool:
+        return self.seat.must_hold(is_early)
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         if self._offer:
@@ -5407,11 +6051,19 @@ class Tenure:
         return math.inf if self._busy else self._idle_since + self._idle_timeout_s - time.monotonic()
 
 
-def resolve_hub(connect: str | tuple[str, int] | HubURL) -> Address | HubURL:
+Hub = str | tuple[str, int] | HubURL  # as a program may name it
+
+
+def resolve_hubs(connect: Hub | Sequence[Hub]) -> Sequence[Address | HubURL]:
     """Raises ValueError."""
-    if isinstance(connect, str):
-        return parse_hub(connect)
-    return connect if isinstance(connect, HubURL) else Address(*connect)
+    match connect:
+        case str():
+            return parse_hubs(connect)
+        case HubURL():
+            return [connect]
+        case (str(host), int(port)):
+            return [Address(host, port)]
+    return check_hubs([hub for each in connect for hub in resolve_hubs(each)])
 
 
 def introduce(hub: Address | HubURL, credentials: Credentials) -> Introduction | None:
@@ -5433,7 +6085,7 @@ class WorkerPool:
     def __init__(
         self,
         application: WSGIApplication | Forwarder | None,
-        connect: str | tuple[str, int] | HubURL = "localhost:4040",
+        connect: Hub | Sequence[Hub] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
         *,
@@ -5453,7 +6105,7 @@ class WorkerPool:
         `application` is needed for its gate only. The pool ends the fork server and the pickup port.
 
         `connect` is `host:port` of the hub's silent port, or a URL of the port where it speaks PTTH, which
-        `credentials` are for.
+        `credentials` are for. Of several hubs there are URLs only: in a list, or with commas between them.
 
         After `idle_timeout_s` without a request, or when `max_requests` have come, the pool ends as if it
         had been stopped, but gives running requests all the time they need.
@@ -5471,12 +6123,14 @@ class WorkerPool:
         self._application = application
         self._request_timeout_s = request_timeout_s
         self.pickups = pickups
-        self.hub = resolve_hub(connect)
-        self.introduction = introduce(self.hub, credentials or Credentials())
+        self.hubs = resolve_hubs(connect)
+        self._credentials = credentials or Credentials()
+        self.introduction, *_ = [introduce(hub, self._credentials) for hub in self.hubs]
         self.workers = workers
         self.graceful_timeout_s = graceful_timeout_s
         self._lock = threading.RLock()
         self._halt: Halt | None = None
+        self.switchboard: Switchboard | None = None  # with several hubs
         self._slots: list[Slot] = []
         self._numbers = itertools.count(1)
         self._running = 0
@@ -5500,9 +6154,16 @@ class WorkerPool:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
             slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
-            self.reachability = Reachability(self.hub, slots, description)
-            address = self.hub.address if isinstance(self.hub, HubURL) else self.hub
+            hub = self.hubs[0]
+            self.reachability = Reachability(hub, slots, description)
+            address = hub.address if isinstance(hub, HubURL) else hub
             self.lobby = Lobby(address, halt, self._on_end, self.introduction)
+            urls = [each for each in self.hubs if isinstance(each, HubURL)]
+            if len(urls) > 1:
+                self.switchboard = Switchboard(
+                    self.lobby, urls, self._credentials, self._count_slots, description
+                )
+                self.lobby.order(self.switchboard.begin)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
@@ -5532,13 +6193,22 @@ class WorkerPool:
     def _open_slot(self, offer: Offer | None = None) -> None:
         """Raises OSError."""
         assert self._halt is not None
-        seat = Seat(self.lobby, self.reachability, self.metrics, is_for_one_request=offer is not None)
+        seat = self._make_seat(is_for_one_request=offer is not None)
         slot = Slot(self, self._halt, seat, offer)
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
             self._slots.append(slot)
             self._running += 1
         self.lobby.order(seat.begin)
+
+    def _make_seat(self, is_for_one_request: bool) -> Seat | Berth:
+        if self.switchboard:
+            return Berth(self.switchboard, self.metrics, is_for_one_request)
+        return Seat(self.lobby, self.reachability, self.metrics, is_for_one_request)
+
+    def _count_slots(self) -> int:
+        """Return how many a hub is told of."""
+        return max(1, len(self._slots)) if self.gate else self.workers
 
     def _open_gated_slot(self, offer: Offer) -> None:
         try:
@@ -5640,13 +6310,13 @@ class WorkerPool:
     @property
     def is_connected(self) -> bool:
         """Whether the hub could be reached the last time."""
-        return self._halt is not None and self.reachability.is_reached
+        return self._halt is not None and (self.switchboard or self.reachability).is_reached
 
     def count(self) -> tuple[int, int]:
         """Return how many slots wait for a request and how many serve one."""
         with self._lock:
             busy = sum(slot.is_busy for slot in self._slots)
-            return sum(slot.seat.link is not None for slot in self._slots) - busy, busy
+            return sum(slot.seat.is_offered for slot in self._slots) - busy, busy
 
     def wait_for_drain(self, sock: socket.socket) -> bool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
@@ -5988,7 +6658,7 @@ def format_import_error(exc: BaseException) -> str:
 class Options:
     """What the command line and the environment say, validated. Durations are seconds, `math.inf` for off."""
 
-    connect: Address | HubURL = Address("localhost", 4040)  # noqa: RUF009  # tuples, which nobody can change
+    connect: tuple[Address | HubURL, ...] = (Address("localhost", 4040),)
     origin: tuple[str, ...] = ()
     token_file: str | None = None
     cafile: str | None = None
@@ -6173,9 +6843,10 @@ TOKEN_VARIABLE = "POTHEAD_WORKER_TOKEN"
 # option of Options: (group, reader, placeholder (none: it is a switch), what it is)
 OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "connect": (
-        "the hub", parse_hub, "HUB",
+        "the hub", parse_hubs, "HUB",
         "https://HOST:PORT or http://HOST:PORT where the hub speaks PTTH, or HOST:PORT of its silent worker "
-        "port (default: $POTHEAD_CONNECT, then localhost:4040)",
+        "port; of several hubs the former, repeated, or with commas (default: $POTHEAD_CONNECT, then "
+        "localhost:4040)",
     ),
     "origin": (
         "the hub", parse_origins, "URL",
@@ -6258,7 +6929,7 @@ VARIABLES: Mapping[str, tuple[str, Callable[[str], object]]] = {
     "metrics_port": ("PROMETHEUS_PORT", parse_port),
     "token": (TOKEN_VARIABLE, Secret),
 }
-REPEATABLE = ("origin",)
+REPEATABLE = ("origin", "connect")
 OLDER_VARIABLES = {"connect": ["POTHEAD_CONNECT"], "workers": ["POTHEAD_WORKERS"]}
 
 
@@ -6270,7 +6941,7 @@ def write_value(value: object, parse: Callable[[str], object]) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return "off" if value == math.inf else f"{value:g}s"
-    return ",".join(value) if parse is parse_origins and isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flag_of(name: str) -> str:
@@ -6459,7 +7130,7 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--token-file and {TOKEN_VARIABLE} exclude each other")
     if options.keyfile and not options.certfile:
         raise UsageError("--keyfile: there is no --certfile")
-    if options.origin and isinstance(options.connect, HubURL) and options.connect.path != "/":
+    if options.origin and any([isinstance(hub, HubURL) and hub.path != "/" for hub in options.connect]):
         raise UsageError("--origin: the origins stand in the path, but --connect names another")
     for name in ("redirect_host", "redirect_url", "redirect_tls"):
         if getattr(options, name) and options.redirect_response is None:
@@ -6788,7 +7459,8 @@ def make_pickup_context(options: Options) -> ssl.SSLContext:
 def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
     """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
     try:
-        introduce(options.connect, options.credentials)  # before the app takes its time
+        for hub in options.connect:
+            introduce(hub, options.credentials)  # before the app takes its time
         context = make_pickup_context(options) if options.redirect_tls else None
     except ValueError as exc:
         raise UsageError(str(exc)) from None
@@ -6888,7 +7560,7 @@ def check(given: Given, stack: contextlib.ExitStack) -> None:
     if pool.fork_server:
         pool.fork_server.close()
     what = options.app or options.forward or "the demo"
-    text = f"would connect to {options.connect} and serve {what}"
+    text = f"would connect to {' and '.join(map(str, options.connect))} and serve {what}"
     print("\n".join([*given.describe(), check_line(text, options.log_format)]))
 
 
@@ -6907,7 +7579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(options.log_level.upper(), options.log_format)
             sys.excepthook = log_uncaught
             warn_of_unknown_variables(os.environ)
-            warn_of_other_port(options.connect)
+            warn_of_other_port(options.connect[0])
             if given.is_check:
                 check(given, stack)
             else:

@@ -197,6 +197,8 @@ class Model:
             is_held = self.line.must_hold(bell.hub)
             wire.to_hub.append(("response", is_held))
             self.line.on_response(bell, is_held)
+            if bell.state is GONE:
+                wire.to_hub.append(END)
         self.obey()
 
     # -- what may happen
@@ -249,6 +251,9 @@ class Model:
 
     def check(self) -> None:
         """After each step: no slot is used twice, none is forgotten, and no request is run twice."""
+        for hub in self.hubs:
+            serving = [bell for bell in self.running if bell.hub is hub]
+            assert len(self.line.bells_of(hub)) <= len(serving) + 2 * self.slots + 1
         assert len(self.running) <= self.slots
         assert self.line.free == self.slots - len(self.running)
         assert len(self.begun) == len(set(self.begun)), "a request was run twice"

@@ -720,7 +720,7 @@ def test_request_that_crosses_a_halt_in_the_handshake_is_served(
     pool = pool_for(hub)
     with hub.accept_asking() as peer:
         pool.stop()
-        while not pool.lobby.is_closed:
+        while not pool.lobby.is_halted:
             signal.sigtimedwait([], 0.01)
         peer.send(SWITCH + request())
         assert peer.read_response().body == b"hello"
