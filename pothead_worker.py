@@ -5394,6 +5394,7 @@ class Wire:
         self.hub.on_agreed(now - self._asked_at)
         self._lobby.wait_with(link, self._on_event)
         self._board.line.on_agreed(self.bell, "POTHEAD_WAITING" in said)
+        self._board.obey()
         if link.has_news():
             self._on_arrival(0)
 
@@ -5456,6 +5457,7 @@ class Wire:
             self._claim()
         else:
             self._turn_away()
+        self._board.obey()
 
     def _claim(self) -> None:
         assert self.link is not None
@@ -5600,7 +5602,7 @@ class Switchboard:
             wire.on_deadline(now)
         if now >= self._looks_at:
             self._look_around()
-        self._obey()
+        self.obey()
 
     def on_halt(self) -> None:
         """What has not been claimed, the hubs give to others as soon as the connections end."""
@@ -5621,7 +5623,7 @@ class Switchboard:
             return
         self._idle.append(berth)
         self.line.on_free()
-        self._obey()
+        self.obey()
 
     def serve(self, wire: Wire) -> None:
         """Have a request served that has been claimed."""
@@ -5647,7 +5649,7 @@ class Switchboard:
             self.on_gone(wire)
             if stays:
                 self.line.on_free()
-        self._obey()
+        self.obey()
         if not stays:
             berth.leave()
 
@@ -5657,7 +5659,7 @@ class Switchboard:
         """Its connection has ended."""
         self._drop(wire)
         self.line.on_gone(wire.bell)
-        self._obey()
+        self.obey()
 
     def on_unwanted(self, wire: Wire) -> None:
         """The hub could not be reached, or has refused."""
@@ -5680,7 +5682,7 @@ class Switchboard:
             return True
         log.info("hub %s is the same as %s, and used once", hub.name, hub.twin.name)
         self._stop(hub)
-        self._obey()
+        self.obey()
         return False
 
     def _drop(self, wire: Wire) -> None:
@@ -5694,7 +5696,8 @@ class Switchboard:
                 self._drop(self._wires[bell])
         self.line.leave(hub)
 
-    def _obey(self) -> None:
+    def obey(self) -> None:
+        """Do what the line has decided. To be called after whatever it was told."""
         while orders := self.line.take_orders():
             for bell in orders:
                 if bell.state is BellState.COMING:  # and has not gone meanwhile
@@ -5719,7 +5722,7 @@ class Switchboard:
                 hub.twin = None
                 self.line.join(hub)
         self.lobby.wake_by(self._looks_at)
-        self._obey()
+        self.obey()
 
     def _look_up(self, introduction: Introduction) -> None:
         """Have a thread ask, which may take its time."""
@@ -5756,7 +5759,7 @@ class Switchboard:
             if key not in self._hubs:
                 self._hubs[key] = KnownHub(introduction, infos, self._description)
                 self.line.join(self._hubs[key])
-        self._obey()
+        self.obey()
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
