@@ -4722,8 +4722,10 @@ class Lobby:
         """With an introduction, the hub is told who comes."""
         self.hang_up = getattr(select, "POLLRDHUP", 0)
         self.is_halted = False
+        self.is_closed = False  # for seats: they leave
         self.seats: set[Seat] = set()
         self.guests: list[Guest] = []
+        self.when_found: Callable[[Sequence[AddressInfo]], object] = lambda _found: None
         self.introduction = introduction
         self.rests_until = -math.inf  # for seats that come and go with each request
         self._address = address
@@ -4737,6 +4739,7 @@ class Lobby:
         self._closing: list[Link | socket.socket] = []
         self._is_resolving = False
         self._last_found: Sequence[AddressInfo] = ()
+        self._fixed: Sequence[AddressInfo] = ()  # is not looked up
         self._is_over = False
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reader, self._writer = own_pair()
@@ -4780,8 +4783,8 @@ class Lobby:
             self._epoll.modify(link.fileno(), select.POLLIN | self.hang_up)
         return self._epoll is not None
 
-    def is_halting(self) -> bool:
-        return self._halt.is_set()
+    def is_closing(self) -> bool:
+        return self.is_closed or self._halt.is_set()
 
     # -- its thread
 
@@ -4837,8 +4840,20 @@ class Lobby:
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
         self.is_halted = True
-        for guest in (*self.seats, *self.guests):
+        self.close_seats()
+        for guest in self.guests:
             guest.on_halt()
+
+    def close_seats(self) -> None:
+        """Have slots leave their seats, as soon as they have done with what has come."""
+        self.is_closed = True
+        for seat in list(self.seats):
+            seat.on_halt()
+
+    def open_seats(self, introduction: Introduction, found: Sequence[AddressInfo]) -> None:
+        """Have seats again, for the hub at these addresses, which are looked up no more."""
+        if not self.is_halted:
+            self.is_closed, self.introduction, self._fixed = False, introduction, found
 
     def forget(self, link: Link) -> None:
         """Watch it no longer."""
@@ -4890,7 +4905,9 @@ class Lobby:
         The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
         All seats share that one, or a resolver that hangs would cost a thread for each slot and try.
         """
-        if not self._is_resolving:
+        if self._fixed:
+            self.order(self._on_answer, self._fixed)
+        elif not self._is_resolving:
             start_thread(lambda: self.order(self._on_answer, look_up(self._address)), "resolver")
             self._is_resolving = True
 
@@ -4900,9 +4917,37 @@ class Lobby:
         failure = found if isinstance(found, OSError) else OSError("it has no address")
         if not isinstance(found, OSError):
             self._last_found = found
+            self.when_found(found)
         for seat in list(self.seats):
             if seat.stage is Stage.LOOKING_UP:
                 seat.on_addresses(self._last_found, failure)
+
+
+class Lookout:
+    """Has the name of the only hub looked up again and again: there may be another one some day."""
+
+    def __init__(self, lobby: Lobby) -> None:
+        self.deadline = math.inf
+        self._lobby = lobby
+
+    def begin(self) -> None:
+        self._lobby.guests.append(self)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        self.deadline = time.monotonic() + LOOK_UP_INTERVAL_S
+        self._lobby.wake_by(self.deadline)
+
+    def on_deadline(self) -> None:
+        if self._lobby.is_closed:
+            self.on_halt()
+            return
+        with contextlib.suppress(OSError):  # there is no thread to be had: the next time, perhaps
+            self._lobby.look_up()
+        self._look_later()
+
+    def on_halt(self) -> None:
+        self.deadline = math.inf
 
 
 class Stage(enum.Enum):
@@ -5076,7 +5121,7 @@ class Seat:
     @property
     def is_last(self) -> bool:
         """Whether no request may follow on the same link."""
-        return self._is_for_one_request
+        return self._is_for_one_request or self._lobby.is_closed
 
     @property
     def is_offered(self) -> bool:
@@ -5102,14 +5147,14 @@ class Seat:
                 self.stage = Stage.WAITING
         if not is_waiting:
             self._lobby.order(self._wait)
-        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
+        elif self._lobby.is_closing():  # the seat was told of it while it was SERVING, or will be twice
             self._lobby.order(self.on_halt)
 
     # -- for the lobby
 
     def begin(self) -> None:
         self._lobby.seats.add(self)
-        if self._lobby.is_halted:
+        if self._lobby.is_closed:
             self._leave()
         elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
             self.set_deadline(self._lobby.rests_until)
@@ -5156,7 +5201,7 @@ class Seat:
             self.on_failed(exc)
 
     def _dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
-        if self._lobby.is_halted:
+        if self._lobby.is_closed:
             self._leave()
             return
         self.stage = Stage.DIALLING
@@ -5165,7 +5210,7 @@ class Seat:
 
     def on_refused(self, refusal: Refusal) -> None:
         self._approach = None
-        if not self._lobby.is_halted:
+        if not self._lobby.is_closed:
             self.reachability.on_refused(None if self._is_for_one_request else self, refusal)
         self._rest(refusal.least_wait_s)
 
@@ -5180,7 +5225,7 @@ class Seat:
     def on_failed(self, reason: OSError) -> None:
         """The hub cannot be reached."""
         self._approach = None
-        if not self._lobby.is_halted:
+        if not self._lobby.is_closed:
             self.reachability.on_failed(reason)
         self._rest()
 
@@ -5189,7 +5234,7 @@ class Seat:
         wait_s = least_wait_s + self.backoff.next_wait_s()
         if self._is_for_one_request and least_wait_s:
             self._lobby.rests_until = time.monotonic() + wait_s
-        if self._is_for_one_request or self._lobby.is_halted:
+        if self._is_for_one_request or self._lobby.is_closed:
             self._leave()
         else:
             self._wait_for(Stage.RESTING, wait_s)
@@ -5209,7 +5254,7 @@ class Seat:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
         self._lobby.wait_with(self.link, self._on_event)
-        if self._lobby.is_halted:
+        if self._lobby.is_closed:
             self._wait_no_longer()
         elif self.link.has_news():  # which has been received together with something else
             self._on_arrival(0)
@@ -5252,12 +5297,12 @@ class Seat:
         self._lobby.dismiss(link)
         self.link = None
         self._metrics.on_slot(-1)
-        if not link.has_served and not self._lobby.is_halted:
+        if not link.has_served and not self._lobby.is_closed:
             self.reachability.on_unused(link.opened_at, now)
         self.is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
         if self.is_good:
             self.backoff.reset()
-        if self._lobby.is_halted or self._is_for_one_request:
+        if self._lobby.is_closed or self._is_for_one_request:
             self._leave()
         elif self.is_good:
             self._look_up()
@@ -5560,9 +5605,16 @@ class Switchboard:
         credentials: Credentials,
         count_slots: Callable[[], int],
         description: str,
+        on_lonely: Callable[[KnownHub], object],
     ) -> None:
-        """`count_slots` tells how many to announce; the description is for the log. Raises ValueError."""
+        """`count_slots` tells how many to announce; the description is for the log. Raises ValueError.
+
+        `on_lonely` is told of a hub that does not know claims, if no other one does, either: it is to be used
+        alone, without the switchboard, which ends.
+        """
         self.lobby = lobby
+        self._on_lonely = on_lonely
+        self._is_over = False
         self.line: Line[KnownHub] = Line(MAX_BELLS)
         self._id = secrets.token_hex(8)
         self._count_slots = count_slots
@@ -5587,11 +5639,13 @@ class Switchboard:
 
     @property
     def deadline(self) -> float:
+        if self.is_closed:
+            return math.inf
         return min([self._looks_at, *[wire.deadline for wire in self._wires.values()]])
 
     def begin(self) -> None:
         self.lobby.guests.append(self)
-        if self.lobby.is_halted:
+        if self.is_closed:
             self.on_halt()
         else:
             self._look_around()
@@ -5603,6 +5657,10 @@ class Switchboard:
         if now >= self._looks_at:
             self._look_around()
         self.obey()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_over or self.lobby.is_halted
 
     def on_halt(self) -> None:
         """What has not been claimed, the hubs give to others as soon as the connections end."""
@@ -5618,7 +5676,7 @@ class Switchboard:
 
     def take_in(self, berth: Berth) -> None:
         """A slot is free from now on."""
-        if self.lobby.is_halted:
+        if self.is_closed:
             berth.leave()
             return
         self._idle.append(berth)
@@ -5634,10 +5692,10 @@ class Switchboard:
         wire = berth.wire
         assert wire is not None and wire.link is not None
         berth.wire = berth.link = None
-        stays = not (berth.is_for_one_request or self.lobby.is_halted)
+        stays = not (berth.is_for_one_request or self.is_closed)
         if stays:
             self._idle.append(berth)
-        if ending is Ending.KEEP and not (wire.link.is_gone or self.lobby.is_halted):
+        if ending is Ending.KEEP and not (wire.link.is_gone or self.is_closed):
             self.line.on_response(wire.bell, berth.is_held, stays)
             if wire.bell.state is BellState.GONE:
                 self._drop(wire)
@@ -5671,6 +5729,13 @@ class Switchboard:
     def may_use(self, wire: Wire, said: Mapping[str, str]) -> bool:
         """Look at what the hub has said of itself; if it is not to be used, see to that."""
         hub = wire.hub
+        if said.get("POTHEAD_CLAIM") != "102" and not any([each.id for each in self._hubs.values()]):
+            log.warning("hub %s does not let a worker have other hubs beside it; it is used alone", hub.name)
+            self._is_over = True
+            self._drop(wire)
+            self._on_lonely(hub)
+            self.on_halt()  # at last: slots go where there is something now
+            return False
         if said.get("POTHEAD_CLAIM") != "102":
             text = "does not let a worker have other hubs beside it; it is not used"
             wire.on_refused(Refusal(text, "claim", BACKOFF_REFUSED_S))
@@ -5698,7 +5763,7 @@ class Switchboard:
 
     def obey(self) -> None:
         """Do what the line has decided. To be called after whatever it was told."""
-        while orders := self.line.take_orders():
+        while (orders := self.line.take_orders()) and not self.is_closed:
             for bell in orders:
                 if bell.state is BellState.COMING:  # and has not gone meanwhile
                     self._wires.setdefault(bell, Wire(self, bell)).shake_hands()
@@ -5739,7 +5804,7 @@ class Switchboard:
 
     def _on_answer(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
         self._being_looked_up.discard(introduction.url)
-        if not self.lobby.is_halted:
+        if not self.is_closed:
             self._on_found(introduction, found)
 
     def _on_found(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
@@ -5773,6 +5838,7 @@ class Slot:
 
     def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
         self.seat = seat
+        self.is_for_one_request = offer is not None
         self._pool = pool
         self._halt = halt
         self._offer = offer
@@ -5783,8 +5849,11 @@ class Slot:
 
     def run(self) -> None:
         try:
-            while (link := self.seat.take()) is not None:
-                self.seat.give_back(self._serve(link))
+            while True:
+                if (link := self.seat.take()) is not None:
+                    self.seat.give_back(self._serve(link))
+                elif not self._pool.move(self):
+                    break
         finally:
             if self._offer:
                 self._offer.close(self.seat.is_good)
@@ -6134,6 +6203,7 @@ class WorkerPool:
         self._lock = threading.RLock()
         self._halt: Halt | None = None
         self.switchboard: Switchboard | None = None  # with several hubs
+        self._has_moved = False  # once is enough
         self._slots: list[Slot] = []
         self._numbers = itertools.count(1)
         self._running = 0
@@ -6156,17 +6226,15 @@ class WorkerPool:
             if self._halt is not None:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
-            slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
             hub = self.hubs[0]
-            self.reachability = Reachability(hub, slots, description)
+            self.reachability = self._make_reachability(hub)
             address = hub.address if isinstance(hub, HubURL) else hub
             self.lobby = Lobby(address, halt, self._on_end, self.introduction)
-            urls = [each for each in self.hubs if isinstance(each, HubURL)]
-            if len(urls) > 1:
-                self.switchboard = Switchboard(
-                    self.lobby, urls, self._credentials, self._count_slots, description
-                )
-                self.lobby.order(self.switchboard.begin)
+            if len(self.hubs) > 1:
+                self._open_switchboard()
+            elif isinstance(hub, HubURL) and not (is_address(address.host) or is_loopback(address.host)):
+                self.lobby.when_found = self._on_found
+                self.lobby.order(Lookout(self.lobby).begin)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
@@ -6203,6 +6271,46 @@ class WorkerPool:
             self._slots.append(slot)
             self._running += 1
         self.lobby.order(seat.begin)
+
+    def _make_reachability(self, hub: Address | HubURL) -> Reachability:
+        return Reachability(hub, 1 if self.gate else self.workers, self._description)
+
+    @property
+    def _description(self) -> str:
+        return "gated" if self.gate else f"slots={self.workers}"
+
+    # -- with several hubs
+
+    def _open_switchboard(self) -> None:
+        urls = [each for each in self.hubs if isinstance(each, HubURL)]
+        self.switchboard = Switchboard(
+            self.lobby, urls, self._credentials, self._count_slots, self._description, self._on_lonely
+        )
+        self.lobby.order(self.switchboard.begin)
+
+    def _on_found(self, found: Sequence[AddressInfo]) -> None:
+        """The name of the hub has been looked up: is there more than one? Called by the lobby's thread."""
+        if len({each[4] for each in found}) > 1 and not self._has_moved:
+            self._has_moved = True
+            self._open_switchboard()
+            self.lobby.close_seats()
+
+    def _on_lonely(self, hub: KnownHub) -> None:
+        """A hub is to be used alone. Called by the lobby's thread."""
+        self._has_moved = True
+        url = hub.introduction.url
+        self.reachability = self._make_reachability(url)
+        self.lobby.open_seats(Introduction(url, self._credentials), hub.found)
+        self.switchboard = None
+
+    def move(self, slot: Slot) -> bool:
+        """Give a slot that has left its place another one, if there are others; return whether that is so."""
+        assert self._halt is not None
+        if self._halt.is_set() or isinstance(slot.seat, Seat) == (self.switchboard is None):
+            return False
+        slot.seat = self._make_seat(slot.is_for_one_request)
+        self.lobby.order(slot.seat.begin)
+        return True
 
     def _make_seat(self, is_for_one_request: bool) -> Seat | Berth:
         if self.switchboard:

@@ -14,9 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pothead_worker
 import wire
 from wire import HubProcess, Peer, WorkerProcess, is_line, post, running
 
@@ -226,6 +228,97 @@ def test_several_silent_ports_are_refused_with_the_reason() -> None:
     ended = wire.run_to_end([*wire.program("pothead_worker"), "--connect", "a:1", "--connect", "b:1"])
     assert ended.status == 2
     assert "no request can be claimed" in ended.stderr and "http://HOST:PORT" in ended.stderr
+
+
+# ---- Names -------------------------------------------------------------------------------------------
+
+
+class Names:
+    """What the name service says of the only name that it knows; a test may have it say something else."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.addresses: list[wire.Address] = []
+        self.has_been_asked = threading.Event()
+        monkeypatch.setattr(pothead_worker, "look_up", self.look_up)
+        monkeypatch.setattr(pothead_worker, "LOOK_UP_INTERVAL_S", 0.05)
+
+    def look_up(self, _address: object) -> Any:
+        self.has_been_asked.set()
+        tcp = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [(*tcp, address) for address in self.addresses] or OSError("no such name")
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    return Names(monkeypatch)
+
+
+def hello(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [b"hello"]
+
+
+@contextlib.contextmanager
+def pool_of_name(**options: Any) -> Iterator[pothead_worker.WorkerPool]:
+    pool = pothead_worker.WorkerPool(hello, "http://hubs.test:4043", **options)
+    pool.start()
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        assert pool.wait_for_end(wire.DEADLINE_S)
+        pool.join()
+
+
+def test_hubs_that_come_to_a_name_are_joined_and_used_until_they_refuse(
+    names: Names,
+) -> None:
+    with hub_processes(2) as (first, second), pool_of_name(workers=2) as pool:
+        names.addresses = [first.ptth]
+        assert wire.fetch(first.main, post(b"/alone", b"x")).body == b"hello"
+        assert not first.stats()["processes"]  # as with one hub
+        names.addresses = [first.ptth, second.ptth]
+        until_joined([first, second])
+        for hub in (first, second, first):
+            assert wire.fetch(hub.main, post(b"/both", b"x")).body == b"hello"
+        names.addresses = [second.ptth]
+        names.has_been_asked.clear()
+        assert names.has_been_asked.wait(wire.DEADLINE_S)
+        assert wire.fetch(first.main, post(b"/still", b"x")).body == b"hello"
+        first.kill()
+        board = pool.switchboard
+        assert board is not None
+        wire.until(lambda: len(board._hubs), lambda count: count == 1)
+        assert wire.fetch(second.main, post(b"/second", b"x")).body == b"hello"
+
+
+def test_name_of_several_hubs_is_so_from_the_beginning(names: Names) -> None:
+    with hub_processes(2) as hubs:
+        names.addresses = [hub.ptth for hub in hubs]
+        with pool_of_name(workers=2) as pool:
+            until_joined(hubs)
+            assert wire.fetch(hubs[1].main, post(b"/", b"x")).body == b"hello"
+            assert pool.count() == (2, 0) and pool.is_connected
+
+
+def test_hub_that_does_not_know_claims_is_used_alone(names: Names, listener: wire.Listener) -> None:
+    names.addresses = [listener.worker, ("127.0.0.1", 1)]
+    with pool_of_name() as pool:
+        for _ in range(2):  # the second time it is not asked any more
+            peer = listener.accept()
+            head = peer.read_head()
+            peer.send(
+                b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: ptth\r\n"
+                b"ALPN: http%2F1.1\r\n\r\n"
+            )
+            if b"Pothead-Claim" in head:
+                peer.expect_eof()
+                peer.close()
+        assert b"Pothead-Claim" not in head
+        assert wire.ask(peer).body == b"hello"
+        assert pool.switchboard is None
+        peer.close()
+        listener.turn_away()
 
 
 # ---- Hubs that fail ----------------------------------------------------------------------------------
