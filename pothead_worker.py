@@ -5107,6 +5107,7 @@ class Seat:
         self._lock = threading.Lock()  # held while a link is given back
         self.link: Link | None = None
         self.is_good = False  # or the last link was good for nothing
+        self.must_move = False  # it has been left, but there are others
         self.stage = Stage.RESTING
         self.deadline = math.inf
         self.backoff = Backoff()
@@ -5242,6 +5243,7 @@ class Seat:
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
         self._wait_for(Stage.LEFT)
+        self.must_move = not self._lobby.is_halted and self._lobby.is_closed
         approach, self._approach = self._approach, None
         if approach:
             approach.drop()
@@ -5329,7 +5331,7 @@ class KnownHub:
         self.introduction = introduction
         self.found = found
         host = str(found[0][4][0])
-        is_plain = len(found) > 1 or host == url.address.host
+        is_plain = is_loopback(url.address.host) or host == url.address.host
         self.name = str(url) if is_plain else f"{url} at {host}"
         self.reachability = Reachability(url, 1, slots, self.name)
         self.id = ""  # that it gives itself; another one after each start
@@ -5546,6 +5548,7 @@ class Berth:
         self.link: Link | None = None
         self.wire: Wire | None = None
         self.is_held = False  # as the response at hand has told the hub
+        self.must_move = False  # it has been left, but there are other places
         self.is_for_one_request = is_for_one_request
         self._board = board
         self._metrics = metrics
@@ -5588,6 +5591,7 @@ class Berth:
 
     def leave(self) -> None:
         self._metrics.on_slot(-1)
+        self.must_move = self._board.is_over and not self._board.lobby.is_halted
         self._inbox.put(None)
 
 
@@ -5614,7 +5618,7 @@ class Switchboard:
         """
         self.lobby = lobby
         self._on_lonely = on_lonely
-        self._is_over = False
+        self.is_over = False
         self.line: Line[KnownHub] = Line(MAX_BELLS)
         self._id = secrets.token_hex(8)
         self._count_slots = count_slots
@@ -5660,7 +5664,7 @@ class Switchboard:
 
     @property
     def is_closed(self) -> bool:
-        return self._is_over or self.lobby.is_halted
+        return self.is_over or self.lobby.is_halted
 
     def on_halt(self) -> None:
         """What has not been claimed, the hubs give to others as soon as the connections end."""
@@ -5731,7 +5735,7 @@ class Switchboard:
         hub = wire.hub
         if said.get("POTHEAD_CLAIM") != "102" and not any([each.id for each in self._hubs.values()]):
             log.warning("hub %s does not let a worker have other hubs beside it; it is used alone", hub.name)
-            self._is_over = True
+            self.is_over = True
             self._drop(wire)
             self._on_lonely(hub)
             self.on_halt()  # at last: slots go where there is something now
@@ -5839,6 +5843,7 @@ class Slot:
     def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
         self.seat = seat
         self.is_for_one_request = offer is not None
+        self.is_done = False  # it has had its one request
         self._pool = pool
         self._halt = halt
         self._offer = offer
@@ -5895,6 +5900,7 @@ class Slot:
         link = exchange.link
         link.has_served = True
         self._may_take = not self.seat.claims
+        self.is_done = self.is_for_one_request
         self._exchange = exchange
         link.when_gone(exchange.cancel)
         try:
@@ -6306,7 +6312,7 @@ class WorkerPool:
     def move(self, slot: Slot) -> bool:
         """Give a slot that has left its place another one, if there are others; return whether that is so."""
         assert self._halt is not None
-        if self._halt.is_set() or isinstance(slot.seat, Seat) == (self.switchboard is None):
+        if self._halt.is_set() or slot.is_done or not slot.seat.must_move:
             return False
         slot.seat = self._make_seat(slot.is_for_one_request)
         self.lobby.order(slot.seat.begin)
