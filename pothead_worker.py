@@ -4031,6 +4031,13 @@ class Reachability:
                 self._is_doubted = True
                 log.warning("a web server answers at %s: %r; %s", self._address, status_line, self._hint)
 
+    def on_nonsense(self, what: str) -> None:
+        """Something has come that is no request."""
+        with self._lock:
+            if not self._is_doubted:
+                self._is_doubted = True
+                log.warning("not a request from the hub at %s: %s", self._address, what)
+
     def on_unused(self, opened_at: float, closed_at: float) -> None:
         """A connection was closed without a request: by chance, or each time after the same time?"""
         with self._lock:
@@ -5442,7 +5449,11 @@ class Wire:
         self._lobby.wait_with(link, self._on_event)
         self._board.line.on_agreed(self.bell, "POTHEAD_WAITING" in said)
         self._board.obey()
-        if link.has_news():
+        self._look_for_news(link)
+
+    def _look_for_news(self, link: Link) -> None:
+        """Take what was received together with something else, if the link still waits."""
+        if self.link is link and self.bell.state is BellState.WAITING and link.has_news():
             self._on_arrival(0)
 
     def on_failed(self, reason: OSError) -> None:
@@ -5487,7 +5498,7 @@ class Wire:
             while (head := link.intake.peek_head(MAX_HEAD_BYTES)) is None and has_come:
                 has_come = link.take_more()
         except ProtocolError as exc:
-            log.warning("not a request from the hub at %s: %s", link.host, exc)
+            self.hub.reachability.on_nonsense(str(exc))
             has_come = False
         if has_come is False or (head and (events & self._lobby.hang_up or link.peek() == b"")):
             self._on_gone()
@@ -5531,8 +5542,7 @@ class Wire:
         if self.bell.state is BellState.WAITING:
             self._expect_answer()
             self._lobby.wait_with(link, self._on_event)
-            if link.has_news():
-                self._on_arrival(0)
+            self._look_for_news(link)
         else:
             self._lobby.watch_for(link, self._on_event)
 

@@ -1428,7 +1428,7 @@ def test_connection_that_is_given_back_after_its_end_was_seen_is_replaced(
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="without it, the lobby does all of this itself")
-@pytest.mark.parametrize("moment", ["wait_again", "is_halting"])
+@pytest.mark.parametrize("moment", ["wait_again", "is_closing"])
 def test_connection_that_is_given_back_during_the_halt_is_closed(
     serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
