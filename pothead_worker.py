@@ -6095,6 +6095,7 @@ class Tenure:
         self._leave = leave
         self._idle_timeout_s = idle_timeout_s
         self._left = max_requests
+        self._is_limited = min(idle_timeout_s, max_requests) < math.inf
         self._busy = 0
         self._idle_since = time.monotonic()
         self._changed = threading.Condition()
@@ -6113,6 +6114,8 @@ class Tenure:
             self._changed.notify()
 
     def on_request(self) -> None:
+        if not self._is_limited:
+            return
         with self._changed:
             self._busy += 1
             self._left -= 1
@@ -6121,6 +6124,8 @@ class Tenure:
             self._leave("it has had its number of requests")
 
     def on_response(self) -> None:
+        if not self._is_limited:
+            return
         with self._changed:
             self._busy -= 1
             if not self._busy:
