@@ -4528,13 +4528,28 @@ class Bell(Generic[HubT]):
         self.is_invited = False  # it is the hub's turn: a free slot is meant for what it sends here
 
 
+class Waiting(NamedTuple):
+    """What waits at a hub, as far as it is known. Ages are times of birth: the lowest is the oldest."""
+
+    number: int
+    oldest: float
+    newest: float
+
+    def rest(self) -> Waiting:
+        """Return what is left without the oldest; the others are taken to have come evenly."""
+        return self._replace(
+            number=self.number - 1, oldest=self.oldest + (self.newest - self.oldest) / self.number
+        )
+
+
 class Line(Generic[HubT]):
     """Decides which hub a free slot is for. Pure: it is told what happens, and says what is to be done.
 
     There is a bell at every hub, even while all slots are busy, and as many as there are free slots. A hub
     whose request was turned away stands in line, at the place of that request's age. A slot that becomes free
     invites the first in line by a handshake. If the answer is that nothing waits there, or none comes in
-    time, the next in line is invited. Ages are times of birth: the lowest is the oldest.
+    time, the next in line is invited. A hub that has said that more waits stands there for each of these, or
+    one that is far away would have one slot for each of its round trips only.
 
     After each call `take_orders` has the bells that need a handshake now: a new connection for a new one.
     """
@@ -4546,7 +4561,7 @@ class Line(Generic[HubT]):
         self._most_bells = most_bells
         self._most_free = 0  # slots that have ever been free at once: all of them, mostly
         self._invited = 0  # free slots that are meant for somebody
-        self._ages: dict[HubT, float] = {}  # of the oldest request of each that stands in line
+        self._waiting: dict[HubT, Waiting] = {}  # at each hub that stands in line
         self._bells: dict[HubT, dict[Bell[HubT], None]] = {}  # all of each hub
         self._good: set[HubT] = set()  # hubs that have agreed since something failed there
         self._orders: list[Bell[HubT]] = []
@@ -4567,7 +4582,7 @@ class Line(Generic[HubT]):
 
     def leave(self, hub: HubT) -> None:
         """The hub is to be used no longer. Responses that are under way there end with `on_gone`."""
-        self._ages.pop(hub, None)
+        self._waiting.pop(hub, None)
         for bell in self.bells_of(hub):
             if bell.state is not BellState.SERVING:
                 self._forget(bell)
@@ -4588,10 +4603,12 @@ class Line(Generic[HubT]):
         self._good.add(bell.hub)
         if not is_waiting:
             self._settle(bell)
+            if bell.hub in self._waiting:  # others were faster; but one may have been turned away since
+                self._waiting[bell.hub] = self._waiting[bell.hub]._replace(number=1)
         self._go_on()
 
-    def on_ring(self, bell: Bell[HubT], age: float, next_age: float | None) -> bool:
-        """A request has come, and behind it waits one of `next_age`, if any. Return whether to claim it.
+    def on_ring(self, bell: Bell[HubT], age: float, behind: Waiting | None) -> bool:
+        """A request has come, and others wait behind it, if any. Return whether to claim it.
 
         If not, it is to be turned away, which holds the connection.
         """
@@ -4599,12 +4616,16 @@ class Line(Generic[HubT]):
         if self.free:
             self.free -= 1
             bell.state = BellState.SERVING
-            self._ages.pop(bell.hub, None)
-            if next_age is not None:
-                self._ages[bell.hub] = next_age
+            self._waiting.pop(bell.hub, None)
+            if behind:
+                self._waiting[bell.hub] = behind
         else:
             bell.state = BellState.HELD
-            self._ages[bell.hub] = min(age, self._ages.get(bell.hub, math.inf))
+            before = self._waiting.get(bell.hub)
+            oldest = min(age, before.oldest) if before else age
+            number = max(before.number if before else 0, behind.number if behind else 0) + 1
+            newest = max(each.newest for each in (before, behind) if each) if before or behind else age
+            self._waiting[bell.hub] = Waiting(number, oldest, newest)
         is_claimed = bell.state is BellState.SERVING
         self._go_on()
         return is_claimed
@@ -4620,19 +4641,20 @@ class Line(Generic[HubT]):
         else:
             bell.state = BellState.HELD if is_held else BellState.WAITING
             if not is_held and self.first == bell.hub and self.free > self._invited:
-                del self._ages[bell.hub]  # what waits there comes by itself
+                self._take(bell.hub)  # what waits there comes by itself
                 self._invite(bell)
         self._go_on()
 
     def on_late(self, bell: Bell[HubT]) -> None:
-        """The hub does not answer its invitation."""
+        """The hub does not answer its invitation, and loses its place: it can ring when it is back."""
         self._settle(bell)
+        self._waiting.pop(bell.hub, None)
         self._go_on()
 
     def on_gone(self, bell: Bell[HubT]) -> None:
         """The connection has ended, or there could be none. A slot that served is busy until `on_free`."""
         if bell.state is BellState.COMING:
-            self._ages.pop(bell.hub, None)
+            self._waiting.pop(bell.hub, None)
         if bell.state is not BellState.SERVING:
             self._good.discard(bell.hub)
         self._forget(bell)
@@ -4661,22 +4683,29 @@ class Line(Generic[HubT]):
             self._invited -= 1
 
     def _go_on(self) -> None:
-        while self._ages and self.free > self._invited:
+        while self._waiting and self.free > self._invited:
             hub = self._first_in_line()
-            del self._ages[hub]
+            self._take(hub)
             self._invite(self._order(hub))
         if not self.free or not self._invited:
             self._hang_bells()
-        self.first = self._first_in_line() if self._ages else None
+        self.first = self._first_in_line() if self._waiting else None
 
     def _first_in_line(self) -> HubT:
-        return min(self._ages, key=self._ages.__getitem__)
+        return min(self._waiting, key=lambda hub: self._waiting[hub].oldest)
+
+    def _take(self, hub: HubT) -> None:
+        """It is its turn, for one of its requests."""
+        if self._waiting[hub].number > 1:
+            self._waiting[hub] = self._waiting[hub].rest()
+        else:
+            del self._waiting[hub]
 
     def _hang_bells(self) -> None:
         """Whoever is not in line gets bells."""
         for hub, bells in self._bells.items():
             wanted = max(1, min(self.free, self._most_bells)) if hub in self._good else 1
-            if hub not in self._ages:
+            if hub not in self._waiting:
                 there = sum([bell.state in (BellState.COMING, BellState.WAITING) for bell in bells])
                 for _ in range(wanted - there):
                     self._order(hub)
@@ -5324,8 +5353,8 @@ class Seat:
 CLAIM = b"HTTP/1.1 102 Processing\r\n\r\n"
 TURN_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n"
 QUEUE_SECONDS = re.compile(rb"\r\nPothead-Queue-Seconds: ([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE)
-OLDEST_SECONDS = re.compile(
-    rb"\r\nPothead-Waiting: [0-9]+; oldest=([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE
+WAITING = re.compile(
+    rb"\r\nPothead-Waiting: ([0-9]{1,9}); oldest=([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE
 )
 
 
@@ -5508,10 +5537,11 @@ class Wire:
     def _on_ring(self, head: bytes) -> None:
         line, now = self._board.line, time.monotonic()
         queued = QUEUE_SECONDS.search(head)
-        behind = OLDEST_SECONDS.search(head)
+        waiting = WAITING.search(head)
+        behind = Waiting(int(waiting[1]), now - float(waiting[2]), now) if waiting else None
         age = now - float(queued[1]) if queued else now
         self.hub.reachability.on_request()
-        if line.on_ring(self.bell, age, now - float(behind[1]) if behind else None):
+        if line.on_ring(self.bell, age, behind):
             self._claim()
         else:
             self._turn_away()

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pothead_worker import Bell, BellState, Line
+from pothead_worker import Bell, BellState, Line, Waiting
 
 INTERLEAVINGS = 4000
 COMING, WAITING, SERVING, HELD, GONE = BellState
@@ -66,7 +66,9 @@ class Hub:
             wire = self.model.chance.choice(parked)
             wire.request = self.queue.pop(0)
             wire.state, wire.is_delivered = "offered", False
-            wire.to_worker.append(("request", wire.request, self.queue[0] if self.queue else None))
+            queue = self.queue
+            behind = Waiting(len(queue), queue[0], queue[-1]) if queue else None
+            wire.to_worker.append(("request", wire.request, behind))
 
     def put_back(self, wire: Wire) -> None:
         assert wire.request is not None
@@ -162,9 +164,8 @@ class Model:
                 self.line.on_agreed(bell, is_waiting)
             case (BellState.COMING | BellState.HELD, ("request", _, _)):
                 pass  # it crossed what holds the connection
-            case (BellState.WAITING, ("request", int(request), next_age)):
-                assert next_age is None or isinstance(next_age, int)
-                self.on_request(wire, request, next_age)
+            case (BellState.WAITING, ("request", int(request), (Waiting() | None) as behind)):
+                self.on_request(wire, request, behind)
             case (BellState.SERVING, ("end" | "cut",)):
                 self.broken.add(bell)
             case (BellState.GONE, _):
@@ -176,8 +177,8 @@ class Model:
                 raise AssertionError((bell.state, message))
         self.obey()
 
-    def on_request(self, wire: Wire, request: int, next_age: int | None) -> None:
-        if self.line.on_ring(wire.bell, request, next_age):
+    def on_request(self, wire: Wire, request: int, behind: Waiting | None) -> None:
+        if self.line.on_ring(wire.bell, request, behind):
             self.begun.append(request)
             self.running[wire.bell] = request
             wire.to_hub.append(("claim",))
@@ -360,8 +361,19 @@ def test_next_in_line_is_invited_if_nothing_waits_or_nobody_answers() -> None:
 def test_hub_that_has_more_stands_in_line_again() -> None:
     line, bells = full_line()
     line.on_response(line.bells_of("a")[0], is_held=False)
-    assert line.on_ring(bells["b"], 10, 11)
+    assert line.on_ring(bells["b"], 10, Waiting(1, 11, 11))
     assert line.first == "b" and line.must_hold("a")
+
+
+def test_hub_stands_in_line_for_each_request_that_waits_there() -> None:
+    """Else a slot that becomes free while the answer is on its way would be for a younger request."""
+    line, bells = full_line(slots=3)
+    assert not line.on_ring(bells["b"], 10, Waiting(2, 12, 20))
+    assert not line.on_ring(bells["a"], 19, None)
+    for bell in line.bells_of("a")[:3]:
+        line.on_response(bell, is_held=True)
+    assert [bell.hub for bell in line.take_orders() if bell.is_invited] == ["b", "b", "b"]
+    assert line.first == "a"
 
 
 def test_connection_of_the_first_in_line_is_kept_for_what_waits_there() -> None:
