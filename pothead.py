@@ -4161,6 +4161,7 @@ class Exchange:
         """The slot begins with it."""
         assert self.attempt is not None
         self.attempt.progress = UNHEARD
+        self.attempt.slot.stream.deadline = self.attempt.since + self._hub.options.response_timeout
         self.pump()
 
     def on_interim(self, head: ResponseHead) -> None:

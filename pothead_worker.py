@@ -82,11 +82,11 @@ import traceback
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar
 from wsgiref.handlers import BaseHandler
 from wsgiref.util import is_hop_by_hop
 
@@ -146,6 +146,11 @@ MAX_REASON_BYTES = 300
 REASON_TIMEOUT_S = 1.0  # for what a hub tells after the head of a refusal
 STOP_NOW_GRACE_S = 0.2  # how long applications get to notice that they were cut off
 EXIT_GRACE_S = 2.0  # how long what the app has left running may keep an ended worker alive
+
+MAX_BELLS = 32  # connections that wait at one of several hubs, however many slots are free
+LOOK_UP_INTERVAL_S = 5.0  # between two looks which hubs there are
+PATIENCE_S = 0.25  # how long a slot that is free is kept for a hub that was asked whether it has something,
+LEAST_PATIENCE_S = 0.02  # but not more than four times as long as it took to answer before
 
 KEEP_ALIVE_IDLE_S = 15
 KEEP_ALIVE_INTERVAL_S = 5
@@ -489,6 +494,28 @@ class Intake:
         head = self._take_until(b"\r\n\r\n", limit_bytes)
         return None if head is None else head + b"\r\n"
 
+    def peek_head(self, limit_bytes: int) -> bytes | None:
+        """Return the next head with its empty line if it is there, and leave it. Raises ProtocolError."""
+        end = self._buffer.find(b"\r\n\r\n", 0, limit_bytes + 4)
+        if end < 0 and len(self._buffer) >= limit_bytes + 4:
+            raise HeadTooLong("head too long")
+        return None if end < 0 else self._buffer[: end + 4]
+
+    def skip_to(self, start: bytes, mark: bytes) -> bool:
+        """Drop what comes before the head that begins with `start` and has `mark` in it; False at the end."""
+        while True:
+            at = self._buffer.find(mark)
+            begin = self._buffer.rfind(start, 0, at) if at >= 0 else -1
+            if begin >= 0 and b"\r\n\r\n" not in self._buffer[begin:at]:
+                self._buffer = self._buffer[begin:]
+                return True
+            if at >= 0:
+                self._buffer = self._buffer[at + len(mark) :]
+                continue
+            self._buffer = self._buffer[-MAX_ANSWER_BYTES:]
+            if not self._receive():
+                return False
+
     def take_wary_head(self, limit_bytes: int, start: bytes = b"") -> bytes | None:
         """Raise ProtocolError, too, as soon as no head can come of it: no empty line may ever follow."""
         searched = 0
@@ -681,6 +708,9 @@ class Transport(Protocol):
     def send(self, *pieces: bytes) -> None:
         """Send all pieces in order."""
 
+    def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken. Raises OSError."""
+
     def peek(self) -> bytes | None:
         """Return the next byte if it has come, or b"" if there will be no more."""
 
@@ -719,6 +749,9 @@ class PlainTransport:
             if sent < len(piece):
                 self.sock.sendall(memoryview(piece)[sent:])
             sent = max(0, sent - len(piece))
+
+    def try_to_send(self, data: bytes) -> bool:
+        return self.sock.send(data, socket.MSG_DONTWAIT) == len(data)
 
     def peek(self) -> bytes | None:
         try:
@@ -1026,13 +1059,22 @@ class Link:
 
     def take_in(self) -> bool | None:
         """Receive what has come, for the intake; None if nothing has, False if there will be no more."""
-        if not self.intake.is_empty:
-            return True
+        return True if not self.intake.is_empty else self.take_more()
+
+    def take_more(self) -> bool | None:
+        """The same, although something may have come before."""
         try:
             data = self.transport.take(RECEIVE_BYTES)
         except OSError:
             return False
         return None if data is None else self.intake.add(data)
+
+    def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken."""
+        try:
+            return self.transport.try_to_send(data)
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
@@ -1454,6 +1496,8 @@ class Response(BaseHandler):
         self.says_close = self.says_close or detour is not None or self.exchange.must_close()
         if self.says_close:
             fields = [*fields, ("Connection", "close")]
+        elif self.exchange.keeper.must_hold():
+            fields = [*fields, ("Connection", "hold")]
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         start = f"HTTP/1.1 {self.head.status}\r\n{lines}\r\n".encode("latin-1")
         if detour:
@@ -1627,6 +1671,12 @@ class Keeper(Protocol):
 
     def is_last(self) -> bool:
         """Return whether the request at hand is the last one that is taken from this connection."""
+
+    def must_hold(self, is_early: bool = False) -> bool:
+        """Return whether the response at hand has to say that its connection is held.
+
+        Early is before anybody knows when it ends, and which other hubs have something then.
+        """
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         """The app is about to be called with this."""
@@ -2551,6 +2601,7 @@ class Order(TypedDict):
     environ: dict[str, object]  # what else the app shall find there
     callbacks: list[str]  # names of functions that it shall find there, too
     is_last: bool  # on this connection
+    holds: bool  # its response does, the connection
     may_redirect: bool
 
 
@@ -2911,6 +2962,7 @@ class RequestProcess:
             "environ": environ,
             "callbacks": list(self._callbacks),
             "is_last": exchange.keeper.is_last(),
+            "holds": exchange.keeper.must_hold(is_early=True),
             "may_redirect": self.pickup is not None,
         }
         with self._control, contextlib.closing(self):
@@ -3522,6 +3574,9 @@ class ProcessKeeper:
     def is_last(self) -> bool:
         return self._order["is_last"] or self._orders.is_draining()
 
+    def must_hold(self, is_early: bool = False) -> bool:
+        return self._order["holds"]
+
     def on_environ(self, environ: WSGIEnvironment) -> None:
         environ.update(self._order["environ"])
         environ.update({name: functools.partial(self._call, name) for name in self._order["callbacks"]})
@@ -3811,6 +3866,34 @@ def parse_hub(text: str) -> Address | HubURL:
     return HubURL(scheme, Address(match[2].strip("[]"), port), match[4] or "/")
 
 
+def parse_hubs(text: str) -> tuple[Address | HubURL, ...]:
+    """Understand hubs with commas between them. Raises ValueError."""
+    has_path = "://" in text  # which may have commas
+    texts = re.split(r",\s*(?=https?://)" if has_path else ",", text, flags=re.IGNORECASE)
+    return check_hubs([parse_hub(each.strip()) for each in texts if each.strip()] or [parse_hub(text)])
+
+
+def check_hubs(hubs: Sequence[Address | HubURL]) -> tuple[Address | HubURL, ...]:
+    """Return them, each once. Raises ValueError for several that cannot be used together."""
+    several = tuple(dict.fromkeys(hubs))
+    silent = [each for each in several if isinstance(each, Address)]
+    if len(several) > 1 and silent:
+        raise ValueError(
+            f"{silent[0]} is a port where nothing is said, and so no request can be claimed; "
+            "with several hubs, say http://HOST:PORT or https://HOST:PORT of each"
+        )
+    return several
+
+
+def is_address(host: str) -> bool:
+    """Return whether it is a number, and not a name."""
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
 def parse_origins(text: str) -> tuple[str, ...]:
     """Return origins as RFC 6454 §6.2 writes them, of a list with commas. Raises ValueError."""
     return tuple([parse_origin(each.strip()) for each in text.split(",") if each.strip()])
@@ -3879,17 +3962,17 @@ class Reachability:
     it waits; but a web server gives itself away, by an error or by how it ends what says nothing.
     """
 
-    def __init__(self, address: Address | HubURL, slots: int, description: str) -> None:
-        self._address = address
+    def __init__(self, address: Address | HubURL, slots: int, description: str, name: str = "") -> None:
+        self._address = name or address
         self._slots = slots
         self._description = description
         self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
-        self._connected: set[Seat] = set()
+        self._connected: set[object] = set()  # seats, or whatever else can be
         self._is_reported_complete = False
         self._is_unreachable = False
         self._has_connected = False
-        self._refused: set[Seat | None] = set()  # None for all that come and go with each request
+        self._refused: set[object | None] = set()  # None for all that come and go with each request
         self._told: set[str] = set()  # what refusals have been, while there are some
         self._is_doubted = False  # and this has been said
         self._unused_until = -math.inf  # when the last connection that no request came on was closed,
@@ -3900,7 +3983,7 @@ class Reachability:
         is_refused = len(self._refused) >= self._slots
         return self._has_connected and not self._is_unreachable and not is_refused
 
-    def on_connected(self, seat: Seat) -> None:
+    def on_connected(self, seat: object) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
             was_unreachable = self._end_refusals(seat) or was_unreachable
@@ -3913,7 +3996,7 @@ class Reachability:
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
 
-    def _end_refusals(self, seat: Seat) -> bool:
+    def _end_refusals(self, seat: object) -> bool:
         """Return whether these were the last ones of an episode."""
         was_refused = bool(self._told)
         self._refused -= {seat, None}
@@ -3921,7 +4004,7 @@ class Reachability:
             self._told.clear()
         return was_refused and not self._told
 
-    def on_refused(self, seat: Seat | None, refusal: Refusal) -> None:
+    def on_refused(self, seat: object | None, refusal: Refusal) -> None:
         """The hub does not take the worker, or something else has answered. Each kind is told once."""
         with self._lock:
             self._refused.add(seat)
@@ -3947,6 +4030,13 @@ class Reachability:
             if not self._is_doubted:
                 self._is_doubted = True
                 log.warning("a web server answers at %s: %r; %s", self._address, status_line, self._hint)
+
+    def on_nonsense(self, what: str) -> None:
+        """Something has come that is no request."""
+        with self._lock:
+            if not self._is_doubted:
+                self._is_doubted = True
+                log.warning("not a request from the hub at %s: %s", self._address, what)
 
     def on_unused(self, opened_at: float, closed_at: float) -> None:
         """A connection was closed without a request: by chance, or each time after the same time?"""
@@ -4030,9 +4120,15 @@ class Credentials:
 class Introduction:
     """What is said on each new connection to a hub."""
 
-    def __init__(self, url: HubURL, credentials: Credentials) -> None:
-        """Raises ValueError for credentials that cannot be used, or must not be at this hub."""
+    def __init__(
+        self, url: HubURL, credentials: Credentials, more: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """`more` returns further lines of the request.
+
+        Raises ValueError for credentials that cannot be used, or must not be at this hub.
+        """
         self.url = url
+        self._more = more
         self._credentials = credentials
         self._token = credentials.token
         self.context: ssl.SSLContext | None = None
@@ -4059,6 +4155,7 @@ class Introduction:
             "Connection: upgrade",
             "Upgrade: ptth",
             "ALPN: http%2F1.1",
+            *self._more(),
         ]
         if token := self._read_token():
             lines.append(f"Authorization: Bearer {token.text}")
@@ -4163,18 +4260,26 @@ class Handshake:
     It never waits, and ends with the link or a Refusal.
     """
 
-    def __init__(self, sock: socket.socket, introduction: Introduction) -> None:
+    def __init__(
+        self, sock: socket.socket, introduction: Introduction, link: Link | None = None, hub_id: str = ""
+    ) -> None:
+        """With a link, which is held, it is another one on the same connection to the hub with that id."""
         self.sock = sock
+        self._link = link
+        self._hub_id = hub_id.encode("latin-1")
         self.has_asked = False
+        self.said: Mapping[str, str] = {}  # the fields of its 101
         self.deadline = math.inf  # beside that of the whole
-        self.transport: PlainTransport | TlsTransport = PlainTransport(sock)
+        self.transport: Transport = PlainTransport(sock)
         self._introduction = introduction
         self._go_on = self._ask
-        if introduction.context:
+        if link:
+            self.transport = link.transport
+        elif introduction.context:
             self.transport = TlsTransport(sock, introduction.context, introduction.tls_name)
             self._go_on = self._begin_tls
         self.transport.limit_time(0)
-        self._intake = Intake(self.transport)
+        self._intake = link.intake if link else Intake(self.transport)
         self._interim_heads = 0
         self._reason = b""  # for a refusal
         self._refusal: Callable[[str], Refusal] | None = None
@@ -4194,7 +4299,7 @@ class Handshake:
     def make_link(self) -> Link:
         """Return the link, which has received perhaps the first request already."""
         self.transport.limit_time(None)
-        return Link(self.transport, self._intake.take_received())
+        return self._link or Link(self.transport, self._intake.take_received())
 
     def on_deadline(self) -> Refusal:
         if self._refusal:
@@ -4215,6 +4320,16 @@ class Handshake:
         with contextlib.suppress(OSError):  # if it has been refused unasked, receiving tells why
             self.transport.send(self._introduction.request())
         self.has_asked = True
+        self._go_on = self._skip_stale if self._link else self._take_answer
+        return self._go_on()
+
+    def _skip_stale(self) -> int:
+        """Skip what crossed our last word: perhaps a request, and any part of its body.
+
+        A consumer, who may say in a body whatever it likes, does not know the hub's id.
+        """
+        if not self._intake.skip_to(b"HTTP/1.1 101 ", b"\r\nPothead-Hub: %b\r\n" % self._hub_id):
+            raise Refusal(f"closes the connection without an answer; {HINTS['closed']}", "closed")
         self._go_on = self._take_answer
         return self._go_on()
 
@@ -4234,6 +4349,7 @@ class Handshake:
         fields = parse_fields(lines)
         if status == "101":
             self._check_switch(minor_version, fields)
+            self.said = fields
             return 0
         if status.startswith("1"):
             return self._skip_interim()
@@ -4382,7 +4498,242 @@ def words_of(reason: str) -> str:
     return re.sub(r"^(?:SSLV3|TLSV1|TLSV13)_ALERT_", "", reason).replace("_", " ").lower()
 
 
+# ---- Several hubs: who is next -----------------------------------------------------------------------
+#
+# Hubs do not know of each other; what makes several of them one service is that each slot is offered at all
+# of them. A request *rings* where a connection waits, which so is a *bell*. If a slot is free, the request is
+# claimed; else it is turned away, and its hub stands in *line*, for the next slot that is free.
+
+HubT = TypeVar("HubT", bound=Hashable)
+
+
+class BellState(enum.Enum):
+    """What a connection to one of several hubs is to the slots of this process."""
+
+    COMING = enum.auto()  # a handshake is on its way; what came before it means nothing
+    WAITING = enum.auto()  # the hub may send a request
+    SERVING = enum.auto()  # the response to a request that was claimed
+    HELD = enum.auto()  # the hub sends nothing before the next handshake
+    GONE = enum.auto()
+
+
+class Bell(Generic[HubT]):
+    """One connection to one of several hubs, as the line sees it, which alone changes it."""
+
+    __slots__ = ("hub", "is_invited", "state")
+
+    def __init__(self, hub: HubT) -> None:
+        self.hub = hub
+        self.state = BellState.COMING
+        self.is_invited = False  # it is the hub's turn: a free slot is meant for what it sends here
+
+
+class Waiting(NamedTuple):
+    """What waits at a hub, as far as it is known. Ages are times of birth: the lowest is the oldest."""
+
+    number: int
+    oldest: float
+    newest: float
+
+    def rest(self) -> Waiting:
+        """Return what is left without the oldest; the others are taken to have come evenly."""
+        return self._replace(
+            number=self.number - 1, oldest=self.oldest + (self.newest - self.oldest) / self.number
+        )
+
+
+class Line(Generic[HubT]):
+    """Decides which hub a free slot is for. Pure: it is told what happens, and says what is to be done.
+
+    There is a bell at every hub, even while all slots are busy, and as many as there are free slots. A hub
+    whose request was turned away stands in line, at the place of that request's age. A slot that becomes free
+    invites the first in line by a handshake. If the answer is that nothing waits there, or none comes in
+    time, the next in line is invited. A hub that has said that more waits stands there for each of these, or
+    one that is far away would have one slot for each of its round trips only.
+
+    After each call `take_orders` has the bells that need a handshake now: a new connection for a new one.
+    """
+
+    def __init__(self, most_bells: int) -> None:
+        """`most_bells` is how many there may be at one hub, however many slots are free."""
+        self.free = 0  # slots
+        self.first: HubT | None = None  # in line. May be read by any thread
+        self._most_bells = most_bells
+        self._most_free = 0  # slots that have ever been free at once: all of them, mostly
+        self._invited = 0  # free slots that are meant for somebody
+        self._waiting: dict[HubT, Waiting] = {}  # at each hub that stands in line
+        self._bells: dict[HubT, dict[Bell[HubT], None]] = {}  # all of each hub
+        self._good: set[HubT] = set()  # hubs that have agreed since something failed there
+        self._orders: list[Bell[HubT]] = []
+
+    def take_orders(self) -> list[Bell[HubT]]:
+        orders, self._orders = self._orders, []
+        return orders
+
+    def bells_of(self, hub: HubT) -> list[Bell[HubT]]:
+        return list(self._bells.get(hub, ()))
+
+    # -- what happens to hubs and slots
+
+    def join(self, hub: HubT) -> None:
+        """There is another hub."""
+        self._bells[hub] = {}
+        self._go_on()
+
+    def leave(self, hub: HubT) -> None:
+        """The hub is to be used no longer. Responses that are under way there end with `on_gone`."""
+        self._waiting.pop(hub, None)
+        for bell in self.bells_of(hub):
+            if bell.state is not BellState.SERVING:
+                self._forget(bell)
+        self._bells.pop(hub)
+        self._go_on()
+
+    def on_free(self) -> None:
+        """There is another free slot."""
+        self.free += 1
+        self._most_free = max(self._most_free, self.free)
+        self._go_on()
+
+    # -- what happens to bells
+
+    def on_agreed(self, bell: Bell[HubT], is_waiting: bool) -> None:
+        """The hub has agreed to the handshake, and said whether requests wait there."""
+        bell.state = BellState.WAITING
+        self._good.add(bell.hub)
+        if not is_waiting:
+            self._settle(bell)
+            if bell.hub in self._waiting:  # others were faster; but one may have been turned away since
+                self._waiting[bell.hub] = self._waiting[bell.hub]._replace(number=1)
+        self._go_on()
+
+    def on_ring(self, bell: Bell[HubT], age: float, behind: Waiting | None) -> bool:
+        """A request has come, and others wait behind it, if any. Return whether to claim it.
+
+        If not, it is to be turned away, which holds the connection.
+        """
+        self._settle(bell)
+        if self.free:
+            self.free -= 1
+            bell.state = BellState.SERVING
+            self._waiting.pop(bell.hub, None)
+            if behind:
+                self._waiting[bell.hub] = behind
+        else:
+            bell.state = BellState.HELD
+            before = self._waiting.get(bell.hub)
+            oldest = min(age, before.oldest) if before else age
+            number = max(before.number if before else 0, behind.number if behind else 0) + 1
+            newest = max(each.newest for each in (before, behind) if each) if before or behind else age
+            self._waiting[bell.hub] = Waiting(number, oldest, newest)
+        is_claimed = bell.state is BellState.SERVING
+        self._go_on()
+        return is_claimed
+
+    def on_response(self, bell: Bell[HubT], is_held: bool, is_slot_free: bool = True) -> None:
+        """A response has ended, with or without holding the connection; its slot is free, or has left.
+
+        The connection may be of no more use then, and GONE.
+        """
+        self.free += is_slot_free
+        if len(self._bells.get(bell.hub, ())) not in range(1, self._most_free + 2):
+            self._forget(bell)  # the hub is used no longer, or has more connections than we need
+        else:
+            bell.state = BellState.HELD if is_held else BellState.WAITING
+            if not is_held and self.first == bell.hub and self.free > self._invited:
+                self._take(bell.hub)  # what waits there comes by itself
+                self._invite(bell)
+        self._go_on()
+
+    def on_late(self, bell: Bell[HubT]) -> None:
+        """The hub does not answer its invitation, and loses its place: it can ring when it is back."""
+        self._settle(bell)
+        self._waiting.pop(bell.hub, None)
+        self._go_on()
+
+    def on_gone(self, bell: Bell[HubT]) -> None:
+        """The connection has ended, or there could be none. A slot that served is busy until `on_free`."""
+        if bell.state is BellState.COMING:
+            self._waiting.pop(bell.hub, None)
+        if bell.state is not BellState.SERVING:
+            self._good.discard(bell.hub)
+        self._forget(bell)
+        self._go_on()
+
+    # -- what is to be done about it
+
+    def must_hold(self, hub: HubT) -> bool:
+        """Return whether a response there has to hold its connection: others come first. For any thread."""
+        first = self.first
+        return first is not None and first != hub
+
+    def _forget(self, bell: Bell[HubT]) -> None:
+        self._settle(bell)
+        bell.state = BellState.GONE
+        self._bells.get(bell.hub, {}).pop(bell, None)
+
+    def _invite(self, bell: Bell[HubT]) -> None:
+        bell.is_invited = True
+        self._invited += 1
+
+    def _settle(self, bell: Bell[HubT]) -> None:
+        """The slot that was meant for this bell is for whoever comes next."""
+        if bell.is_invited:
+            bell.is_invited = False
+            self._invited -= 1
+
+    def _go_on(self) -> None:
+        while self._waiting and self.free > self._invited:
+            hub = self._first_in_line()
+            self._take(hub)
+            self._invite(self._order(hub))
+        if not self.free or not self._invited:
+            self._hang_bells()
+        self.first = self._first_in_line() if self._waiting else None
+
+    def _first_in_line(self) -> HubT:
+        return min(self._waiting, key=lambda hub: self._waiting[hub].oldest)
+
+    def _take(self, hub: HubT) -> None:
+        """It is its turn, for one of its requests."""
+        if self._waiting[hub].number > 1:
+            self._waiting[hub] = self._waiting[hub].rest()
+        else:
+            del self._waiting[hub]
+
+    def _hang_bells(self) -> None:
+        """Whoever is not in line gets bells."""
+        for hub, bells in self._bells.items():
+            wanted = max(1, min(self.free, self._most_bells)) if hub in self._good else 1
+            if hub not in self._waiting:
+                there = sum([bell.state in (BellState.COMING, BellState.WAITING) for bell in bells])
+                for _ in range(wanted - there):
+                    self._order(hub)
+
+    def _order(self, hub: HubT) -> Bell[HubT]:
+        """Have a handshake made: on a connection that is held, if there is one."""
+        held = [bell for bell in self._bells[hub] if bell.state is BellState.HELD]
+        bell = held[0] if held else Bell(hub)
+        bell.state = BellState.COMING
+        self._bells[hub][bell] = None
+        self._orders.append(bell)
+        return bell
+
+
 # ---- The lobby ---------------------------------------------------------------------------------------
+
+
+class Guest(Protocol):
+    """Who has the lobby look at the time."""
+
+    @property
+    def deadline(self) -> float:
+        """When it wants to be called."""
+
+    def on_deadline(self) -> None: ...
+
+    def on_halt(self) -> None:
+        """The worker is to take no more requests."""
 
 
 class Lobby:
@@ -4407,7 +4758,10 @@ class Lobby:
         """With an introduction, the hub is told who comes."""
         self.hang_up = getattr(select, "POLLRDHUP", 0)
         self.is_halted = False
+        self.is_closed = False  # for seats: they leave
         self.seats: set[Seat] = set()
+        self.guests: list[Guest] = []
+        self.when_found: Callable[[Sequence[AddressInfo]], object] = lambda _found: None
         self.introduction = introduction
         self.rests_until = -math.inf  # for seats that come and go with each request
         self._address = address
@@ -4421,6 +4775,7 @@ class Lobby:
         self._closing: list[Link | socket.socket] = []
         self._is_resolving = False
         self._last_found: Sequence[AddressInfo] = ()
+        self._fixed: Sequence[AddressInfo] = ()  # is not looked up
         self._is_over = False
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reader, self._writer = own_pair()
@@ -4464,8 +4819,8 @@ class Lobby:
             self._epoll.modify(link.fileno(), select.POLLIN | self.hang_up)
         return self._epoll is not None
 
-    def is_halting(self) -> bool:
-        return self._halt.is_set()
+    def is_closing(self) -> bool:
+        return self.is_closed or self._halt.is_set()
 
     # -- its thread
 
@@ -4511,9 +4866,9 @@ class Lobby:
     def _on_time(self) -> None:
         now = time.monotonic()
         if now >= self._deadline:
-            for seat in [seat for seat in self.seats if seat.deadline <= now]:
-                seat.on_deadline()
-            self._deadline = min([seat.deadline for seat in self.seats], default=math.inf)
+            for guest in [guest for guest in (*self.seats, *self.guests) if guest.deadline <= now]:
+                guest.on_deadline()
+            self._deadline = min([guest.deadline for guest in (*self.seats, *self.guests)], default=math.inf)
         if not self.hang_up:
             for link in [link for link in self._watched if link.peek() == b""]:
                 self.on_watched(link, select.POLLHUP)
@@ -4521,8 +4876,20 @@ class Lobby:
     def _on_halt(self, _events: int) -> None:
         self.ignore(self._halt.fileno())
         self.is_halted = True
+        self.close_seats()
+        for guest in self.guests:
+            guest.on_halt()
+
+    def close_seats(self) -> None:
+        """Have slots leave their seats, as soon as they have done with what has come."""
+        self.is_closed = True
         for seat in list(self.seats):
             seat.on_halt()
+
+    def open_seats(self, introduction: Introduction, found: Sequence[AddressInfo]) -> None:
+        """Have seats again, for the hub at these addresses, which are looked up no more."""
+        if not self.is_halted:
+            self.is_closed, self.introduction, self._fixed = False, introduction, found
 
     def forget(self, link: Link) -> None:
         """Watch it no longer."""
@@ -4574,7 +4941,9 @@ class Lobby:
         The resolver cannot be interrupted, so a thread of its own waits for it, and perhaps is left to it.
         All seats share that one, or a resolver that hangs would cost a thread for each slot and try.
         """
-        if not self._is_resolving:
+        if self._fixed:
+            self.order(self._on_answer, self._fixed)
+        elif not self._is_resolving:
             start_thread(lambda: self.order(self._on_answer, look_up(self._address)), "resolver")
             self._is_resolving = True
 
@@ -4584,138 +4953,125 @@ class Lobby:
         failure = found if isinstance(found, OSError) else OSError("it has no address")
         if not isinstance(found, OSError):
             self._last_found = found
+            self.when_found(found)
         for seat in list(self.seats):
             if seat.stage is Stage.LOOKING_UP:
                 seat.on_addresses(self._last_found, failure)
+
+
+class Lookout:
+    """Has the name of the only hub looked up again and again: there may be another one some day."""
+
+    def __init__(self, lobby: Lobby) -> None:
+        self.deadline = math.inf
+        self._lobby = lobby
+
+    def begin(self) -> None:
+        self._lobby.guests.append(self)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        self.deadline = time.monotonic() + LOOK_UP_INTERVAL_S
+        self._lobby.wake_by(self.deadline)
+
+    def on_deadline(self) -> None:
+        if self._lobby.is_closed:
+            self.on_halt()
+            return
+        with contextlib.suppress(OSError):  # there is no thread to be had: the next time, perhaps
+            self._lobby.look_up()
+        self._look_later()
+
+    def on_halt(self) -> None:
+        self.deadline = math.inf
 
 
 class Stage(enum.Enum):
     """What a seat waits for."""
 
     LOOKING_UP = enum.auto()  # the hub's addresses
-    DIALLING = enum.auto()  # the connection to one of them
-    GREETING = enum.auto()  # the hub's consent
+    DIALLING = enum.auto()  # the connection to one of them, and the hub's consent
     RESTING = enum.auto()  # the next try
     WAITING = enum.auto()  # a request
     SERVING = enum.auto()  # the slot, which has the link
     LEFT = enum.auto()  # nothing more
 
 
-class Seat:
-    """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
+class Visit(Protocol):
+    """Who approaches a hub: its approach ends with one of these."""
 
-    def __init__(
-        self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
-    ) -> None:
-        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # held while a link is given back
-        self.link: Link | None = None
-        self.is_good = False  # or the last link was good for nothing
-        self.stage = Stage.RESTING
-        self.deadline = math.inf
-        self.backoff = Backoff()
+    deadline: float
+
+    def set_deadline(self, deadline: float) -> None: ...
+
+    def on_link(self, link: Link, said: Mapping[str, str]) -> None:
+        """The hub has agreed; `said` are the fields of its 101, if it was one."""
+
+    def on_refused(self, refusal: Refusal) -> None: ...
+
+    def on_failed(self, reason: OSError) -> None: ...
+
+
+class Approach:
+    """The way to a link: it dials one address after the other, then says who comes. It never waits."""
+
+    def __init__(self, lobby: Lobby, visit: Visit, introduction: Introduction | None) -> None:
         self._lobby = lobby
-        self._reachability = reachability
-        self._metrics = metrics
-        self._is_for_one_request = is_for_one_request
+        self._visit = visit
+        self._introduction = introduction
         self._addresses: list[AddressInfo] = []  # that have not been tried
         self._failure = OSError()
         self._dialled: socket.socket | None = None
         self._handshake: Handshake | None = None
 
-    # -- for its slot
+    def dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        """Begin; if none of the addresses answers, `failure` or what came last is the reason."""
+        self._addresses, self._failure = list(found), failure
+        self._dial_next()
 
-    def take(self) -> Link | None:
-        """Return a link with a request on it, or None when there will be no more of them."""
-        return self._inbox.get()
+    def renew(self, link: Link, hub_id: str) -> None:
+        """Begin on a link that is held."""
+        self._visit.set_deadline(time.monotonic() + CONNECT_TIMEOUT_S)
+        assert self._introduction is not None
+        self._handshake = Handshake(link.transport.sock, self._introduction, link, hub_id)
+        self._greet()
 
-    def give_back(self, ending: Ending) -> None:
-        """End SERVING, during which the seat was the slot's."""
-        assert self.link is not None
-        if ending is not Ending.KEEP:
-            self._lobby.order(self._end_link, ending)
-            return
-        with self._lock:
-            is_waiting = self._lobby.wait_again(self.link)
-            if is_waiting:
-                self.stage = Stage.WAITING
-        if not is_waiting:
-            self._lobby.order(self._wait)
-        elif self._lobby.is_halting():  # the seat was told of it while it was SERVING, or will be twice
-            self._lobby.order(self.on_halt)
-
-    # -- for the lobby
-
-    def begin(self) -> None:
-        self._lobby.seats.add(self)
-        if self._lobby.is_halted:
-            self._leave()
-        elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
-            self._set_deadline(self._lobby.rests_until)
-        else:
-            self._look_up()
-
-    def on_halt(self) -> None:
-        if self.stage is Stage.WAITING:
-            self._wait_no_longer()
-        elif self._handshake and self._handshake.has_asked:
-            self._set_deadline(
-                min(self.deadline, time.monotonic() + CROSSING_S)
-            )  # perhaps it is a link already
-        elif self._is_connected_unasked():
-            self._on_dial_event(0)  # the hub has the connection, and perhaps a request for it
-        elif self.stage not in (Stage.SERVING, Stage.LEFT):
-            self._leave()
-
-    def _is_connected_unasked(self) -> bool:
-        if self._dialled is None or self._lobby.introduction:
+    def may_be_there(self) -> bool:
+        """Return whether the hub may have the connection already, and a request on it."""
+        if self._handshake:
+            return self._handshake.has_asked
+        if self._dialled is None or self._introduction:
             return False
         return wait_ready(self._dialled.fileno(), select.POLLOUT, 0)
 
+    def hurry(self) -> None:
+        """End soon: there is no time to wait for what is not there yet."""
+        if self._handshake:
+            self._visit.set_deadline(min(self._visit.deadline, time.monotonic() + CROSSING_S))
+        else:
+            self._on_dial_event(0)
+
     def on_deadline(self) -> None:
-        if self.stage is Stage.RESTING:
-            self._look_up()
-        elif self.stage is Stage.LOOKING_UP:
-            self._fail(OSError(errno.ETIMEDOUT, "the name service does not answer"))
-        elif self.stage is Stage.DIALLING:
-            self._on_dialled(errno.ETIMEDOUT)
-        elif self._handshake:
+        if self._handshake:
             self._on_refused(self._handshake.on_deadline())
         else:
-            self._end_link(Ending.CLOSE)
+            self._on_dialled(errno.ETIMEDOUT)
 
-    def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
-        self._addresses, self._failure = list(found), failure
-        self._dial()
+    def drop(self) -> None:
+        """Leave it, and close what there is."""
+        if self._dialled:
+            self._lobby.close(self._dialled)
+        handshake, self._handshake = self._handshake, None
+        if handshake:
+            handshake.transport.say_goodbye()
+            self._lobby.close(handshake.sock)
 
-    # -- reaching the hub, whose name is looked up each time
-
-    def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
-        self.stage, self.deadline = stage, math.inf
-        if seconds < math.inf:
-            self._set_deadline(time.monotonic() + seconds)
-
-    def _set_deadline(self, deadline: float) -> None:
-        self.deadline = deadline
-        self._lobby.wake_by(deadline)
-
-    def _look_up(self) -> None:
-        self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
-        try:
-            self._lobby.look_up()
-        except OSError as exc:
-            self._fail(exc)
-
-    def _dial(self) -> None:
-        """Begin to connect to the next of the addresses."""
-        if self._lobby.is_halted:
-            self._leave()
-            return
-        if not self._addresses:
-            self._fail(self._failure)
+    def _dial_next(self) -> None:
+        if self._lobby.is_halted or not self._addresses:
+            self._visit.on_failed(self._failure)
             return
         family, kind, protocol, _, address = self._addresses.pop(0)
-        self._wait_for(Stage.DIALLING, CONNECT_TIMEOUT_S)
+        self._visit.set_deadline(time.monotonic() + CONNECT_TIMEOUT_S)
         try:
             self._dialled = own(socket.socket(family, kind, protocol))
             self._dialled.setblocking(False)
@@ -4745,15 +5101,14 @@ class Seat:
             if sock:
                 self._lobby.close(sock)
             self._failure = exc
-            self._dial()
+            self._dial_next()
         else:
             self._lobby.ignore(sock.fileno())
-            if self._lobby.introduction:
-                self.stage = Stage.GREETING  # until when it may take has been said
-                self._handshake = Handshake(sock, self._lobby.introduction)
+            if self._introduction:  # until when it may take has been said
+                self._handshake = Handshake(sock, self._introduction)
                 self._greet()
             else:
-                self._on_link(Link(PlainTransport(sock)))
+                self._visit.on_link(Link(PlainTransport(sock)), {})
 
     def _greet(self, _events: int = 0) -> None:
         """Go on with the handshake."""
@@ -4764,35 +5119,151 @@ class Seat:
         except Refusal as exc:
             self._on_refused(exc)
             return
-        self._set_deadline(min(self.deadline, handshake.deadline))
+        self._visit.set_deadline(min(self._visit.deadline, handshake.deadline))
         if events:
             self._lobby.listen(handshake.sock.fileno(), events, self._greet)
         else:
             self._handshake = None
-            self._on_link(handshake.make_link())
+            self._visit.on_link(handshake.make_link(), handshake.said)
 
     def _on_refused(self, refusal: Refusal) -> None:
-        self._drop_handshake()
-        if not self._lobby.is_halted:
-            self._reachability.on_refused(None if self._is_for_one_request else self, refusal)
+        self.drop()
+        self._visit.on_refused(refusal)
+
+
+class Seat:
+    """A slot's place in the lobby: one link at a time waits there for a request, and is given to the slot."""
+
+    claims = False  # what comes is for us
+
+    def __init__(
+        self, lobby: Lobby, reachability: Reachability, metrics: Metrics, is_for_one_request: bool
+    ) -> None:
+        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # held while a link is given back
+        self.link: Link | None = None
+        self.is_good = False  # or the last link was good for nothing
+        self.must_move = False  # it has been left, but there are others
+        self.stage = Stage.RESTING
+        self.deadline = math.inf
+        self.backoff = Backoff()
+        self._lobby = lobby
+        self.reachability = reachability
+        self._metrics = metrics
+        self._is_for_one_request = is_for_one_request
+        self._approach: Approach | None = None
+
+    # -- for its slot
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no request may follow on the same link."""
+        return self._is_for_one_request or self._lobby.is_closed
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether a hub may send it a request, or has done so."""
+        return self.link is not None
+
+    def take(self) -> Link | None:
+        """Return a link with a request on it, or None when there will be no more of them."""
+        return self._inbox.get()
+
+    def must_hold(self, is_early: bool) -> bool:
+        return False
+
+    def give_back(self, ending: Ending) -> None:
+        """End SERVING, during which the seat was the slot's."""
+        assert self.link is not None
+        if ending is not Ending.KEEP:
+            self._lobby.order(self._end_link, ending)
+            return
+        with self._lock:
+            is_waiting = self._lobby.wait_again(self.link)
+            if is_waiting:
+                self.stage = Stage.WAITING
+        if not is_waiting:
+            self._lobby.order(self._wait)
+        elif self._lobby.is_closing():  # the seat was told of it while it was SERVING, or will be twice
+            self._lobby.order(self.on_halt)
+
+    # -- for the lobby
+
+    def begin(self) -> None:
+        self._lobby.seats.add(self)
+        if self._lobby.is_closed:
+            self._leave()
+        elif self._is_for_one_request and self._lobby.rests_until > time.monotonic():
+            self.set_deadline(self._lobby.rests_until)
+        else:
+            self._look_up()
+
+    def on_halt(self) -> None:
+        if self.stage is Stage.WAITING:
+            self._wait_no_longer()
+        elif self._approach and self._approach.may_be_there():
+            self._approach.hurry()
+        elif self.stage not in (Stage.SERVING, Stage.LEFT):
+            self._leave()
+
+    def on_deadline(self) -> None:
+        if self.stage is Stage.RESTING:
+            self._look_up()
+        elif self.stage is Stage.LOOKING_UP:
+            self.on_failed(OSError(errno.ETIMEDOUT, "the name service does not answer"))
+        elif self._approach:
+            self._approach.on_deadline()
+        else:
+            self._end_link(Ending.CLOSE)
+
+    def on_addresses(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        self._dial(found, failure)
+
+    # -- reaching the hub, whose name is looked up each time
+
+    def _wait_for(self, stage: Stage, seconds: float = math.inf) -> None:
+        self.stage, self.deadline = stage, math.inf
+        if seconds < math.inf:
+            self.set_deadline(time.monotonic() + seconds)
+
+    def set_deadline(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._lobby.wake_by(deadline)
+
+    def _look_up(self) -> None:
+        self._wait_for(Stage.LOOKING_UP, CONNECT_TIMEOUT_S)
+        try:
+            self._lobby.look_up()
+        except OSError as exc:
+            self.on_failed(exc)
+
+    def _dial(self, found: Sequence[AddressInfo], failure: OSError) -> None:
+        if self._lobby.is_closed:
+            self._leave()
+            return
+        self.stage = Stage.DIALLING
+        self._approach = Approach(self._lobby, self, self._lobby.introduction)
+        self._approach.dial(found, failure)
+
+    def on_refused(self, refusal: Refusal) -> None:
+        self._approach = None
+        if not self._lobby.is_closed:
+            self.reachability.on_refused(None if self._is_for_one_request else self, refusal)
         self._rest(refusal.least_wait_s)
 
-    def _drop_handshake(self) -> None:
-        handshake, self._handshake = self._handshake, None
-        if handshake:
-            handshake.transport.say_goodbye()
-            self._lobby.close(handshake.sock)
-
-    def _on_link(self, link: Link) -> None:
+    def on_link(self, link: Link, _said: Mapping[str, str]) -> None:
         """The link is ready for requests."""
+        self._approach = None
         self.link = link
-        self._reachability.on_connected(self)
+        self.reachability.on_connected(self)
         self._metrics.on_slot(1)
         self._wait()
 
-    def _fail(self, reason: OSError) -> None:
+    def on_failed(self, reason: OSError) -> None:
         """The hub cannot be reached."""
-        self._reachability.on_failed(reason)
+        self._approach = None
+        if not self._lobby.is_closed:
+            self.reachability.on_failed(reason)
         self._rest()
 
     def _rest(self, least_wait_s: float = 0.0) -> None:
@@ -4800,7 +5271,7 @@ class Seat:
         wait_s = least_wait_s + self.backoff.next_wait_s()
         if self._is_for_one_request and least_wait_s:
             self._lobby.rests_until = time.monotonic() + wait_s
-        if self._is_for_one_request or self._lobby.is_halted:
+        if self._is_for_one_request or self._lobby.is_closed:
             self._leave()
         else:
             self._wait_for(Stage.RESTING, wait_s)
@@ -4808,9 +5279,10 @@ class Seat:
     def _leave(self) -> None:
         """There is nothing more to be done for this slot."""
         self._wait_for(Stage.LEFT)
-        if self._dialled:
-            self._lobby.close(self._dialled)
-        self._drop_handshake()
+        self.must_move = not self._lobby.is_halted and self._lobby.is_closed
+        approach, self._approach = self._approach, None
+        if approach:
+            approach.drop()
         self._lobby.seats.discard(self)
         self._inbox.put(None)
 
@@ -4820,7 +5292,7 @@ class Seat:
         assert self.link is not None
         self._wait_for(Stage.WAITING)
         self._lobby.wait_with(self.link, self._on_event)
-        if self._lobby.is_halted:
+        if self._lobby.is_closed:
             self._wait_no_longer()
         elif self.link.has_news():  # which has been received together with something else
             self._on_arrival(0)
@@ -4831,7 +5303,7 @@ class Seat:
         The hub, which did not know of the halt, may have sent it on the heels of the last response.
         """
         assert self.link is not None
-        self._set_deadline(self.link.free_since + CROSSING_S)
+        self.set_deadline(self.link.free_since + CROSSING_S)
         self._on_arrival(0)
 
     def _on_event(self, events: int) -> None:
@@ -4863,17 +5335,540 @@ class Seat:
         self._lobby.dismiss(link)
         self.link = None
         self._metrics.on_slot(-1)
-        if not link.has_served and not self._lobby.is_halted:
-            self._reachability.on_unused(link.opened_at, now)
+        if not link.has_served and not self._lobby.is_closed:
+            self.reachability.on_unused(link.opened_at, now)
         self.is_good = link.has_served or now - link.opened_at > BACKOFF_LAST_S
         if self.is_good:
             self.backoff.reset()
-        if self._lobby.is_halted or self._is_for_one_request:
+        if self._lobby.is_closed or self._is_for_one_request:
             self._leave()
         elif self.is_good:
             self._look_up()
         else:
             self._wait_for(Stage.RESTING, self.backoff.next_wait_s())
+
+
+# ---- Several hubs: their bells -----------------------------------------------------------------------
+
+CLAIM = b"HTTP/1.1 102 Processing\r\n\r\n"
+TURN_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n"
+QUEUE_SECONDS = re.compile(rb"\r\nPothead-Queue-Seconds: ([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE)
+WAITING = re.compile(
+    rb"\r\nPothead-Waiting: ([0-9]{1,9}); oldest=([0-9]{1,12}(?:\.[0-9]{1,9})?)\r\n", re.IGNORECASE
+)
+
+
+class KnownHub:
+    """One of several hubs: one address, of which nobody knows yet whether it is another one's, too."""
+
+    def __init__(self, introduction: Introduction, found: Sequence[AddressInfo], slots: str) -> None:
+        """`found` has more than one address only if they are surely one machine's. `slots` is for the log."""
+        url = introduction.url
+        self.introduction = introduction
+        self.found = found
+        host = str(found[0][4][0])
+        is_plain = is_loopback(url.address.host) or host == url.address.host
+        self.name = str(url) if is_plain else f"{url} at {host}"
+        self.reachability = Reachability(url, 1, slots, self.name)
+        self.id = ""  # that it gives itself; another one after each start
+        self.is_listed = True  # or its name has other addresses now
+        self.twin: KnownHub | None = None  # is used in its place: the same hub at another address
+        self.rests_until = -math.inf
+        self._backoff = Backoff()
+        self._round_trip_s = PATIENCE_S
+
+    @property
+    def patience_s(self) -> float:
+        """How long an invited hub may take, before the slot is for the next in line."""
+        return min(PATIENCE_S, max(LEAST_PATIENCE_S, 4 * self._round_trip_s))
+
+    def on_agreed(self, after_s: float) -> None:
+        self._round_trip_s += (after_s - self._round_trip_s) / 4
+        self.reachability.on_connected(self)
+
+    def rest(self, least_wait_s: float = 0.0) -> None:
+        """It cannot be reached, or does not want us: leave it alone for a while."""
+        now = time.monotonic()
+        if now >= self.rests_until:
+            self.rests_until = now + least_wait_s + self._backoff.next_wait_s()
+
+    def rest_after(self, link: Link) -> None:
+        """A connection has ended: was it good for nothing?"""
+        if link.has_served or time.monotonic() - link.opened_at > BACKOFF_LAST_S:
+            self._backoff.reset()
+        else:
+            self.rest()
+
+
+class Wire:
+    """The connection of a bell: says there what the line has decided, and tells the line what happens."""
+
+    def __init__(self, board: Switchboard, bell: Bell[KnownHub]) -> None:
+        self.bell = bell
+        self.hub = bell.hub
+        self.link: Link | None = None
+        self.deadline = math.inf
+        self._board = board
+        self._lobby = board.lobby
+        self._approach: Approach | None = None
+        self._asked_at = 0.0
+        self._next_step_at = self._late_at = math.inf
+
+    def shake_hands(self) -> None:
+        """Offer a slot there: on the connection that is held, or on a new one as soon as may be."""
+        self._expect_answer()
+        self._asked_at = time.monotonic()
+        if self.link is None and self.hub.rests_until > self._asked_at:
+            self.set_deadline(self.hub.rests_until)
+            return
+        self._approach = Approach(self._lobby, self, self.hub.introduction)
+        if self.link:
+            self._lobby.forget(self.link)
+            self._approach.renew(self.link, self.hub.id)
+        else:
+            self._approach.dial(self.hub.found, OSError())
+
+    def close(self) -> None:
+        """Let go of the connection. What was not claimed there, the hub gives to somebody else."""
+        approach, self._approach = self._approach, None
+        link, self.link = self.link, None
+        if approach:
+            approach.drop()
+        if link:
+            link.leave(Ending.CLOSE)
+            self._lobby.dismiss(link)
+
+    # -- deadlines
+
+    def set_deadline(self, deadline: float) -> None:
+        self._next_step_at = deadline
+        self._update_deadline()
+
+    def _expect_answer(self) -> None:
+        """If a slot is meant for this hub, it is so for a short time only."""
+        self._late_at = time.monotonic() + self.hub.patience_s if self.bell.is_invited else math.inf
+        self._update_deadline()
+
+    def _update_deadline(self) -> None:
+        self.deadline = min(self._next_step_at, self._late_at)
+        self._lobby.wake_by(self.deadline)
+
+    def on_deadline(self, now: float) -> None:
+        if now >= self._late_at:
+            self._late_at = math.inf
+            self._update_deadline()
+            if self.bell.is_invited:
+                self._board.line.on_late(self.bell)
+        if now >= self._next_step_at:
+            self._next_step_at = math.inf
+            if self._approach:
+                self._approach.on_deadline()
+            elif self.link is None:
+                self.shake_hands()
+
+    # -- how its approach ends
+
+    def on_link(self, link: Link, said: Mapping[str, str]) -> None:
+        now = time.monotonic()
+        self._approach, self.link = None, link
+        self.set_deadline(math.inf)
+        if not self._board.may_use(self, said):
+            return
+        self.hub.on_agreed(now - self._asked_at)
+        self._lobby.wait_with(link, self._on_event)
+        self._board.line.on_agreed(self.bell, "POTHEAD_WAITING" in said)
+        self._board.obey()
+        self._look_for_news(link)
+
+    def _look_for_news(self, link: Link) -> None:
+        """Take what was received together with something else, if the link still waits."""
+        if self.link is link and self.bell.state is BellState.WAITING and link.has_news():
+            self._on_arrival(0)
+
+    def on_failed(self, reason: OSError) -> None:
+        self._approach = None
+        if not self._lobby.is_halted:
+            self.hub.reachability.on_failed(reason)
+        self.hub.rest()
+        self._board.on_unwanted(self)
+
+    def on_refused(self, refusal: Refusal) -> None:
+        """Why a held connection ends is told when the next one is refused, if that is."""
+        self._approach = None
+        is_held = self.link is not None
+        if not (self._lobby.is_halted or (is_held and refusal.kind == "closed")):
+            self.hub.reachability.on_refused(self.hub, refusal)
+        if not is_held or refusal.least_wait_s:
+            self.hub.rest(refusal.least_wait_s)
+        self._board.on_unwanted(self)
+
+    # -- what comes on the link
+
+    def _on_event(self, events: int) -> None:
+        assert self.link is not None
+        if self.bell.state is BellState.WAITING:
+            self._on_arrival(events)
+        elif self.bell.state is BellState.SERVING:
+            self._lobby.on_watched(self.link, events)
+        elif events & ~(select.POLLIN | select.POLLOUT):
+            self._on_gone()
+
+    def _on_gone(self) -> None:
+        assert self.link is not None
+        self.hub.rest_after(self.link)
+        self._board.on_gone(self)
+
+    def _on_arrival(self, events: int) -> None:
+        """The bell rings, or the hub has gone: then nobody wants an answer."""
+        link = self.link
+        assert link is not None
+        has_come: bool | None = True
+        try:
+            while (head := link.intake.peek_head(MAX_HEAD_BYTES)) is None and has_come:
+                has_come = link.take_more()
+        except ProtocolError as exc:
+            self.hub.reachability.on_nonsense(str(exc))
+            has_come = False
+        if has_come is False or (head and (events & self._lobby.hang_up or link.peek() == b"")):
+            self._on_gone()
+        elif head:
+            self._on_ring(head)
+
+    def _on_ring(self, head: bytes) -> None:
+        line, now = self._board.line, time.monotonic()
+        queued = QUEUE_SECONDS.search(head)
+        waiting = WAITING.search(head)
+        behind = Waiting(int(waiting[1]), now - float(waiting[2]), now) if waiting else None
+        age = now - float(queued[1]) if queued else now
+        self.hub.reachability.on_request()
+        if line.on_ring(self.bell, age, behind):
+            self._claim()
+        else:
+            self._turn_away()
+        self._board.obey()
+
+    def _claim(self) -> None:
+        assert self.link is not None
+        if self.link.try_to_send(CLAIM):
+            self._lobby.watch_for(self.link, self._on_event)
+            self._board.serve(self)
+        else:
+            self._on_gone()
+            self._board.line.on_free()
+
+    def _turn_away(self) -> None:
+        """What has come of the request, and will, is skipped by the next handshake."""
+        assert self.link is not None
+        self.link.intake.take_received()
+        if self.link.try_to_send(TURN_AWAY):
+            self._lobby.watch_for(self.link, self._on_event)
+        else:
+            self._on_gone()
+
+    def on_response(self) -> None:
+        """The response has ended, and the line knows what the connection is now."""
+        link = self.link
+        assert link is not None
+        if self.bell.state is BellState.WAITING:
+            self._expect_answer()
+            self._lobby.wait_with(link, self._on_event)
+            self._look_for_news(link)
+        else:
+            self._lobby.watch_for(link, self._on_event)
+
+
+class Berth:
+    """A slot's place at the switchboard: it is given links with requests that have been claimed."""
+
+    is_good = True  # whatever the last connection was: there are others
+    is_last = False  # no request is the last one of its connection
+    claims = True  # requests, one by one
+
+    def __init__(self, board: Switchboard, metrics: Metrics, is_for_one_request: bool) -> None:
+        self.link: Link | None = None
+        self.wire: Wire | None = None
+        self.is_held = False  # as the response at hand has told the hub
+        self.must_move = False  # it has been left, but there are other places
+        self.is_for_one_request = is_for_one_request
+        self._board = board
+        self._metrics = metrics
+        self._inbox: queue.SimpleQueue[Link | None] = queue.SimpleQueue()
+
+    # -- for its slot
+
+    @property
+    def is_offered(self) -> bool:
+        return self.link is not None or self._board.is_reached
+
+    @property
+    def reachability(self) -> Reachability:
+        assert self.wire is not None
+        return self.wire.hub.reachability
+
+    def take(self) -> Link | None:
+        """Return a link with a request on it, or None when there will be no more of them."""
+        return self._inbox.get()
+
+    def must_hold(self, is_early: bool) -> bool:
+        """Return whether the response has to hold its connection; early is long before its end."""
+        assert self.wire is not None
+        self.is_held = is_early or self._board.line.must_hold(self.wire.hub)
+        return self.is_held
+
+    def give_back(self, ending: Ending) -> None:
+        self._board.lobby.order(self._board.on_response, self, ending)
+
+    # -- for the lobby
+
+    def begin(self) -> None:
+        self._metrics.on_slot(1)
+        self._board.take_in(self)
+
+    def serve(self, wire: Wire) -> None:
+        assert wire.link is not None
+        self.wire, self.link, self.is_held = wire, wire.link, False
+        self._inbox.put(wire.link)
+
+    def leave(self) -> None:
+        self._metrics.on_slot(-1)
+        self.must_move = self._board.is_over and not self._board.lobby.is_halted
+        self._inbox.put(None)
+
+
+class Switchboard:
+    """Offers the slots of this process at several hubs at once. It lives in the lobby's thread.
+
+    Names of hubs are looked up again every few seconds. A hub that comes is joined; one that has gone from
+    its name is used until it refuses.
+    """
+
+    def __init__(
+        self,
+        lobby: Lobby,
+        urls: Sequence[HubURL],
+        credentials: Credentials,
+        count_slots: Callable[[], int],
+        description: str,
+        on_lonely: Callable[[KnownHub], object],
+    ) -> None:
+        """`count_slots` tells how many to announce; the description is for the log. Raises ValueError.
+
+        `on_lonely` is told of a hub that does not know claims, if no other one does, either: it is to be used
+        alone, without the switchboard, which ends.
+        """
+        self.lobby = lobby
+        self._on_lonely = on_lonely
+        self.is_over = False
+        self.line: Line[KnownHub] = Line(MAX_BELLS)
+        self._id = secrets.token_hex(8)
+        self._count_slots = count_slots
+        self._description = description
+        self._introductions = [Introduction(url, credentials, self._claim_lines) for url in urls]
+        self._hubs: dict[tuple[HubURL, object], KnownHub] = {}
+        self._wires: dict[Bell[KnownHub], Wire] = {}
+        self._idle: list[Berth] = []
+        self._looks_at = -math.inf
+        self._being_looked_up: set[HubURL] = set()
+        self._unknown: set[HubURL] = set()  # whose name has no address, as has been said
+
+    def _claim_lines(self) -> list[str]:
+        return ["Pothead-Claim: 102", f"Pothead-Worker: {self._id}; slots={self._count_slots()}"]
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether one of the hubs could be reached the last time. For any thread."""
+        return any([hub.reachability.is_reached for hub in list(self._hubs.values())])
+
+    # -- as a guest of the lobby
+
+    @property
+    def deadline(self) -> float:
+        if self.is_closed:
+            return math.inf
+        return min([self._looks_at, *[wire.deadline for wire in self._wires.values()]])
+
+    def begin(self) -> None:
+        self.lobby.guests.append(self)
+        if self.is_closed:
+            self.on_halt()
+        else:
+            self._look_around()
+
+    def on_deadline(self) -> None:
+        now = time.monotonic()
+        for wire in [wire for wire in self._wires.values() if wire.deadline <= now]:
+            wire.on_deadline(now)
+        if now >= self._looks_at:
+            self._look_around()
+        self.obey()
+
+    @property
+    def is_closed(self) -> bool:
+        return self.is_over or self.lobby.is_halted
+
+    def on_halt(self) -> None:
+        """What has not been claimed, the hubs give to others as soon as the connections end."""
+        self._looks_at = math.inf
+        for wire in list(self._wires.values()):
+            if wire.bell.state is not BellState.SERVING:
+                self._drop(wire)
+        for berth in self._idle:
+            berth.leave()
+        self._idle.clear()
+
+    # -- for berths
+
+    def take_in(self, berth: Berth) -> None:
+        """A slot is free from now on."""
+        if self.is_closed:
+            berth.leave()
+            return
+        self._idle.append(berth)
+        self.line.on_free()
+        self.obey()
+
+    def serve(self, wire: Wire) -> None:
+        """Have a request served that has been claimed."""
+        self._idle.pop().serve(wire)
+
+    def on_response(self, berth: Berth, ending: Ending) -> None:
+        """A slot has done with a request."""
+        wire = berth.wire
+        assert wire is not None and wire.link is not None
+        berth.wire = berth.link = None
+        stays = not (berth.is_for_one_request or self.is_closed)
+        if stays:
+            self._idle.append(berth)
+        if ending is Ending.KEEP and not (wire.link.is_gone or self.is_closed):
+            self.line.on_response(wire.bell, berth.is_held, stays)
+            if wire.bell.state is BellState.GONE:
+                self._drop(wire)
+            else:
+                wire.on_response()
+        else:
+            wire.link.leave(ending)
+            wire.hub.rest_after(wire.link)
+            self.on_gone(wire)
+            if stays:
+                self.line.on_free()
+        self.obey()
+        if not stays:
+            berth.leave()
+
+    # -- for wires
+
+    def on_gone(self, wire: Wire) -> None:
+        """Its connection has ended."""
+        self._drop(wire)
+        self.line.on_gone(wire.bell)
+        self.obey()
+
+    def on_unwanted(self, wire: Wire) -> None:
+        """The hub could not be reached, or has refused."""
+        if not wire.hub.is_listed:
+            self._stop(wire.hub)
+            self._hubs = {key: hub for key, hub in self._hubs.items() if hub is not wire.hub}
+        self.on_gone(wire)
+
+    def may_use(self, wire: Wire, said: Mapping[str, str]) -> bool:
+        """Look at what the hub has said of itself; if it is not to be used, see to that."""
+        hub = wire.hub
+        if said.get("POTHEAD_CLAIM") != "102" and not any([each.id for each in self._hubs.values()]):
+            log.warning("hub %s does not let a worker have other hubs beside it; it is used alone", hub.name)
+            self.is_over = True
+            self._drop(wire)
+            self._on_lonely(hub)
+            self.on_halt()  # at last: slots go where there is something now
+            return False
+        if said.get("POTHEAD_CLAIM") != "102":
+            text = "does not let a worker have other hubs beside it; it is not used"
+            wire.on_refused(Refusal(text, "claim", BACKOFF_REFUSED_S))
+            return False
+        hub.id = said.get("POTHEAD_HUB", "")
+        same = [each for each in self._hubs.values() if each.id == hub.id and each is not hub]
+        hub.twin = next((each for each in same if each.twin is None and each.reachability.is_reached), None)
+        if hub.twin is None:
+            return True
+        log.info("hub %s is the same as %s, and used once", hub.name, hub.twin.name)
+        self._stop(hub)
+        self.obey()
+        return False
+
+    def _drop(self, wire: Wire) -> None:
+        wire.close()
+        self._wires.pop(wire.bell, None)
+
+    def _stop(self, hub: KnownHub) -> None:
+        """Use a hub no longer; what runs there goes on."""
+        for bell in self.line.bells_of(hub):
+            if bell.state is not BellState.SERVING and bell in self._wires:
+                self._drop(self._wires[bell])
+        self.line.leave(hub)
+
+    def obey(self) -> None:
+        """Do what the line has decided. To be called after whatever it was told."""
+        while (orders := self.line.take_orders()) and not self.is_closed:
+            for bell in orders:
+                if bell.state is BellState.COMING:  # and has not gone meanwhile
+                    self._wires.setdefault(bell, Wire(self, bell)).shake_hands()
+
+    # -- which hubs there are
+
+    def _look_around(self) -> None:
+        """Join the hubs that there are; again and again, if there are names or addresses of the same hub."""
+        self._looks_at = math.inf
+        for introduction in self._introductions:
+            url = introduction.url
+            if is_address(url.address.host):
+                self._on_found(introduction, look_up(url.address))
+                continue
+            self._looks_at = time.monotonic() + LOOK_UP_INTERVAL_S
+            if url not in self._being_looked_up:
+                self._look_up(introduction)
+        for hub in [hub for hub in self._hubs.values() if hub.twin]:
+            self._looks_at = time.monotonic() + LOOK_UP_INTERVAL_S
+            if hub.twin and (hub.twin not in self._hubs.values() or not hub.twin.reachability.is_reached):
+                hub.twin = None
+                self.line.join(hub)
+        self.lobby.wake_by(self._looks_at)
+        self.obey()
+
+    def _look_up(self, introduction: Introduction) -> None:
+        """Have a thread ask, which may take its time."""
+
+        def ask() -> None:
+            self.lobby.order(self._on_answer, introduction, look_up(introduction.url.address))
+
+        try:
+            start_thread(ask, "resolver")
+        except OSError as exc:
+            log.warning("names are not looked up for now: %s", exc)
+        else:
+            self._being_looked_up.add(introduction.url)
+
+    def _on_answer(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
+        self._being_looked_up.discard(introduction.url)
+        if not self.is_closed:
+            self._on_found(introduction, found)
+
+    def _on_found(self, introduction: Introduction, found: Sequence[AddressInfo] | OSError) -> None:
+        """These are the addresses of a name; if it could not be looked up, the last ones are good."""
+        url = introduction.url
+        if isinstance(found, OSError):
+            if url not in self._unknown:
+                self._unknown.add(url)
+                log.warning("hub %s unreachable, trying again: %s", url, found.strerror or found)
+            return
+        self._unknown.discard(url)
+        is_one = is_loopback(url.address.host)
+        there = {(url, None): found} if is_one else {(url, each[4]): [each] for each in found}
+        for key, hub in self._hubs.items():
+            hub.is_listed = key in there or key[0] != url
+        for key, infos in there.items():
+            if key not in self._hubs:
+                self._hubs[key] = KnownHub(introduction, infos, self._description)
+                self.line.join(self._hubs[key])
+        self.obey()
 
 
 # ---- Slots -------------------------------------------------------------------------------------------
@@ -4885,19 +5880,25 @@ class Slot:
     With an offer of a gate, it serves a single request.
     """
 
-    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat, offer: Offer | None = None) -> None:
+    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
         self.seat = seat
+        self.is_for_one_request = offer is not None
+        self.is_done = False  # it has had its one request
         self._pool = pool
         self._halt = halt
         self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
         self._poller: select.poll | None = None  # of a link with which it waits itself
+        self._may_take = True  # a request from the link that it has
 
     def run(self) -> None:
         try:
-            while (link := self.seat.take()) is not None:
-                self.seat.give_back(self._serve(link))
+            while True:
+                if (link := self.seat.take()) is not None:
+                    self.seat.give_back(self._serve(link))
+                elif not self._pool.move(self):
+                    break
         finally:
             if self._offer:
                 self._offer.close(self.seat.is_good)
@@ -4908,8 +5909,8 @@ class Slot:
 
         When none was soon after the one before, none is expected to be, and the link is given back at once.
         """
-        self._poller = None
-        if time.monotonic() - link.free_since < HAND_BACK_S:
+        self._poller, self._may_take = None, True
+        if time.monotonic() - link.free_since < HAND_BACK_S and not self.seat.claims:
             self._poller = select.poll()
             self._poller.register(self._halt, select.POLLIN)
             self._poller.register(link, select.POLLIN)
@@ -4925,6 +5926,8 @@ class Slot:
     # -- as the keeper of its requests
 
     def has_next(self, link: Link) -> bool:
+        if not self._may_take:
+            return False
         if link.has_news():
             return True
         if self._poller is None:
@@ -4936,6 +5939,8 @@ class Slot:
     def answer(self, exchange: Exchange) -> Ending:
         link = exchange.link
         link.has_served = True
+        self._may_take = not self.seat.claims
+        self.is_done = self.is_for_one_request
         self._exchange = exchange
         link.when_gone(exchange.cancel)
         try:
@@ -4952,15 +5957,20 @@ class Slot:
     def _answer_and_count(self, exchange: Exchange) -> Ending:
         self._status = GONE_STATUS
         began_at = time.monotonic()
-        self._pool.reachability.on_request()
+        self.seat.reachability.on_request()
         self._pool.metrics.on_request()
+        self._pool.tenure.on_request()
         try:
             return self._pool.server.answer(exchange)
         finally:
             self._pool.metrics.on_response(self._status, time.monotonic() - began_at)
+            self._pool.tenure.on_response()
 
     def is_last(self) -> bool:
-        return self._offer is not None or self._halt.is_set()
+        return self.seat.is_last or self._halt.is_set()
+
+    def must_hold(self, is_early: bool = False) -> bool:
+        return self.seat.must_hold(is_early)
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
         if self._offer:
@@ -4973,7 +5983,7 @@ class Slot:
         log.info("request %s: %s", exchange.request_id, reason)
 
     def on_response(self, status_line: str) -> None:
-        self._pool.reachability.on_response(status_line)
+        self.seat.reachability.on_response(status_line)
 
     # -- for other threads
 
@@ -5107,11 +6117,76 @@ class GateLoop:
 # ---- The pool ----------------------------------------------------------------------------------------
 
 
-def resolve_hub(connect: str | tuple[str, int] | HubURL) -> Address | HubURL:
+class Tenure:
+    """How long the worker stays: until it has had nothing to do for some time, or enough to do."""
+
+    def __init__(self, leave: Callable[[str], None], idle_timeout_s: float, max_requests: float) -> None:
+        """`leave` is called once, with the reason, and returns soon."""
+        self._leave = leave
+        self._idle_timeout_s = idle_timeout_s
+        self._left = max_requests
+        self._is_limited = min(idle_timeout_s, max_requests) < math.inf
+        self._busy = 0
+        self._idle_since = time.monotonic()
+        self._changed = threading.Condition()
+        self._is_over = False
+
+    def start(self) -> None:
+        """Count the idle time from now on. Raises OSError."""
+        self._idle_since = time.monotonic()
+        if self._idle_timeout_s < math.inf:
+            start_thread(self._watch, "idle")
+
+    def end(self) -> None:
+        """The worker ends for another reason."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def on_request(self) -> None:
+        if not self._is_limited:
+            return
+        with self._changed:
+            self._busy += 1
+            self._left -= 1
+            has_enough = not self._left
+        if has_enough:
+            self._leave("it has had its number of requests")
+
+    def on_response(self) -> None:
+        if not self._is_limited:
+            return
+        with self._changed:
+            self._busy -= 1
+            if not self._busy:
+                self._idle_since = time.monotonic()
+                self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._is_over and (left_s := self._left_s()) > 0:
+                self._changed.wait(min(left_s, LONGEST_POLL_S))
+            is_over = self._is_over
+        if not is_over:
+            self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
+
+    def _left_s(self) -> float:
+        return math.inf if self._busy else self._idle_since + self._idle_timeout_s - time.monotonic()
+
+
+Hub = str | tuple[str, int] | HubURL  # as a program may name it
+
+
+def resolve_hubs(connect: Hub | Sequence[Hub]) -> Sequence[Address | HubURL]:
     """Raises ValueError."""
-    if isinstance(connect, str):
-        return parse_hub(connect)
-    return connect if isinstance(connect, HubURL) else Address(*connect)
+    match connect:
+        case str():
+            return parse_hubs(connect)
+        case HubURL():
+            return [connect]
+        case (str(host), int(port)):
+            return [Address(host, port)]
+    return check_hubs([hub for each in connect for hub in resolve_hubs(each)])
 
 
 def introduce(hub: Address | HubURL, credentials: Credentials) -> Introduction | None:
@@ -5133,7 +6208,7 @@ class WorkerPool:
     def __init__(
         self,
         application: WSGIApplication | Forwarder | None,
-        connect: str | tuple[str, int] | HubURL = "localhost:4040",
+        connect: Hub | Sequence[Hub] = "localhost:4040",
         workers: int = 1,
         graceful_timeout_s: float = 30.0,
         *,
@@ -5143,6 +6218,8 @@ class WorkerPool:
         pickups: PickupPort | None = None,
         metrics: Metrics | None = None,
         credentials: Credentials | None = None,
+        idle_timeout_s: float = math.inf,
+        max_requests: float = math.inf,
     ) -> None:
         """`application` is an app, or a Forwarder to a program that serves in its place.
 
@@ -5151,7 +6228,10 @@ class WorkerPool:
         `application` is needed for its gate only. The pool ends the fork server and the pickup port.
 
         `connect` is `host:port` of the hub's silent port, or a URL of the port where it speaks PTTH, which
-        `credentials` are for.
+        `credentials` are for. Of several hubs there are URLs only: in a list, or with commas between them.
+
+        After `idle_timeout_s` without a request, or when `max_requests` have come, the pool ends as if it
+        had been stopped, but gives running requests all the time they need.
 
         Raises ValueError for another address, for credentials that cannot be used, for less than one worker,
         and if there is no app or no gate.
@@ -5166,12 +6246,15 @@ class WorkerPool:
         self._application = application
         self._request_timeout_s = request_timeout_s
         self.pickups = pickups
-        self.hub = resolve_hub(connect)
-        self.introduction = introduce(self.hub, credentials or Credentials())
+        self.hubs = resolve_hubs(connect)
+        self._credentials = credentials or Credentials()
+        self.introduction, *_ = [introduce(hub, self._credentials) for hub in self.hubs]
         self.workers = workers
         self.graceful_timeout_s = graceful_timeout_s
         self._lock = threading.RLock()
         self._halt: Halt | None = None
+        self.switchboard: Switchboard | None = None  # with several hubs
+        self._has_moved = False  # once is enough
         self._slots: list[Slot] = []
         self._numbers = itertools.count(1)
         self._running = 0
@@ -5181,6 +6264,7 @@ class WorkerPool:
         self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
         self._has_gate_ended = False
         self._ended = threading.Event()
+        self.tenure = Tenure(self._retire, idle_timeout_s, max_requests)
 
     def run(self) -> bool:
         """Serve until stopped. Return True if every request could be finished."""
@@ -5193,16 +6277,22 @@ class WorkerPool:
             if self._halt is not None:
                 raise RuntimeError("a WorkerPool runs once")
             self._halt = halt = Halt()
-            slots, description = (1, "gated") if self.gate else (self.workers, f"slots={self.workers}")
-            self.reachability = Reachability(self.hub, slots, description)
-            address = self.hub.address if isinstance(self.hub, HubURL) else self.hub
+            hub = self.hubs[0]
+            self.reachability = self._make_reachability(hub)
+            address = hub.address if isinstance(hub, HubURL) else hub
             self.lobby = Lobby(address, halt, self._on_end, self.introduction)
+            if len(self.hubs) > 1:
+                self._open_switchboard()
+            elif isinstance(hub, HubURL) and not (is_address(address.host) or is_loopback(address.host)):
+                self.lobby.when_found = self._on_found
+                self.lobby.order(Lookout(self.lobby).begin)
             self.server = self._make_server(halt)
             if self.pickups:
                 self.pickups.start()
             if self._is_stopping:
                 halt.set()
             self.lobby.start()
+            self.tenure.start()
             if self.gate:
                 self._running = 1
                 self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
@@ -5225,13 +6315,62 @@ class WorkerPool:
     def _open_slot(self, offer: Offer | None = None) -> None:
         """Raises OSError."""
         assert self._halt is not None
-        seat = Seat(self.lobby, self.reachability, self.metrics, is_for_one_request=offer is not None)
+        seat = self._make_seat(is_for_one_request=offer is not None)
         slot = Slot(self, self._halt, seat, offer)
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
             self._slots.append(slot)
             self._running += 1
         self.lobby.order(seat.begin)
+
+    def _make_reachability(self, hub: Address | HubURL) -> Reachability:
+        return Reachability(hub, 1 if self.gate else self.workers, self._description)
+
+    @property
+    def _description(self) -> str:
+        return "gated" if self.gate else f"slots={self.workers}"
+
+    # -- with several hubs
+
+    def _open_switchboard(self) -> None:
+        urls = [each for each in self.hubs if isinstance(each, HubURL)]
+        self.switchboard = Switchboard(
+            self.lobby, urls, self._credentials, self._count_slots, self._description, self._on_lonely
+        )
+        self.lobby.order(self.switchboard.begin)
+
+    def _on_found(self, found: Sequence[AddressInfo]) -> None:
+        """The name of the hub has been looked up: is there more than one? Called by the lobby's thread."""
+        if len({each[4] for each in found}) > 1 and not self._has_moved:
+            self._has_moved = True
+            self._open_switchboard()
+            self.lobby.close_seats()
+
+    def _on_lonely(self, hub: KnownHub) -> None:
+        """A hub is to be used alone. Called by the lobby's thread."""
+        self._has_moved = True
+        url = hub.introduction.url
+        self.reachability = self._make_reachability(url)
+        self.lobby.open_seats(Introduction(url, self._credentials), hub.found)
+        self.switchboard = None
+
+    def move(self, slot: Slot) -> bool:
+        """Give a slot that has left its place another one, if there are others; return whether that is so."""
+        assert self._halt is not None
+        if self._halt.is_set() or slot.is_done or not slot.seat.must_move:
+            return False
+        slot.seat = self._make_seat(slot.is_for_one_request)
+        self.lobby.order(slot.seat.begin)
+        return True
+
+    def _make_seat(self, is_for_one_request: bool) -> Seat | Berth:
+        if self.switchboard:
+            return Berth(self.switchboard, self.metrics, is_for_one_request)
+        return Seat(self.lobby, self.reachability, self.metrics, is_for_one_request)
+
+    def _count_slots(self) -> int:
+        """Return how many a hub is told of."""
+        return max(1, len(self._slots)) if self.gate else self.workers
 
     def _open_gated_slot(self, offer: Offer) -> None:
         try:
@@ -5260,10 +6399,23 @@ class WorkerPool:
                 return
             self._is_stopping = True
             if self._halt and not self._ended.is_set():
-                self._halt.set()
                 self._schedule(self.graceful_timeout_s, self.stop_now)
-                if self.gate:
-                    try_to_start(self._gate_timer)
+                self._drain()
+
+    def _drain(self) -> None:
+        assert self._halt is not None
+        if self._halt.is_set():  # it has retired before
+            return
+        self._halt.set()
+        if self.gate:
+            try_to_start(self._gate_timer)
+
+    def _retire(self, reason: str) -> None:
+        """Drain for however long that takes, unless the pool is stopped meanwhile."""
+        with self._lock:
+            if not (self._is_stopping or self._ended.is_set()):
+                log.info("draining: %s", reason)
+                self._drain()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -5315,24 +6467,24 @@ class WorkerPool:
 
     @property
     def is_stopping(self) -> bool:
-        return self._is_stopping
+        return self._is_stopping or (self._halt is not None and self._halt.is_set())
 
     @property
     def is_connected(self) -> bool:
         """Whether the hub could be reached the last time."""
-        return self._halt is not None and self.reachability.is_reached
+        return self._halt is not None and (self.switchboard or self.reachability).is_reached
 
     def count(self) -> tuple[int, int]:
         """Return how many slots wait for a request and how many serve one."""
         with self._lock:
             busy = sum(slot.is_busy for slot in self._slots)
-            return sum(slot.seat.link is not None for slot in self._slots) - busy, busy
+            return sum(slot.seat.is_offered for slot in self._slots) - busy, busy
 
     def wait_for_drain(self, sock: socket.socket) -> bool:
         """Return whether the pool began to stop before the other end of `sock` left or sent something."""
         try:
             assert self._halt is not None
-            return self._is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
+            return self.is_stopping or not wait_ready(sock.fileno(), select.POLLIN, halt=self._halt)
         except ValueError:  # it has ended meanwhile, and with it the halt
             return True
 
@@ -5360,6 +6512,7 @@ class WorkerPool:
     def _on_end(self) -> None:
         """Called by the lobby's thread as its last act."""
         assert self._halt is not None
+        self.tenure.end()
         with self._lock:
             if self._timer:
                 self._timer.cancel()
@@ -5667,7 +6820,7 @@ def format_import_error(exc: BaseException) -> str:
 class Options:
     """What the command line and the environment say, validated. Durations are seconds, `math.inf` for off."""
 
-    connect: Address | HubURL = Address("localhost", 4040)  # noqa: RUF009  # tuples, which nobody can change
+    connect: tuple[Address | HubURL, ...] = (Address("localhost", 4040),)
     origin: tuple[str, ...] = ()
     token_file: str | None = None
     cafile: str | None = None
@@ -5679,6 +6832,8 @@ class Options:
     inspection_port: int | None = None
     inspection_host: str | None = "127.0.0.1"
     graceful_timeout: float = 30.0
+    idle_timeout: float = math.inf
+    max_requests: float = math.inf
     use_request_subprocess: bool = False
     request_timeout: float = math.inf
     redirect_response: int | None = None
@@ -5755,6 +6910,15 @@ def parse_host(text: str) -> str | None:
 def parse_workers(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
+
+
+def parse_count(text: str) -> float:
+    """Return a number of at least 1; `off` is any. Raises ValueError."""
+    if text.lower() == "off":
+        return math.inf
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
+        raise ValueError(f"{text!r} is neither a number from 1 on nor off")
     return int(text)
 
 
@@ -5841,9 +7005,10 @@ TOKEN_VARIABLE = "POTHEAD_WORKER_TOKEN"
 # option of Options: (group, reader, placeholder (none: it is a switch), what it is)
 OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "connect": (
-        "the hub", parse_hub, "HUB",
+        "the hub", parse_hubs, "HUB",
         "https://HOST:PORT or http://HOST:PORT where the hub speaks PTTH, or HOST:PORT of its silent worker "
-        "port (default: $POTHEAD_CONNECT, then localhost:4040)",
+        "port; of several hubs the former, repeated, or with commas (default: $POTHEAD_CONNECT, then "
+        "localhost:4040)",
     ),
     "origin": (
         "the hub", parse_origins, "URL",
@@ -5884,6 +7049,13 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "graceful_timeout": (
         "the process", parse_duration, "TIME", "how long requests may take to finish after SIGTERM",
     ),
+    "idle_timeout": (
+        "the process", parse_limit, "TIME",
+        "drain and end, with status 0, after so long without a request; nothing that runs is cut off",
+    ),
+    "max_requests": (
+        "the process", parse_count, "N", "the same after N requests",
+    ),
     "use_request_subprocess": (
         "requests", parse_switch, "",
         "serve each request in a process of its own, which is killed when nobody waits for it any more",
@@ -5919,7 +7091,7 @@ VARIABLES: Mapping[str, tuple[str, Callable[[str], object]]] = {
     "metrics_port": ("PROMETHEUS_PORT", parse_port),
     "token": (TOKEN_VARIABLE, Secret),
 }
-REPEATABLE = ("origin",)
+REPEATABLE = ("origin", "connect")
 OLDER_VARIABLES = {"connect": ["POTHEAD_CONNECT"], "workers": ["POTHEAD_WORKERS"]}
 
 
@@ -5931,7 +7103,7 @@ def write_value(value: object, parse: Callable[[str], object]) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return "off" if value == math.inf else f"{value:g}s"
-    return ",".join(value) if parse is parse_origins and isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flag_of(name: str) -> str:
@@ -6120,7 +7292,7 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--token-file and {TOKEN_VARIABLE} exclude each other")
     if options.keyfile and not options.certfile:
         raise UsageError("--keyfile: there is no --certfile")
-    if options.origin and isinstance(options.connect, HubURL) and options.connect.path != "/":
+    if options.origin and any([isinstance(hub, HubURL) and hub.path != "/" for hub in options.connect]):
         raise UsageError("--origin: the origins stand in the path, but --connect names another")
     for name in ("redirect_host", "redirect_url", "redirect_tls"):
         if getattr(options, name) and options.redirect_response is None:
@@ -6449,7 +7621,8 @@ def make_pickup_context(options: Options) -> ssl.SSLContext:
 def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, list[PagePort]]:
     """Bind the ports, empty the directory of the metrics, import the app. Raises UsageError, LoadError."""
     try:
-        introduce(options.connect, options.credentials)  # before the app takes its time
+        for hub in options.connect:
+            introduce(hub, options.credentials)  # before the app takes its time
         context = make_pickup_context(options) if options.redirect_tls else None
     except ValueError as exc:
         raise UsageError(str(exc)) from None
@@ -6480,6 +7653,8 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         pickups=pickups,
         metrics=metrics,
         credentials=options.credentials,
+        idle_timeout_s=options.idle_timeout,
+        max_requests=options.max_requests,
     )
     if inspection:
         inspection.pages = Inspection(pool).pages
@@ -6547,7 +7722,7 @@ def check(given: Given, stack: contextlib.ExitStack) -> None:
     if pool.fork_server:
         pool.fork_server.close()
     what = options.app or options.forward or "the demo"
-    text = f"would connect to {options.connect} and serve {what}"
+    text = f"would connect to {' and '.join(map(str, options.connect))} and serve {what}"
     print("\n".join([*given.describe(), check_line(text, options.log_format)]))
 
 
@@ -6566,7 +7741,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(options.log_level.upper(), options.log_format)
             sys.excepthook = log_uncaught
             warn_of_unknown_variables(os.environ)
-            warn_of_other_port(options.connect)
+            warn_of_other_port(options.connect[0])
             if given.is_check:
                 check(given, stack)
             else:

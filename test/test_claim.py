@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -202,6 +203,24 @@ def test_unclaimed_get_is_taken_back_and_unclaimed_post_waits() -> None:
                 assert other.read_response().status == 200
             hung.send(CLAIM + OK)
             assert consumer.read_response().status == 200
+
+
+def test_claimed_request_has_all_the_time_that_it_needs() -> None:
+    with hub_process("--ptth-port", "0", limits={"unclaimed_s": 0.1}) as hub:
+        with bell(hub) as slot, ask(hub, post(b"/long", b"x")) as consumer:
+            slot.read_request()
+            slot.send(CLAIM)
+            time.sleep(0.4)  # there is nothing to wait for: that is what is tested
+            slot.send(OK)
+            assert consumer.read_response().status == 200
+
+
+def test_claimed_request_has_to_be_answered_within_the_response_timeout() -> None:
+    with hub_process("--ptth-port", "0", "--response-timeout", "300ms") as hub:
+        with bell(hub) as slot, ask(hub, post(b"/long", b"x")) as consumer:
+            slot.read_request()
+            slot.send(CLAIM)
+            assert consumer.read_response().status == 504
 
 
 def test_slots_count_as_announced_however_many_connections_there_are(hub: HubProcess) -> None:

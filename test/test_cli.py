@@ -267,7 +267,7 @@ def test_process_ends_with_2_after_a_usage_error() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "field", "value"),
     [
-        ("connect", "[::1]:4041", "connect", pothead_worker.Address("::1", 4041)),
+        ("connect", "[::1]:4041", "connect", (pothead_worker.Address("::1", 4041),)),
         ("workers", "7", "workers", 7),
         ("graceful_timeout", "250ms", "graceful_timeout", 0.25),
         ("log_level", "DEBUG", "log_level", "debug"),

@@ -1428,7 +1428,7 @@ def test_connection_that_is_given_back_after_its_end_was_seen_is_replaced(
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="without it, the lobby does all of this itself")
-@pytest.mark.parametrize("moment", ["wait_again", "is_halting"])
+@pytest.mark.parametrize("moment", ["wait_again", "is_closing"])
 def test_connection_that_is_given_back_during_the_halt_is_closed(
     serving: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -1767,8 +1767,8 @@ def test_stop_interrupts_a_connection_attempt(lines: Lines, monkeypatch: pytest.
     waiting = threading.Event()
     dial = pothead_worker.Seat._dial
 
-    def telling(seat: pothead_worker.Seat) -> None:
-        dial(seat)
+    def telling(seat: pothead_worker.Seat, *found: Any) -> None:
+        dial(seat, *found)
         assert seat.stage is pothead_worker.Stage.DIALLING
         waiting.set()
 
@@ -1976,16 +1976,16 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     environment = {"POTHEAD_WORKER_WORKERS": "3", "POTHEAD_WORKERS": "4", "POTHEAD_CONNECT": "[::1]:5"}
     options = pothead_worker.parse_args(["--graceful-timeout", "1.5m", "m:a"], environment)
     assert options == pothead_worker.Options(
-        connect=pothead_worker.Address("::1", 5),
+        connect=(pothead_worker.Address("::1", 5),),
         workers=3,
         graceful_timeout=90.0,
         log_level="info",
         app="m:a",
     )
-    assert str(options.connect) == "[::1]:5"
+    assert str(options.connect[0]) == "[::1]:5"
     assert pothead_worker.parse_args(["--workers", "2"], environment).workers == 2
     defaults = pothead_worker.parse_args([], {"POTHEAD_WORKER_CONNECT": "", "POTHEAD_WORKERS": "4"})
-    assert str(defaults.connect) == "localhost:4040"
+    assert str(defaults.connect[0]) == "localhost:4040"
     assert (defaults.workers, defaults.graceful_timeout, defaults.app) == (4, 30.0, None)
 
 
