@@ -4149,9 +4149,11 @@ class Exchange:
             self.attempt.progress = HEARD
 
     def on_claimed(self) -> None:
-        """The slot begins with it."""
-        assert self.attempt is not None
-        self.attempt.progress = UNHEARD
+        """The slot begins with it, and has the time for that which any slot has."""
+        attempt = self.attempt
+        assert attempt is not None
+        attempt.progress = UNHEARD
+        attempt.slot.stream.deadline = attempt.since + self._hub.options.response_timeout
         self.pump()
 
     def on_interim(self, head: ResponseHead) -> None:
@@ -4962,8 +4964,8 @@ class Slot:
             return
         reader.feed(data)
         if exchange is None or (exchange.attempt is not None and exchange.attempt.progress is OFFERED):
-            if not self._is_claimed(exchange):
-                return
+            if not self._is_claimed(exchange) or not reader.inbuf:
+                return  # a claim is no word of a response yet
             assert exchange is not None
         exchange.on_heard()
         try:
