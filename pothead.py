@@ -3327,6 +3327,7 @@ class TlsTransport(Transport):
 
     def receive_into(self, buffer: memoryview) -> int | None:
         if self._is_over:
+            self.has_rest = False  # what was decrypted and not received yet is dropped, too
             return super().receive_into(buffer)
         size = len(self._ahead)
         buffer[:size] = self._ahead

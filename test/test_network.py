@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -690,6 +691,21 @@ def test_broken_certificate_changes_nothing(files: Path, tmp_path: Path) -> None
         assert "does not belong" in hub.stderr
         with join(hub, context=wire.trusting(files)):
             pass
+
+
+@pytest.mark.parametrize("port", ["main", "ptth"])
+def test_what_was_decrypted_before_a_refusal_keeps_nothing_busy(files: Path, port: str) -> None:
+    with (
+        network_hub(files, *tls_options(files, "main,ptth"), workers=None) as hub,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            peer = stack.enter_context(Peer.connect(getattr(hub, port), wire.trusting(files)))
+            peer.send(b"GARBAGE\r\n\r\n" + bytes(200_000))
+            assert peer.read_response().status == 400
+        before = wire.cpu_ticks(hub.pid)
+        time.sleep(1)
+        assert wire.cpu_ticks(hub.pid) - before < 10
 
 
 def test_key_update_of_a_waiting_worker_is_no_breach(files: Path, tmp_path: Path) -> None:
