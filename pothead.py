@@ -1247,7 +1247,9 @@ class Registration(NamedTuple):
 
     permit: Permit | None = None
     origins: frozenset[str] = frozenset()  # that it serves; none: all that it may
-    process: str = ""  # the worker's id, if it claims each request: it may offer the same slot elsewhere, too
+    # The worker's name and the id that it gives its process, if it claims each request: it may offer the
+    # same slot elsewhere, too.
+    process: str = ""
     slots: int = 0  # that the process has
 
     @property
@@ -1379,7 +1381,8 @@ def register(
     if permit.origins and not application.origins <= permit.origins:
         refused = ", ".join(sorted(application.origins - permit.origins))
         raise ProtocolError(403, f"worker {permit.name} may not serve {refused}")
-    return Registration(permit, application.origins or permit.origins, application.process, application.slots)
+    process = application.process and f"{permit.name}:{application.process}"  # of no other worker
+    return Registration(permit, application.origins or permit.origins, process, application.slots)
 
 
 def read_permits(text: str, path: str) -> dict[str, Permit]:
@@ -1388,7 +1391,7 @@ def read_permits(text: str, path: str) -> dict[str, Permit]:
     Raises ``ValueError`` with file, line and what is wrong; a secret is never repeated.
     """
     permits: dict[str, Permit] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # and at nothing else: a comment may have anything
         if words := line.partition("#")[0].split():
             try:
                 permit = _permit(words)
@@ -1403,7 +1406,7 @@ def read_permits(text: str, path: str) -> dict[str, Permit]:
 def load_permits(path: str) -> dict[str, Permit]:
     """Returns what a workers file says.  Raises ``ValueError`` with a sentence for the user."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return read_permits(file.read(), path)
     except UnicodeDecodeError:
         raise ValueError(f"--workers-file: {path} is no text in UTF-8") from None
@@ -3569,7 +3572,7 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
         certificate = peer.getpeercert()
-    except ssl.SSLError as exc:
+    except OSError as exc:  # of TLS, or the file has gone since it was read
         raise ValueError(f"--certfile: {certfile} cannot be used: {describe_tls(exc)}") from exc
     assert certificate
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
@@ -4729,14 +4732,14 @@ class Applicant:
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_held", "_hub", "_inbuf", "_stream")
+    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
 
     def __init__(
         self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
         self._stream = stream
-        self._held = held  # what a worker had joined with that holds the connection now
+        self.registration = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf(received)
         stream.role = self
         hub.loop.touch(stream)
@@ -4779,8 +4782,8 @@ class Applicant:
 
     def _leave(self) -> None:
         self._hub.newcomers.pop(self._stream, None)
-        if self._held is not None:
-            self._hub.count_process(self._held, -1)
+        if self.registration is not None:
+            self._hub.count_process(self.registration, -1)
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
@@ -4820,14 +4823,14 @@ class Rehearsal:
     is given a moment, and then has to echo a word of its own protocol.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_registration", "_stream")
+    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
 
     PING: Final = b"RPING"
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
         self._hub = hub
         self._stream = stream
-        self._registration = registration
+        self.registration = registration
         self._inbuf: bytes | None = None  # once it has been asked
         stream.role = self
         stream.deadline = hub.loop.now + LIMITS.envoy_pause_s
@@ -4840,7 +4843,7 @@ class Rehearsal:
         self._inbuf = None if self._inbuf is None else self._inbuf + bytes(data)
         if self._inbuf == self.PING:
             self._stream.deadline = math.inf
-            self._hub.enlist(self._stream, self._registration)
+            self._hub.enlist(self._stream, self.registration)
         elif self._inbuf is None or not self.PING.startswith(self._inbuf):
             self._stream.close()
 
@@ -5641,7 +5644,8 @@ class Hub:
     def hold(self, slot: Slot, received: Inbuf) -> None:
         """The worker keeps the connection, but is to be sent nothing before another handshake on it."""
         stream = slot.stream
-        if stream.closed or stream.outbuf is not None:  # what has not been sent could not be taken back
+        # What has not been sent could not be taken back.
+        if stream.closed or stream.outbuf is not None or not slot.is_welcome:
             self._forget(slot)
             return
         self.slots.discard(slot)
@@ -5969,10 +5973,14 @@ class Hub:
             slot.is_welcome = self._is_permitted(slot.registration)
             if not slot.is_welcome and slot.exchange is None:
                 self.on_worker_left(slot)
+        for watched in list(self.loop.watched):  # those that are no slot just now
+            role = watched.role if isinstance(watched, Stream) else None
+            if isinstance(role, Applicant | Rehearsal) and not self._is_permitted(role.registration):
+                role.on_hangup(reset=False)
 
-    def _is_permitted(self, registration: Registration) -> bool:
+    def _is_permitted(self, registration: Registration | None) -> bool:
         """Whether a slot may go on with what it has joined with; the silent worker port asks for nothing."""
-        if registration.permit is None or self.permits is None:
+        if registration is None or registration.permit is None or self.permits is None:
             return True
         permit = self.permits.get(registration.permit.credential)
         if permit is None or permit.name != registration.permit.name:
