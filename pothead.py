@@ -3450,8 +3450,13 @@ class TlsTransport(Transport):
 
     def close(self) -> None:
         self._say_goodbye()
-        self._on_open = _do_nothing
+        self._let_go()
         super().close()
+
+    def _let_go(self) -> None:
+        """Forgets who knows this: a circle would wait for the garbage collector, with all that TLS keeps."""
+        self._on_open = _do_nothing
+        self.fault = None  # whose traceback has been here
 
     def _say_goodbye(self) -> None:
         """Sends close_notify, unless a record has been sent in part: it would be lost in that."""
@@ -3473,6 +3478,7 @@ class TlsTransport(Transport):
 
     def in_clear(self) -> Transport:
         """Returns a transport without TLS in the place of this one, for a peer that speaks none."""
+        self._let_go()
         return Transport(self._sock)
 
 

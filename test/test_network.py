@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import random
@@ -707,6 +708,38 @@ def test_what_was_decrypted_before_a_refusal_keeps_nothing_busy(files: Path, por
         before = wire.cpu_ticks(hub.pid)
         time.sleep(1)
         assert wire.cpu_ticks(hub.pid) - before < 10
+
+
+class Owner:
+    """Who knows a transport and is known to it, as a role is."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self.transport = TlsTransport(sock, context, self.on_open)
+
+    def on_open(self) -> None: ...
+
+
+@pytest.mark.parametrize("said", [b"\x16garbage", b"GET / HTTP/1.1\r\n\r\n", b""])
+def test_failed_handshake_leaves_nothing_for_the_garbage_collector(files: Path, said: bytes) -> None:
+    context = Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key"))).context(
+        "ptth"
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        near, far = socket.socketpair(socket.AF_UNIX)
+        with near, far:
+            far.sendall(said)
+            far.shutdown(socket.SHUT_WR)
+            owner = Owner(near, context)
+            with pytest.raises(OSError):
+                while owner.transport.receive_into(memoryview(bytearray(1000))) != 0:
+                    pass
+            (owner.transport.in_clear() if owner.transport.spoke_in_clear else owner.transport).close()
+            del owner
+        assert not [each for each in gc.get_objects() if isinstance(each, TlsTransport)]
+    finally:
+        gc.enable()
 
 
 ENVOY = [b"x-envoy-reverse-tunnel-%b-id: it" % each for each in (b"node", b"cluster", b"tenant")]
