@@ -4937,6 +4937,11 @@ class Slot:
         else:
             self._hub.release(self, reusable=reusable)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has nothing to do, and counts as idle."""
+        return self.exchange is None and not self._has_old_body
+
     def _leave_old_body(self, *, reusable: bool) -> None:
         """The end of a body that was answered early has been sent, or the connection is over."""
         self._has_old_body = False
@@ -5022,6 +5027,8 @@ class Slot:
         self._holds = True
         if exchange is not None:
             exchange.on_turned_away(is_held=True)
+        elif self._has_old_body:  # which could not be taken back
+            self._leave_old_body(reusable=False)
         else:
             self._hub.policy.remove(self)
             self._hub.hold(self, self._reader.inbuf)
@@ -5681,7 +5688,7 @@ class Hub:
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""
         for slot in [each for each in self.slots if each.registration.process == process]:
-            if slot.exchange is None:
+            if slot.is_waiting:
                 self.on_worker_left(slot)
 
     def claim_fields(self) -> bytes:
@@ -5977,7 +5984,7 @@ class Hub:
         self.permits = load_permits(self.options.workers_file)
         for slot in list(self.slots):
             slot.is_welcome = self._is_permitted(slot.registration)
-            if not slot.is_welcome and slot.exchange is None:
+            if not slot.is_welcome and slot.is_waiting:
                 self.on_worker_left(slot)
         for watched in list(self.loop.watched):  # those that are no slot just now
             role = watched.role if isinstance(watched, Stream) else None
