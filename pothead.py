@@ -3383,6 +3383,8 @@ class TlsTransport(Transport):
 
     def _fetch(self) -> bool:
         """Receives something to decrypt, if only the end; false if nothing has come."""
+        if self._outgoing.pending > LIMITS.handshake_bytes:  # such as refusals to renegotiate, without end
+            raise ConnectionAbortedError("it does not read what TLS answers")
         try:
             data = self._sock.recv(LIMITS.receive_bytes)
         except (BlockingIOError, InterruptedError):

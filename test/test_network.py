@@ -710,6 +710,35 @@ def test_what_was_decrypted_before_a_refusal_keeps_nothing_busy(files: Path, por
         assert wire.cpu_ticks(hub.pid) - before < 10
 
 
+class Chatterer:
+    """In the place of OpenSSL: it has much to answer to each thing that comes, and understands none of it."""
+
+    def __init__(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
+
+    def do_handshake(self) -> None:
+        self.outgoing.write(self.incoming.read() * 10)
+        raise ssl.SSLWantReadError
+
+
+def test_answers_of_tls_that_nobody_reads_are_not_kept_without_end(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key"))).context(
+        "ptth"
+    )
+    monkeypatch.setattr(context, "wrap_bio", lambda *bios, server_side: Chatterer(*bios))
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        transport = TlsTransport(near, context, lambda: None)
+        sent = 0
+        with pytest.raises(ConnectionAbortedError):
+            while sent < 10_000_000:
+                sent += far.send(b"\x16" + bytes(999))
+                assert transport.receive_into(memoryview(bytearray(1000))) is None
+
+
 class Owner:
     """Who knows a transport and is known to it, as a role is."""
 
