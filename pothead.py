@@ -1249,7 +1249,9 @@ class Registration(NamedTuple):
 
     permit: Permit | None = None
     origins: frozenset[str] = frozenset()  # that it serves; none: all that it may
-    process: str = ""  # the worker's id, if it claims each request: it may offer the same slot elsewhere, too
+    # The worker's name and the id that it gives its process, if it claims each request: it may offer the
+    # same slot elsewhere, too.
+    process: str = ""
     slots: int = 0  # that the process has
 
     @property
@@ -1381,7 +1383,8 @@ def register(
     if permit.origins and not application.origins <= permit.origins:
         refused = ", ".join(sorted(application.origins - permit.origins))
         raise ProtocolError(403, f"worker {permit.name} may not serve {refused}")
-    return Registration(permit, application.origins or permit.origins, application.process, application.slots)
+    process = application.process and f"{permit.name}:{application.process}"  # of no other worker
+    return Registration(permit, application.origins or permit.origins, process, application.slots)
 
 
 def read_permits(text: str, path: str) -> dict[str, Permit]:
@@ -1390,7 +1393,7 @@ def read_permits(text: str, path: str) -> dict[str, Permit]:
     Raises ``ValueError`` with file, line and what is wrong; a secret is never repeated.
     """
     permits: dict[str, Permit] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # and at nothing else: a comment may have anything
         if words := line.partition("#")[0].split():
             try:
                 permit = _permit(words)
@@ -1405,7 +1408,7 @@ def read_permits(text: str, path: str) -> dict[str, Permit]:
 def load_permits(path: str) -> dict[str, Permit]:
     """Returns what a workers file says.  Raises ``ValueError`` with a sentence for the user."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return read_permits(file.read(), path)
     except UnicodeDecodeError:
         raise ValueError(f"--workers-file: {path} is no text in UTF-8") from None
@@ -3335,6 +3338,7 @@ class TlsTransport(Transport):
 
     def receive_into(self, buffer: memoryview) -> int | None:
         if self._is_over:
+            self.has_rest = False  # what was decrypted and not received yet is dropped, too
             return super().receive_into(buffer)
         size = len(self._ahead)
         buffer[:size] = self._ahead
@@ -3387,6 +3391,8 @@ class TlsTransport(Transport):
 
     def _fetch(self) -> bool:
         """Receives something to decrypt, if only the end; false if nothing has come."""
+        if self._outgoing.pending > LIMITS.handshake_bytes:  # such as refusals to renegotiate, without end
+            raise ConnectionAbortedError("it does not read what TLS answers")
         try:
             data = self._sock.recv(LIMITS.receive_bytes)
         except (BlockingIOError, InterruptedError):
@@ -3454,8 +3460,13 @@ class TlsTransport(Transport):
 
     def close(self) -> None:
         self._say_goodbye()
-        self._on_open = _do_nothing
+        self._let_go()
         super().close()
+
+    def _let_go(self) -> None:
+        """Forgets who knows this: a circle would wait for the garbage collector, with all that TLS keeps."""
+        self._on_open = _do_nothing
+        self.fault = None  # whose traceback has been here
 
     def _say_goodbye(self) -> None:
         """Sends close_notify, unless a record has been sent in part: it would be lost in that."""
@@ -3477,6 +3488,7 @@ class TlsTransport(Transport):
 
     def in_clear(self) -> Transport:
         """Returns a transport without TLS in the place of this one, for a peer that speaks none."""
+        self._let_go()
         return Transport(self._sock)
 
 
@@ -3576,7 +3588,7 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
         certificate = peer.getpeercert()
-    except ssl.SSLError as exc:
+    except OSError as exc:  # of TLS, or the file has gone since it was read
         raise ValueError(f"--certfile: {certfile} cannot be used: {describe_tls(exc)}") from exc
     assert certificate
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
@@ -4158,10 +4170,11 @@ class Exchange:
             self.attempt.progress = HEARD
 
     def on_claimed(self) -> None:
-        """The slot begins with it."""
-        assert self.attempt is not None
-        self.attempt.progress = UNHEARD
-        self.attempt.slot.stream.deadline = self.attempt.since + self._hub.options.response_timeout
+        """The slot begins with it, and has the time for that which any slot has."""
+        attempt = self.attempt
+        assert attempt is not None
+        attempt.progress = UNHEARD
+        attempt.slot.stream.deadline = attempt.since + self._hub.options.response_timeout
         self.pump()
 
     def on_interim(self, head: ResponseHead) -> None:
@@ -4736,14 +4749,14 @@ class Applicant:
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_held", "_hub", "_inbuf", "_stream")
+    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
 
     def __init__(
         self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
         self._stream = stream
-        self._held = held  # what a worker had joined with that holds the connection now
+        self.registration = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf(received)
         stream.role = self
         hub.loop.touch(stream)
@@ -4786,8 +4799,8 @@ class Applicant:
 
     def _leave(self) -> None:
         self._hub.newcomers.pop(self._stream, None)
-        if self._held is not None:
-            self._hub.count_process(self._held, -1)
+        if self.registration is not None:
+            self._hub.count_process(self.registration, -1)
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
@@ -4827,14 +4840,14 @@ class Rehearsal:
     is given a moment, and then has to echo a word of its own protocol.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_registration", "_stream")
+    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
 
     PING: Final = b"RPING"
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
         self._hub = hub
         self._stream = stream
-        self._registration = registration
+        self.registration = registration
         self._inbuf: bytes | None = None  # once it has been asked
         stream.role = self
         stream.deadline = hub.loop.now + LIMITS.envoy_pause_s
@@ -4847,7 +4860,7 @@ class Rehearsal:
         self._inbuf = None if self._inbuf is None else self._inbuf + bytes(data)
         if self._inbuf == self.PING:
             self._stream.deadline = math.inf
-            self._hub.enlist(self._stream, self._registration)
+            self._hub.enlist(self._stream, self.registration)
         elif self._inbuf is None or not self.PING.startswith(self._inbuf):
             self._stream.close()
 
@@ -4934,6 +4947,11 @@ class Slot:
         else:
             self._hub.release(self, reusable=reusable)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has nothing to do, and counts as idle."""
+        return self.exchange is None and not self._has_old_body
+
     def _leave_old_body(self, *, reusable: bool) -> None:
         """The end of a body that was answered early has been sent, or the connection is over."""
         self._has_old_body = False
@@ -4971,8 +4989,8 @@ class Slot:
             return
         reader.feed(data)
         if exchange is None or (exchange.attempt is not None and exchange.attempt.progress is OFFERED):
-            if not self._is_claimed(exchange):
-                return
+            if not self._is_claimed(exchange) or not reader.inbuf:
+                return  # a claim is no word of a response yet
             assert exchange is not None
         exchange.on_heard()
         try:
@@ -5019,6 +5037,8 @@ class Slot:
         self._holds = True
         if exchange is not None:
             exchange.on_turned_away(is_held=True)
+        elif self._has_old_body:  # which could not be taken back
+            self._leave_old_body(reusable=False)
         else:
             self._hub.policy.remove(self)
             self._hub.hold(self, self._reader.inbuf)
@@ -5648,7 +5668,8 @@ class Hub:
     def hold(self, slot: Slot, received: Inbuf) -> None:
         """The worker keeps the connection, but is to be sent nothing before another handshake on it."""
         stream = slot.stream
-        if stream.closed or stream.outbuf is not None:  # what has not been sent could not be taken back
+        # What has not been sent could not be taken back.
+        if stream.closed or stream.outbuf is not None or not slot.is_welcome:
             self._forget(slot)
             return
         self.slots.discard(slot)
@@ -5678,7 +5699,7 @@ class Hub:
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""
         for slot in [each for each in self.slots if each.registration.process == process]:
-            if slot.exchange is None:
+            if slot.is_waiting:
                 self.on_worker_left(slot)
 
     def claim_fields(self) -> bytes:
@@ -5980,12 +6001,16 @@ class Hub:
         self.permits = load_permits(self.options.workers_file)
         for slot in list(self.slots):
             slot.is_welcome = self._is_permitted(slot.registration)
-            if not slot.is_welcome and slot.exchange is None:
+            if not slot.is_welcome and slot.is_waiting:
                 self.on_worker_left(slot)
+        for watched in list(self.loop.watched):  # those that are no slot just now
+            role = watched.role if isinstance(watched, Stream) else None
+            if isinstance(role, Applicant | Rehearsal) and not self._is_permitted(role.registration):
+                role.on_hangup(reset=False)
 
-    def _is_permitted(self, registration: Registration) -> bool:
+    def _is_permitted(self, registration: Registration | None) -> bool:
         """Whether a slot may go on with what it has joined with; the silent worker port asks for nothing."""
-        if registration.permit is None or self.permits is None:
+        if registration is None or registration.permit is None or self.permits is None:
             return True
         permit = self.permits.get(registration.permit.credential)
         if permit is None or permit.name != registration.permit.name:

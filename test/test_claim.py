@@ -178,6 +178,37 @@ def test_worker_that_dies_after_its_claim_is_a_lost_worker(hub: HubProcess) -> N
         assert consumer.read_response().status == 502
 
 
+def test_claimed_request_has_all_the_time_that_others_have() -> None:
+    with hub_process("--ptth-port", "0", limits={"unclaimed_s": 0.2}) as hub:
+        with bell(hub) as slot, ask(hub, post(b"/long", b"body")) as consumer:
+            slot.read_request()
+            slot.send(CLAIM)
+            time.sleep(0.5)
+            assert hub.stats()["requests_in_flight"] == 1
+            slot.send(OK)
+            assert consumer.read_response().status == 200
+
+
+def test_claimed_request_that_is_never_answered_meets_the_response_timeout() -> None:
+    with hub_process("--ptth-port", "0", "--response-timeout", "0.4s", limits={"unclaimed_s": 0.1}) as hub:
+        with bell(hub) as slot, ask(hub, post(b"/hangs", b"body")) as consumer:
+            slot.read_request()
+            slot.send(CLAIM)
+            assert consumer.read_response().status == 504
+
+
+def test_get_whose_worker_dies_after_its_claim_goes_to_another(hub: HubProcess) -> None:
+    with bell(hub) as slot, ask(hub, get(b"/again")) as consumer:
+        slot.read_request()
+        slot.send(CLAIM)
+        hub.until(lambda stats: stats["requests_in_flight"] == 1)
+        slot.close()
+        with bell(hub, b"two") as free:
+            assert free.read_request().value(b"Pothead-Attempt") == b"2"
+            free.send(CLAIM + OK)
+            assert consumer.read_response().status == 200
+
+
 def test_worker_that_dies_within_its_claim_may_have_begun(hub: HubProcess) -> None:
     with bell(hub) as slot, ask(hub, post(b"/work", b"body")) as consumer:
         slot.read_request()

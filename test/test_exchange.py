@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -910,6 +911,36 @@ def test_slot_that_never_takes_the_old_body_is_given_up(rig: Rig, ending: str) -
         rig.pass_time(pothead.LIMITS.unacknowledged_s + 1)
     rig.until(lambda: not rig.hub.slots)
     assert (rig.hub.policy.idle, rig.hub.policy.running) == (0, 0)
+
+
+@pytest.mark.parametrize("event", ["is locked out", "is dropped", "withdraws"])
+def test_slot_that_is_sent_an_old_body_is_not_taken_for_an_idle_one(
+    new_rig: Callable[..., Rig], tmp_path: Path, event: str
+) -> None:
+    (tmp_path / "workers").write_text("somebody-else token:x")
+    rig = new_rig(ptth_port=0, workers_file=str(tmp_path / "workers"))
+    slot, consumer = with_unsent_body(rig, bytes(300_000))
+    slot.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n")
+    assert rig.response(consumer).status == 413
+    (worker,) = rig.hub.slots
+    if event == "is locked out":
+        permit = pothead.Permit("alpha", "sha256:0")
+        worker.registration = pothead.Registration(permit)
+        rig.hub.reload()
+    else:
+        worker.registration = pothead.Registration(process="one", slots=1)
+        rig.hub.count_process(worker.registration, 1)
+        rig.hub._claiming += 1
+        if event == "withdraws":
+            slot.send(b"HTTP/1.1 503 Full\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n")
+        else:
+            rig.hub.drop_process("one")
+    if event != "withdraws":
+        rig.turn()
+        assert rig.hub.slots == {worker}
+        slot.close()
+    rig.until(lambda: not rig.hub.slots)
+    assert (rig.hub.policy.idle, rig.hub.policy.running, rig.hub.total_slots) == (0, 0, 0)
 
 
 def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import random
@@ -13,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from pothead import (
     ProtocolError,
     TlsTransport,
     is_origin,
+    load_permits,
     read_application,
     read_permits,
     register,
@@ -690,6 +693,164 @@ def test_broken_certificate_changes_nothing(files: Path, tmp_path: Path) -> None
         assert "does not belong" in hub.stderr
         with join(hub, context=wire.trusting(files)):
             pass
+
+
+@pytest.mark.parametrize("port", ["main", "ptth"])
+def test_what_was_decrypted_before_a_refusal_keeps_nothing_busy(files: Path, port: str) -> None:
+    with (
+        network_hub(files, *tls_options(files, "main,ptth"), workers=None) as hub,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            peer = stack.enter_context(Peer.connect(getattr(hub, port), wire.trusting(files)))
+            peer.send(b"GARBAGE\r\n\r\n" + bytes(200_000))
+            assert peer.read_response().status == 400
+        before = wire.cpu_ticks(hub.pid)
+        time.sleep(1)
+        assert wire.cpu_ticks(hub.pid) - before < 10
+
+
+class Chatterer:
+    """In the place of OpenSSL: it has much to answer to each thing that comes, and understands none of it."""
+
+    def __init__(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
+
+    def do_handshake(self) -> None:
+        self.outgoing.write(self.incoming.read() * 10)
+        raise ssl.SSLWantReadError
+
+
+def test_answers_of_tls_that_nobody_reads_are_not_kept_without_end(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key"))).context(
+        "ptth"
+    )
+    monkeypatch.setattr(context, "wrap_bio", lambda *bios, server_side: Chatterer(*bios))
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        transport = TlsTransport(near, context, lambda: None)
+        sent = 0
+        with pytest.raises(ConnectionAbortedError):
+            while sent < 10_000_000:
+                sent += far.send(b"\x16" + bytes(999))
+                assert transport.receive_into(memoryview(bytearray(1000))) is None
+
+
+class Owner:
+    """Who knows a transport and is known to it, as a role is."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self.transport = TlsTransport(sock, context, self.on_open)
+
+    def on_open(self) -> None: ...
+
+
+@pytest.mark.parametrize("said", [b"\x16garbage", b"GET / HTTP/1.1\r\n\r\n", b""])
+def test_failed_handshake_leaves_nothing_for_the_garbage_collector(files: Path, said: bytes) -> None:
+    context = Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key"))).context(
+        "ptth"
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        near, far = socket.socketpair(socket.AF_UNIX)
+        with near, far:
+            far.sendall(said)
+            far.shutdown(socket.SHUT_WR)
+            owner = Owner(near, context)
+            with pytest.raises(OSError):
+                while owner.transport.receive_into(memoryview(bytearray(1000))) != 0:
+                    pass
+            (owner.transport.in_clear() if owner.transport.spoke_in_clear else owner.transport).close()
+            del owner
+        assert not [each for each in gc.get_objects() if isinstance(each, TlsTransport)]
+    finally:
+        gc.enable()
+
+
+ENVOY = [b"x-envoy-reverse-tunnel-%b-id: it" % each for each in (b"node", b"cluster", b"tenant")]
+ANYTHING = "alpha token:s3cr3t-of-alpha\n"
+CLAIMANT = [b"Pothead-Claim: 102", b"Pothead-Worker: one; slots=3"]
+HOLD = b"HTTP/1.1 503 Service Unavailable\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n"
+
+
+def lock_out_alpha(hub: HubProcess, directory: Path) -> None:
+    (directory / "workers").write_text("beta token:s3cr3t-of-beta\n")
+    hub.send_signal(signal.SIGHUP)
+    hub.wait_for_error(lambda line: "workers has been read again" in line)
+
+
+def test_envoy_that_is_locked_out_while_it_rehearses_is_closed(tmp_path: Path) -> None:
+    with network_hub(tmp_path) as hub, Peer.connect(hub.ptth) as envoy:
+        envoy.send(handshake(PATH, b"Bearer s3cr3t-of-alpha", *ENVOY))
+        envoy.expect(SWITCHED + b"RPING")
+        lock_out_alpha(hub, tmp_path)
+        envoy.expect_eof()
+
+
+@pytest.mark.parametrize("holds", ["while it waits", "with its response"])
+def test_held_connection_of_who_is_locked_out_is_closed(tmp_path: Path, holds: str) -> None:
+    with network_hub(tmp_path, workers=ANYTHING) as hub, Peer.connect(hub.ptth) as slot:
+        slot.send(handshake(b"/ptth", b"Bearer s3cr3t-of-alpha", *CLAIMANT))
+        slot.read_head()
+        if holds == "while it waits":
+            slot.send(HOLD)
+            hub.until(lambda stats: not stats["workers"])
+            lock_out_alpha(hub, tmp_path)
+        else:
+            with Peer.connect(hub.main) as consumer:
+                consumer.send(wire.get(b"/", host=b"api.example"))
+                slot.read_request()
+                lock_out_alpha(hub, tmp_path)
+                slot.send(
+                    b"HTTP/1.1 102 Processing\r\n\r\n" + OK.replace(b"OK\r\n", b"OK\r\nConnection: hold\r\n")
+                )
+                assert consumer.read_response().body == b"ok"
+        slot.expect_eof()
+        assert hub.stats()["processes"] == {} and hub.stats()["slots"] == {"idle": 0, "busy": 0}
+
+
+def test_workers_with_the_id_of_another_change_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text(
+        "beta token:b http://beta.example\nalpha token:a http://alpha.example\n"
+    )
+    options = ("--ptth-port", "0", "--workers-file", str(tmp_path / "workers"))
+    with hub_process(*options, limits={"unclaimed_s": 0.1}) as hub, contextlib.ExitStack() as stack:
+        alpha, beta = (stack.enter_context(Peer.connect(hub.ptth)) for _ in range(2))
+        alpha.send(handshake(b"/ptth", b"Bearer a", *CLAIMANT))
+        alpha.read_head()
+        beta.send(handshake(b"/ptth", b"Bearer b", CLAIMANT[0], b"Pothead-Worker: one; slots=50000"))
+        beta.read_head()
+        assert {name: row["slots"] for name, row in hub.stats()["processes"].items()} == {
+            "alpha:one": 3,
+            "beta:one": 50000,
+        }
+        consumer = stack.enter_context(Peer.connect(hub.main))
+        consumer.send(wire.get(b"/", host=b"beta.example"))
+        beta.read_request()
+        beta.expect_eof()  # it has not claimed it
+        assert not alpha.has_bytes()
+        assert hub.stats()["slots"] == {"idle": 3, "busy": 0}
+
+
+def test_certificate_that_goes_while_it_is_read_is_a_complaint(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_arguments: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", gone)
+    with pytest.raises(ValueError, match="cannot be used"):
+        Certificate(Options(certfile=str(files / "hub.pem"), keyfile=str(files / "hub.key")))
+
+
+def test_workers_file_of_other_systems(tmp_path: Path) -> None:
+    text = "alpha token:a # a form\x0cfeed, and \u2028 beta token:b\r\n\r\ngamma\ttoken:c\r\n"
+    (tmp_path / "workers").write_bytes(text.encode("utf-8-sig"))
+    assert [permit.name for permit in load_permits(str(tmp_path / "workers")).values()] == ["alpha", "gamma"]
 
 
 def test_key_update_of_a_waiting_worker_is_no_breach(files: Path, tmp_path: Path) -> None:
