@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 DEPLOY = wire.ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 KUBERNETES = DEPLOY / "kubernetes"
-TENURE = {"--idle-timeout", "--max-requests"}  # the worker is about to have them
 
 # The design's list, with what Prometheus makes of each kind.
 HISTOGRAMS = (
@@ -72,7 +71,7 @@ def options(program: str) -> frozenset[str]:
     """Return the options that `--help` of a program knows."""
     command = wire.python(str(wire.ROOT / program), "--help")
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-    return frozenset(re.findall(r"--[a-z-]+", text)) | (TENURE if program == "pothead_worker.py" else set())
+    return frozenset(re.findall(r"--[a-z-]+", text))
 
 
 def seconds(text: str) -> float:
@@ -671,7 +670,7 @@ def test_job_of_a_worker_is_its_deployment_but_for_its_end() -> None:
     deployment = yaml_documents("worker")[0]["spec"]["template"]
     (of_job,), (of_deployment,) = (each["spec"]["containers"] for each in (job, deployment))
     extra = set(of_job["args"]) - set(of_deployment["args"])
-    assert {each.partition("=")[0] for each in extra} == {"--idle-timeout"} <= TENURE
+    assert {each.partition("=")[0] for each in extra} == {"--idle-timeout"}
     of_job["args"] = [each for each in of_job["args"] if each not in extra]
     assert job["spec"].pop("restartPolicy") == "Never"
     assert job["metadata"].pop("annotations") == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
