@@ -4808,7 +4808,7 @@ class Applicant:
         self._hub.counters.refused_workers[error.status] += 1
         fields = [*error.fields]
         if error.status == 503:
-            fields.append((b"Retry-After", b"%d" % math.ceil(self._hub.options.retry_after)))
+            fields.append((b"Retry-After", b"1"))  # there is room again, or the next hub, in a moment
         text = f"{error.status} {http.HTTPStatus(error.status).phrase}: {error.detail}.\n"
         self._stream.write(own_response(error.status, text.encode(), fields=fields, keep_alive=False))
         Farewell(self._hub.loop, self._stream)

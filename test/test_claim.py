@@ -297,3 +297,18 @@ def test_request_that_crosses_a_withdrawal_is_turned_away_by_it(hub: HubProcess)
                 pass
             slot.send(CLAIM + OK)
             assert consumer.read_response().status == 200
+
+
+def test_worker_is_told_to_come_again_soon_when_the_hub_ends(hub: HubProcess) -> None:
+    """The next hub at this address may be there in a moment."""
+    with bell(hub) as slot, ask(hub, post(b"/work", b"x")) as consumer, Peer.connect(hub.ptth) as late:
+        slot.read_request()
+        slot.send(CLAIM)
+        hub.until(lambda stats: stats["requests_in_flight"] == 1)
+        hub.terminate()
+        hub.until(lambda stats: stats["draining"])
+        late.send(offer())
+        response = late.read_response()
+        assert (response.status, response.value(b"retry-after")) == (503, b"1")
+        slot.send(OK)
+        assert consumer.read_response().status == 200
