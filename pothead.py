@@ -4147,7 +4147,9 @@ class Exchange:
         return self._absorbs and not outbuf.is_over(self._hub.options.response_spool)
 
     def _wait_for_consumer(self, slot: Slot) -> None:
-        if not self._absorbs and slot.stream.deadline == math.inf:
+        if self._absorbs:
+            self._absorb()  # the outbuf may be another one
+        elif slot.stream.deadline == math.inf:
             slot.stream.deadline = self._hub.loop.now + self._patience_s
             slot.resume()
 
