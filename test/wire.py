@@ -270,7 +270,9 @@ class Peer:
         At a PTTH port that `--over-tls` has put in the place of a worker port, a slot shakes hands.
         """
         secure = _secure.get(address)
-        sock = socket.create_connection(address, DEADLINE_S, (host, 0) if "." in address[0] else None)
+        # A port that is bound before is a port less for everybody.
+        source = None if host == "127.0.0.1" else (host, 0)
+        sock = socket.create_connection(address, DEADLINE_S, source)
         if context is None and secure is None:
             return cls(sock)
         peer = cls(TlsSocket(sock, context or trusting(authority())))  # type: ignore[arg-type]
