@@ -160,7 +160,7 @@ KEEP_ALIVE_PROBES = 3
 # the midst of a response is given up when the kernel has retransmitted often enough, as every HTTP server
 # does.
 
-HAND_BACK_S = 0.1  # after a response, a slot waits so long for the next request before the lobby does
+HAND_BACK_S = 1.0  # after a response, a slot waits so long for the next request before the lobby does
 CROSSING_S = 0.2  # how long after a response the hub's next request may be on its way
 
 PEEK_INTERVAL_S = 0.05

@@ -349,7 +349,8 @@ def test_name_of_several_hubs_is_so_from_the_beginning(names: Names) -> None:
         with pool_of_name(workers=2) as pool:
             until_joined(hubs)
             assert wire.fetch(hubs[1].main, post(b"/", b"x")).body == b"hello"
-            assert pool.count() == (2, 0) and pool.is_connected
+            wire.until(pool.count, lambda count: count == (2, 0))  # a moment after the response
+            assert pool.is_connected
 
 
 def test_hub_that_does_not_know_claims_is_used_alone(names: Names, listener: wire.Listener) -> None:
