@@ -3629,8 +3629,8 @@ class Stream(Watched):
     """
 
     __slots__ = (
-        "_failed", "_has_rest", "_loop", "_new_outbuf", "_room", "address", "outbuf", "role", "shortcut",
-        "transport", "written",
+        "_failed", "_fills_soon", "_has_rest", "_loop", "_new_outbuf", "_room", "address", "outbuf", "role",
+        "shortcut", "transport", "written",
     )  # fmt: skip
 
     def __init__(
@@ -3640,7 +3640,8 @@ class Stream(Watched):
         self._loop = loop
         self._new_outbuf = new_outbuf
         self._failed = False
-        self._has_rest = False  # the role, for the next turn
+        self._has_rest = False  # the role, for the next turn ...
+        self._fills_soon = False  # ... and the transport
         self._room = 0  # for bytes, as the role has told it
         self.transport = transport
         self.address = address
@@ -3655,8 +3656,9 @@ class Stream(Watched):
     def settle(self) -> int:
         self._room = self.role.settle()
         events = READ if self._room > 0 and not self._has_rest else 0
-        if events and self.transport.has_rest:
-            self._loop.call_soon(lambda: self._loop.deliver(self, self._fill))
+        if events and self.transport.has_rest and not self._fills_soon:
+            self._fills_soon = True
+            self._loop.call_soon(lambda: self._loop.deliver(self, self._take_transports_rest))
         return events if self.outbuf is None else events | WRITE
 
     def take_rest_later(self) -> None:
@@ -3664,6 +3666,12 @@ class Stream(Watched):
         if not self._has_rest:
             self._has_rest = True
             self._loop.call_soon(lambda: self._loop.deliver(self, self._take_rest))
+
+    def _take_transports_rest(self) -> None:
+        self._fills_soon = False
+        if not self.closed:
+            self._room = self.role.settle()  # it may have been filled since
+            self._fill()
 
     def _take_rest(self) -> None:
         self._has_rest = False
