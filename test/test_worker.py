@@ -2304,7 +2304,10 @@ def test_interrupt_ends_an_idle_process_quietly(listener: wire.Listener) -> None
 def test_signal_while_the_app_is_imported_ends_the_process_quietly(
     listener: wire.Listener, tmp_path: Path, number: signal.Signals
 ) -> None:
-    (tmp_path / "big.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    # In naps: a signal just before a long call into C waits for the end of that call.
+    (tmp_path / "big.py").write_text(
+        "import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.01)"
+    )
     with wire.worker_process(listener, "big:app", cwd=tmp_path) as worker:
         worker.wait_for_line(is_line("importing"))
         worker.send_signal(number)
