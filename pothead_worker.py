@@ -6120,33 +6120,28 @@ class GateLoop:
 class Tenure:
     """How long the worker stays: until it has had nothing to do for some time, or enough to do."""
 
-    def __init__(self, leave: Callable[[str], None], idle_timeout_s: float, max_requests: float) -> None:
-        """`leave` is called once, with the reason, and returns soon."""
+    def __init__(
+        self, leave: Callable[[str], None], halt: Halt, idle_timeout_s: float, max_requests: float
+    ) -> None:
+        """`leave` is called with the reason, before the halt, and returns soon."""
         self._leave = leave
+        self._halt = halt
         self._idle_timeout_s = idle_timeout_s
         self._left = max_requests
         self._is_limited = min(idle_timeout_s, max_requests) < math.inf
         self._busy = 0
         self._idle_since = time.monotonic()
-        self._changed = threading.Condition()
-        self._is_over = False
+        self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Count the idle time from now on. Raises OSError."""
-        self._idle_since = time.monotonic()
+        """Raises OSError."""
         if self._idle_timeout_s < math.inf:
             start_thread(self._watch, "idle")
-
-    def end(self) -> None:
-        """The worker ends for another reason."""
-        with self._changed:
-            self._is_over = True
-            self._changed.notify()
 
     def on_request(self) -> None:
         if not self._is_limited:
             return
-        with self._changed:
+        with self._lock:
             self._busy += 1
             self._left -= 1
             has_enough = not self._left
@@ -6156,22 +6151,22 @@ class Tenure:
     def on_response(self) -> None:
         if not self._is_limited:
             return
-        with self._changed:
+        with self._lock:
             self._busy -= 1
-            if not self._busy:
-                self._idle_since = time.monotonic()
-                self._changed.notify()
+            self._idle_since = time.monotonic()
 
     def _watch(self) -> None:
-        with self._changed:
-            while not self._is_over and (left_s := self._left_s()) > 0:
-                self._changed.wait(min(left_s, LONGEST_POLL_S))
-            is_over = self._is_over
-        if not is_over:
-            self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
+        while (left_s := self._left_s()) > 0:
+            if self._halt.wait(min(left_s, LONGEST_POLL_S)):
+                return
+        self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
 
     def _left_s(self) -> float:
-        return math.inf if self._busy else self._idle_since + self._idle_timeout_s - time.monotonic()
+        """Return how long the worker stays at least, whatever comes or does not."""
+        with self._lock:
+            if self._busy:
+                return self._idle_timeout_s
+            return self._idle_since + self._idle_timeout_s - time.monotonic()
 
 
 Hub = str | tuple[str, int] | HubURL  # as a program may name it
@@ -6264,7 +6259,8 @@ class WorkerPool:
         self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
         self._has_gate_ended = False
         self._ended = threading.Event()
-        self.tenure = Tenure(self._retire, idle_timeout_s, max_requests)
+        self._idle_timeout_s = idle_timeout_s
+        self._max_requests = max_requests
 
     def run(self) -> bool:
         """Serve until stopped. Return True if every request could be finished."""
@@ -6292,6 +6288,7 @@ class WorkerPool:
             if self._is_stopping:
                 halt.set()
             self.lobby.start()
+            self.tenure = Tenure(self._retire, halt, self._idle_timeout_s, self._max_requests)
             self.tenure.start()
             if self.gate:
                 self._running = 1
@@ -6512,7 +6509,6 @@ class WorkerPool:
     def _on_end(self) -> None:
         """Called by the lobby's thread as its last act."""
         assert self._halt is not None
-        self.tenure.end()
         with self._lock:
             if self._timer:
                 self._timer.cancel()
