@@ -6252,12 +6252,10 @@ class WorkerPool:
         self._has_moved = False  # once is enough
         self._slots: list[Slot] = []
         self._numbers = itertools.count(1)
-        self._running = 0
+        self._is_gate_open = poll_jobs  # or there is none
         self._is_stopping = False
         self._was_cut_off = False
         self._timer: threading.Timer | None = None
-        self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
-        self._has_gate_ended = False
         self._ended = threading.Event()
         self._idle_timeout_s = idle_timeout_s
         self._max_requests = max_requests
@@ -6291,9 +6289,9 @@ class WorkerPool:
             self.tenure = Tenure(self._retire, halt, self._idle_timeout_s, self._max_requests)
             self.tenure.start()
             if self.gate:
-                self._running = 1
                 self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
-                start_thread(self._run_gate, "gate")
+                gate_thread = start_thread(self._gate_loop.run, "gate")
+                start_thread(functools.partial(self._wait_for_gate, gate_thread), "gate-end")
                 return
             for _ in range(self.workers):
                 self._open_slot()
@@ -6317,7 +6315,6 @@ class WorkerPool:
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
             self._slots.append(slot)
-            self._running += 1
         self.lobby.order(seat.begin)
 
     def _make_reachability(self, hub: Address | HubURL) -> Reachability:
@@ -6376,10 +6373,6 @@ class WorkerPool:
             self.reachability.on_failed(exc)
             offer.close(is_good=False)
 
-    def _run_gate(self) -> None:
-        self._gate_loop.run()
-        self._on_gate_end()
-
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
         self._ended.wait()
@@ -6397,22 +6390,15 @@ class WorkerPool:
             self._is_stopping = True
             if self._halt and not self._ended.is_set():
                 self._schedule(self.graceful_timeout_s, self.stop_now)
-                self._drain()
-
-    def _drain(self) -> None:
-        assert self._halt is not None
-        if self._halt.is_set():  # it has retired before
-            return
-        self._halt.set()
-        if self.gate:
-            try_to_start(self._gate_timer)
+                self._halt.set()
 
     def _retire(self, reason: str) -> None:
         """Drain for however long that takes, unless the pool is stopped meanwhile."""
+        assert self._halt is not None
         with self._lock:
             if not (self._is_stopping or self._ended.is_set()):
                 log.info("draining: %s", reason)
-                self._drain()
+                self._halt.set()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -6445,20 +6431,6 @@ class WorkerPool:
             self._timer.cancel()
         self._timer = threading.Timer(wait_s, action)
         return try_to_start(self._timer)
-
-    def _on_gate_end(self) -> None:
-        """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
-        with self._lock:
-            if not self._has_gate_ended:
-                self._has_gate_ended = True
-                self._gate_timer.cancel()
-                self._on_thread_end()
-
-    def _leave_gate(self) -> None:
-        with self._lock:
-            if not self._has_gate_ended:
-                log.warning("leaving without the gate, which does not listen to halt()")
-                self._on_gate_end()
 
     # -- what it does right now
 
@@ -6498,12 +6470,22 @@ class WorkerPool:
         """Called by each slot's thread as its last act."""
         with self._lock:
             self._slots.remove(slot)
-            self._on_thread_end()
+            self._end_if_last()
 
-    def _on_thread_end(self) -> None:
+    def _wait_for_gate(self, gate_thread: threading.Thread) -> None:
+        """Wait until the gate's thread has ended, or does not listen to `halt()`."""
+        assert self._halt is not None
+        self._halt.wait()
+        gate_thread.join(GATE_GRACE_S)
+        with self._lock:
+            if gate_thread.is_alive() and not self._ended.is_set():
+                log.warning("leaving without the gate, which does not listen to halt()")
+            self._is_gate_open = False
+            self._end_if_last()
+
+    def _end_if_last(self) -> None:
         """The last one puts out the light."""
-        self._running -= 1
-        if not self._running:
+        if not (self._slots or self._is_gate_open):
             self.lobby.order(self.lobby.end)
 
     def _on_end(self) -> None:
