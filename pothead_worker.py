@@ -3968,10 +3968,8 @@ class Reachability:
         self._description = description
         self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
-        self._connected: set[object] = set()  # seats, or whatever else can be
-        self._is_reported_complete = False
+        self._connected: set[object] = set()  # the first seats, or whatever else can be, as many as slots
         self._is_unreachable = False
-        self._has_connected = False
         self._refused: set[object | None] = set()  # None for all that come and go with each request
         self._told: set[str] = set()  # what refusals have been, while there are some
         self._is_doubted = False  # and this has been said
@@ -3981,17 +3979,16 @@ class Reachability:
     @property
     def is_reached(self) -> bool:
         is_refused = len(self._refused) >= self._slots
-        return self._has_connected and not self._is_unreachable and not is_refused
+        return bool(self._connected) and not self._is_unreachable and not is_refused
 
     def on_connected(self, seat: object) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
             was_unreachable = self._end_refusals(seat) or was_unreachable
-            self._has_connected = True
-            if not self._is_reported_complete:
+            was_complete = len(self._connected) == self._slots
+            if not was_complete:
                 self._connected.add(seat)
-            if not self._is_reported_complete and len(self._connected) == self._slots:
-                self._is_reported_complete = True
+            if not was_complete and len(self._connected) == self._slots:
                 log.info("connected %s hub=%s", self._description, self._address)
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
@@ -4067,10 +4064,10 @@ SECRET = "(not shown)"
 class Refusal(Exception):
     """This is no link: a hub said no, or something else answered. The text is for the log."""
 
-    def __init__(self, text: str, kind: str = "", least_wait_s: float = 0.0) -> None:
-        """Refusals of the same kind (the text, if none is said) are logged once an episode."""
+    def __init__(self, text: str, kind: str, least_wait_s: float = 0.0) -> None:
+        """Refusals of the same kind are logged once an episode."""
         super().__init__(text)
-        self.kind = kind or text
+        self.kind = kind
         self.least_wait_s = least_wait_s
 
 
@@ -4112,9 +4109,6 @@ class Credentials:
     cafile: str | None = None  # whom to trust; None: whom the system trusts
     certfile: str | None = None
     keyfile: str | None = None  # None: the key is in certfile
-
-    def __bool__(self) -> bool:
-        return self != Credentials()
 
 
 class Introduction:
@@ -4282,7 +4276,7 @@ class Handshake:
         self._intake = link.intake if link else Intake(self.transport)
         self._interim_heads = 0
         self._reason = b""  # for a refusal
-        self._refusal: Callable[[str], Refusal] | None = None
+        self._refusal: Callable[[], Refusal] | None = None
 
     def proceed(self) -> int:
         """Go on as far as possible. Return the event to wait for; 0 when the hub has agreed.
@@ -4294,7 +4288,7 @@ class Handshake:
         except BlockingIOError:
             return select.POLLIN
         except OSError as exc:
-            raise self._refusal(self._told()) if self._refusal else self._explain(exc) from None
+            raise self._refusal() if self._refusal else self._explain(exc) from None
 
     def make_link(self) -> Link:
         """Return the link, which has received perhaps the first request already."""
@@ -4303,7 +4297,7 @@ class Handshake:
 
     def on_deadline(self) -> Refusal:
         if self._refusal:
-            return self._refusal(self._told())
+            return self._refusal()
         return Refusal(f"does not answer within {CONNECT_TIMEOUT_S:g} s; {HINTS['silent']}", "silent")
 
     # -- step by step
@@ -4380,7 +4374,8 @@ class Handshake:
             does = "refuses this worker:"
         hint = hint_for_status(status, fields, self._introduction.url.is_tls)
 
-        def make(reason: str) -> Refusal:
+        def make() -> Refusal:
+            reason = self._told()
             if not reason.startswith(line):
                 reason = f"{line}: {reason}" if reason else line
             return Refusal(self._clean(f"{does} {reason}") + hint, str(status), wait_s)
@@ -4389,7 +4384,7 @@ class Handshake:
         try:
             length, is_chunked = parse_framing(dict(fields))
         except ProtocolError:
-            raise make("") from None
+            raise make() from None
         is_to_end = length is None and not is_chunked
         limit = MAX_REASON_BYTES if is_to_end else min(length or 0, MAX_REASON_BYTES)
         self._body = ChunkedBody(self._intake) if is_chunked else FixedBody(self._intake, limit)
@@ -4402,7 +4397,7 @@ class Handshake:
         with contextlib.suppress(BodyError):
             while len(self._reason) < MAX_REASON_BYTES and (data := self._body.read(MAX_REASON_BYTES)):
                 self._reason += data
-        raise self._refusal(self._told())
+        raise self._refusal()
 
     def _told(self) -> str:
         """Return what the hub has said of its reason, if that is for people."""
@@ -5880,13 +5875,12 @@ class Slot:
     With an offer of a gate, it serves a single request.
     """
 
-    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
+    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None) -> None:
         self.seat = seat
-        self.is_for_one_request = offer is not None
+        self.offer = offer
         self.is_done = False  # it has had its one request
         self._pool = pool
         self._halt = halt
-        self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
         self._poller: select.poll | None = None  # of a link with which it waits itself
@@ -5900,8 +5894,8 @@ class Slot:
                 elif not self._pool.move(self):
                     break
         finally:
-            if self._offer:
-                self._offer.close(self.seat.is_good)
+            if self.offer:
+                self.offer.close(self.seat.is_good)
             self._pool.on_slot_end(self)
 
     def _serve(self, link: Link) -> Ending:
@@ -5940,7 +5934,7 @@ class Slot:
         link = exchange.link
         link.has_served = True
         self._may_take = not self.seat.claims
-        self.is_done = self.is_for_one_request
+        self.is_done = self.offer is not None
         self._exchange = exchange
         link.when_gone(exchange.cancel)
         try:
@@ -5973,8 +5967,8 @@ class Slot:
         return self.seat.must_hold(is_early)
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
-        if self._offer:
-            self._offer.on_request(environ)
+        if self.offer:
+            self.offer.on_request(environ)
 
     def on_status(self, status: str) -> None:
         self._status = status[:3]
@@ -6002,11 +5996,6 @@ class Slot:
                 each.cut()
         return exchange is not None
 
-    def on_exit(self) -> None:
-        """The process ends now, although the app still runs."""
-        if self._offer:
-            self._offer.end()
-
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
 
@@ -6032,7 +6021,8 @@ class Offer:
 
     def close(self, is_good: bool) -> None:
         """The connection has ended, which was good for something or not."""
-        self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+        if not self._has_request:
+            self._gate_loop.on_unused(is_good)  # before the gate opens again
         self.end()
 
     def end(self) -> None:
@@ -6099,14 +6089,13 @@ class GateLoop:
         self._open_slot(offer)
 
     def on_request(self) -> None:
-        """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
+        """An offer has been taken. Called by the slots' threads, as is `on_unused`."""
         self._backoff.reset()
         self._on_taken()
 
-    def on_slot_end(self, had_request: bool, is_good: bool) -> None:
-        if not had_request:
-            self._has_failed = self._has_failed or not is_good
-            self._on_taken()
+    def on_unused(self, is_good: bool) -> None:
+        self._has_failed = self._has_failed or not is_good
+        self._on_taken()
 
     def _on_taken(self) -> None:
         with self._lock:
@@ -6188,7 +6177,7 @@ def introduce(hub: Address | HubURL, credentials: Credentials) -> Introduction |
     """Return what is said to a hub, if anything. Raises ValueError."""
     if isinstance(hub, HubURL):
         return Introduction(hub, credentials)
-    if credentials:
+    if credentials != Credentials():
         raise ValueError(f"{hub} is a port where nothing is said; origins and credentials need https://")
     return None
 
@@ -6254,7 +6243,7 @@ class WorkerPool:
         self._numbers = itertools.count(1)
         self._is_gate_open = poll_jobs  # or there is none
         self._is_stopping = False
-        self._was_cut_off = False
+        self.was_cut_off = False
         self._timer: threading.Timer | None = None
         self._ended = threading.Event()
         self._idle_timeout_s = idle_timeout_s
@@ -6310,7 +6299,7 @@ class WorkerPool:
     def _open_slot(self, offer: Offer | None = None) -> None:
         """Raises OSError."""
         assert self._halt is not None
-        seat = self._make_seat(is_for_one_request=offer is not None)
+        seat = self._make_seat(offer)
         slot = Slot(self, self._halt, seat, offer)
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
@@ -6342,7 +6331,6 @@ class WorkerPool:
 
     def _on_lonely(self, hub: KnownHub) -> None:
         """A hub is to be used alone. Called by the lobby's thread."""
-        self._has_moved = True
         url = hub.introduction.url
         self.reachability = self._make_reachability(url)
         self.lobby.open_seats(Introduction(url, self._credentials), hub.found)
@@ -6353,11 +6341,12 @@ class WorkerPool:
         assert self._halt is not None
         if self._halt.is_set() or slot.is_done or not slot.seat.must_move:
             return False
-        slot.seat = self._make_seat(slot.is_for_one_request)
+        slot.seat = self._make_seat(slot.offer)
         self.lobby.order(slot.seat.begin)
         return True
 
-    def _make_seat(self, is_for_one_request: bool) -> Seat | Berth:
+    def _make_seat(self, offer: Offer | None) -> Seat | Berth:
+        is_for_one_request = offer is not None
         if self.switchboard:
             return Berth(self.switchboard, self.metrics, is_for_one_request)
         return Seat(self.lobby, self.reachability, self.metrics, is_for_one_request)
@@ -6380,7 +6369,7 @@ class WorkerPool:
             self.pickups.close()
         if self.fork_server:
             self.fork_server.close()
-        return not self._was_cut_off
+        return not self.was_cut_off
 
     def stop(self) -> None:
         """Take no more requests, let running ones finish in the graceful time, and end. Returns at once."""
@@ -6409,7 +6398,7 @@ class WorkerPool:
             self._halt.set()
             busy = sum([slot.abort() for slot in self._slots])
             if busy:
-                self._was_cut_off = True
+                self.was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
             if not self._schedule(STOP_NOW_GRACE_S, self._ended.set):
                 self._ended.set()
@@ -6418,11 +6407,11 @@ class WorkerPool:
         """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
 
         def tell() -> None:
-            for slot in slots:
-                slot.on_exit()
+            for offer in offers:
+                offer.end()
 
         with self._lock:
-            slots = list(self._slots)
+            offers = [slot.offer for slot in self._slots if slot.offer]
         with contextlib.suppress(OSError):
             start_thread(tell, "leave").join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
@@ -6459,10 +6448,6 @@ class WorkerPool:
 
     def wait_for_end(self, timeout_s: float) -> bool:
         return self._ended.wait(timeout_s)
-
-    @property
-    def was_cut_off(self) -> bool:
-        return self._was_cut_off
 
     # -- its end
 
@@ -6654,12 +6639,6 @@ class AppName(NamedTuple):
     module: str
     attribute: str = ""
     arguments: tuple[list[object], dict[str, object]] | None = None  # of the factory, if it is one
-
-
-def parse_app_name(text: str) -> str:
-    """Check the app's name. Raises ValueError."""
-    split_app_name(text)
-    return text
 
 
 def split_app_name(text: str) -> AppName:
@@ -7208,7 +7187,8 @@ class Given:
     def _make_options(self) -> Options:
         values: dict[str, Any] = {}
         if self._arguments.app is not None:
-            values["app"] = parse_or_refuse(parse_app_name, self._arguments.app, "")
+            parse_or_refuse(split_app_name, self._arguments.app, "")
+            values["app"] = self._arguments.app
         for name, parse in self._readers():
             for source, text in itertools.islice(self._said(name), 1):
                 self.sources[name] = source
