@@ -6568,15 +6568,11 @@ def greet(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[b
     return answer_plainly(start_response, "200 OK", text)
 
 
-def compress(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    start_response("200 OK", [("Content-Type", "application/x-xz")])
-    return compressed(environ)
-
-
-def compressed(environ: WSGIEnvironment) -> Iterator[bytes]:
+def compress(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
     """Yield after each piece that was read: even an empty one lets the worker stop a job nobody waits for."""
     import lzma  # here, because a Python may have been built without it
 
+    start_response("200 OK", [("Content-Type", "application/x-xz")])
     compressor = lzma.LZMACompressor(preset=0)
     cancelled = environ["pothead.cancelled"]
     while not cancelled.is_set() and (data := environ["wsgi.input"].read(RECEIVE_BYTES)):
