@@ -451,14 +451,12 @@ class Cgroups:
                 found[name] = levels(root / mount_point.lstrip("/"), mount_root, groups[name])
         self._unified = found.get("", [])
         self._memory = found.get("memory", [])
-        accounts = found.get("cpuacct", [])
+        cpu, accounts = found.get("cpu", []), found.get("cpuacct", [])
         # Both controllers are mounted together nearly everywhere. Where they are not, and the groups differ,
         # what our own group used is the best guess.
-        same_depth = len(accounts) == len(found.get("cpu", []))
-        self._cpu = [
-            (level, accounts[depth if same_depth else 0])
-            for depth, level in enumerate(found.get("cpu", []) if accounts else [])
-        ]
+        if len(accounts) != len(cpu):
+            accounts = accounts[:1] * len(cpu)
+        self._cpu = list(zip(cpu, accounts, strict=False))  # none where nobody accounts
 
     def read_quotas(self) -> Iterator[Quota]:
         for level in self._unified:
