@@ -6629,16 +6629,14 @@ class LoadError(Exception):
         self.trace = trace
 
 
-class AppName(NamedTuple):
-    """The parts of `module:attribute` or `module:factory(arguments)`."""
-
-    module: str
-    attribute: str = ""
-    arguments: tuple[list[object], dict[str, object]] | None = None  # of the factory, if it is one
+Arguments = tuple[list[object], dict[str, object]]
 
 
-def split_app_name(text: str) -> AppName:
-    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError."""
+def split_app_name(text: str) -> tuple[str, str, Arguments | None]:
+    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError.
+
+    Return the module, the attribute, and the arguments of the factory, if it is one.
+    """
     module, colon, wanted = text.partition(":")
     expression: ast.expr | None = None
     with contextlib.suppress(SyntaxError):
@@ -6648,10 +6646,10 @@ def split_app_name(text: str) -> AppName:
     attribute = ast.unparse(named) if isinstance(named, (ast.Name, ast.Attribute)) else ""
     if not DOTTED_NAME.fullmatch(module) or (colon and not DOTTED_NAME.fullmatch(attribute)):
         raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app or mymodule:create_app()")
-    return AppName(module, attribute, literal_arguments(text, call) if call else None)
+    return module, attribute, literal_arguments(text, call) if call else None
 
 
-def literal_arguments(text: str, call: ast.Call) -> tuple[list[object], dict[str, object]]:
+def literal_arguments(text: str, call: ast.Call) -> Arguments:
     """Return the arguments of a factory's call. Raises ValueError."""
     try:
         keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
