@@ -656,14 +656,13 @@ class Ticket:
     def __init__(self, gate: Gate, offer: Job) -> None:
         self.job = offer
         self._gate = gate
-        self._has_cpus = offer.cpus > 0
 
     def request_received(self, environ: Environ) -> None:
         """Tell that the offer was taken, and let the job change its reservation."""
         with self._gate.lock:
             if self.job.is_active:
                 self.job = replace(self.job, started_at_s=self._gate.clock())
-        if self._has_cpus:
+        if self.job.cpus > 0:
             environ["RESET_CPU_RESERVATION"] = self.reset_cpu_reservation
 
     def reset_cpu_reservation(self, cpus: float) -> None:

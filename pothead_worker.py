@@ -4385,8 +4385,7 @@ class Handshake:
             length, is_chunked = parse_framing(dict(fields))
         except ProtocolError:
             raise make() from None
-        is_to_end = length is None and not is_chunked
-        limit = MAX_REASON_BYTES if is_to_end else min(length or 0, MAX_REASON_BYTES)
+        limit = MAX_REASON_BYTES if length is None else min(length, MAX_REASON_BYTES)
         self._body = ChunkedBody(self._intake) if is_chunked else FixedBody(self._intake, limit)
         self.deadline = time.monotonic() + REASON_TIMEOUT_S
         self._go_on = self._take_reason
