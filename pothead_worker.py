@@ -6459,7 +6459,7 @@ class WorkerPool:
     def _wait_for_gate(self, gate_thread: threading.Thread) -> None:
         """Wait until the gate's thread has ended, or does not listen to `halt()`."""
         assert self._halt is not None
-        self._halt.wait()
+        wait_ready(self._halt.fileno(), select.POLLIN)  # its `wait` would wake up with each request, too
         gate_thread.join(GATE_GRACE_S)
         with self._lock:
             if gate_thread.is_alive() and not self._ended.is_set():
