@@ -461,26 +461,24 @@ class Cgroups:
     def read_quotas(self) -> Iterator[Quota]:
         for level in self._unified:
             limit, _, period = read_file(level / "cpu.max").partition(b" ")
-            used_us = keyed_number(read_file(level / "cpu.stat"), b"usage_usec")
+            used_us = read_keyed_number(level / "cpu.stat", b"usage_usec")
             if limit.isdigit() and used_us is not None:
                 yield Quota(int(limit) / int(period), used_us / 1e6)
         for level, accounts in self._cpu:
-            quota_us = number(read_file(level / "cpu.cfs_quota_us"))  # -1 without a quota
-            period_us = number(read_file(level / "cpu.cfs_period_us"))
-            used_ns = number(read_file(accounts / "cpuacct.usage"))
+            quota_us = read_number(level / "cpu.cfs_quota_us")  # -1 without a quota
+            period_us = read_number(level / "cpu.cfs_period_us")
+            used_ns = read_number(accounts / "cpuacct.usage")
             if quota_us is not None and period_us and used_ns is not None:
                 yield Quota(quota_us / period_us, used_ns / 1e9)
 
     def read_available_bytes(self) -> Iterator[int]:
         """Yield for each cgroup with a limit what is free, or holds files that the kernel can drop."""
         for level in self._unified:
-            limits = [read_file(level / "memory.max"), read_file(level / "memory.high")]
-            used = read_file(level / "memory.current")
-            yield from below_limit(limits, used, read_file(level / "memory.stat"), b"inactive_file")
+            limits = [level / "memory.max", level / "memory.high"]
+            yield from below_limit(limits, level / "memory.current", b"inactive_file")
         for level in self._memory:
-            limits = [read_file(level / "memory.limit_in_bytes")]
-            used = read_file(level / "memory.usage_in_bytes")
-            yield from below_limit(limits, used, read_file(level / "memory.stat"), b"total_inactive_file")
+            limits = [level / "memory.limit_in_bytes"]
+            yield from below_limit(limits, level / "memory.usage_in_bytes", b"total_inactive_file")
 
 
 def own_groups(text: str) -> dict[str, str]:
@@ -519,22 +517,22 @@ def levels(mount_point: Path, mount_root: str, group: str) -> list[Path]:
     return [path for path in (own, *own.parents) if path.is_relative_to(mount_point)]
 
 
-def below_limit(limits: Iterable[bytes], used: bytes, stat: bytes, idle_key: bytes) -> Iterator[int]:
-    known = [limit for limit in map(number, limits) if limit is not None and limit < UNLIMITED_BYTES]
-    used_bytes = number(used)
+def below_limit(limits: Iterable[Path], used: Path, idle_key: bytes) -> Iterator[int]:
+    known = [limit for limit in map(read_number, limits) if limit is not None and limit < UNLIMITED_BYTES]
+    used_bytes = read_number(used)
     if known and used_bytes is not None:
-        idle_bytes = keyed_number(stat, idle_key) or 0
+        idle_bytes = read_keyed_number(used.with_name("memory.stat"), idle_key) or 0
         yield max(0, min(known) - max(0, used_bytes - idle_bytes))
 
 
-def number(text: bytes) -> int | None:
+def read_number(path: Path) -> int | None:
     """Return the number a file consists of; None for a missing file, "max", and -1."""
-    text = text.strip()
+    text = read_file(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def keyed_number(text: bytes, key: bytes) -> int | None:
-    match = re.search(rb"^%b ([0-9]+)$" % key, text, re.MULTILINE)
+def read_keyed_number(path: Path, key: bytes) -> int | None:
+    match = re.search(rb"^%b ([0-9]+)$" % key, read_file(path), re.MULTILINE)
     return int(match[1]) if match else None
 
 
