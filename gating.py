@@ -451,38 +451,34 @@ class Cgroups:
                 found[name] = levels(root / mount_point.lstrip("/"), mount_root, groups[name])
         self._unified = found.get("", [])
         self._memory = found.get("memory", [])
-        accounts = found.get("cpuacct", [])
+        cpu, accounts = found.get("cpu", []), found.get("cpuacct", [])
         # Both controllers are mounted together nearly everywhere. Where they are not, and the groups differ,
         # what our own group used is the best guess.
-        same_depth = len(accounts) == len(found.get("cpu", []))
-        self._cpu = [
-            (level, accounts[depth if same_depth else 0])
-            for depth, level in enumerate(found.get("cpu", []) if accounts else [])
-        ]
+        if len(accounts) != len(cpu):
+            accounts = accounts[:1] * len(cpu)
+        self._cpu = list(zip(cpu, accounts, strict=False))  # none where nobody accounts
 
     def read_quotas(self) -> Iterator[Quota]:
         for level in self._unified:
             limit, _, period = read_file(level / "cpu.max").partition(b" ")
-            used_us = keyed_number(read_file(level / "cpu.stat"), b"usage_usec")
+            used_us = read_keyed_number(level / "cpu.stat", b"usage_usec")
             if limit.isdigit() and used_us is not None:
                 yield Quota(int(limit) / int(period), used_us / 1e6)
         for level, accounts in self._cpu:
-            quota_us = number(read_file(level / "cpu.cfs_quota_us"))  # -1 without a quota
-            period_us = number(read_file(level / "cpu.cfs_period_us"))
-            used_ns = number(read_file(accounts / "cpuacct.usage"))
+            quota_us = read_number(level / "cpu.cfs_quota_us")  # -1 without a quota
+            period_us = read_number(level / "cpu.cfs_period_us")
+            used_ns = read_number(accounts / "cpuacct.usage")
             if quota_us is not None and period_us and used_ns is not None:
                 yield Quota(quota_us / period_us, used_ns / 1e9)
 
     def read_available_bytes(self) -> Iterator[int]:
         """Yield for each cgroup with a limit what is free, or holds files that the kernel can drop."""
         for level in self._unified:
-            limits = [read_file(level / "memory.max"), read_file(level / "memory.high")]
-            used = read_file(level / "memory.current")
-            yield from below_limit(limits, used, read_file(level / "memory.stat"), b"inactive_file")
+            limits = [level / "memory.max", level / "memory.high"]
+            yield from below_limit(limits, level / "memory.current", b"inactive_file")
         for level in self._memory:
-            limits = [read_file(level / "memory.limit_in_bytes")]
-            used = read_file(level / "memory.usage_in_bytes")
-            yield from below_limit(limits, used, read_file(level / "memory.stat"), b"total_inactive_file")
+            limits = [level / "memory.limit_in_bytes"]
+            yield from below_limit(limits, level / "memory.usage_in_bytes", b"total_inactive_file")
 
 
 def own_groups(text: str) -> dict[str, str]:
@@ -521,22 +517,22 @@ def levels(mount_point: Path, mount_root: str, group: str) -> list[Path]:
     return [path for path in (own, *own.parents) if path.is_relative_to(mount_point)]
 
 
-def below_limit(limits: Iterable[bytes], used: bytes, stat: bytes, idle_key: bytes) -> Iterator[int]:
-    known = [limit for limit in map(number, limits) if limit is not None and limit < UNLIMITED_BYTES]
-    used_bytes = number(used)
+def below_limit(limits: Iterable[Path], used: Path, idle_key: bytes) -> Iterator[int]:
+    known = [limit for limit in map(read_number, limits) if limit is not None and limit < UNLIMITED_BYTES]
+    used_bytes = read_number(used)
     if known and used_bytes is not None:
-        idle_bytes = keyed_number(stat, idle_key) or 0
+        idle_bytes = read_keyed_number(used.with_name("memory.stat"), idle_key) or 0
         yield max(0, min(known) - max(0, used_bytes - idle_bytes))
 
 
-def number(text: bytes) -> int | None:
+def read_number(path: Path) -> int | None:
     """Return the number a file consists of; None for a missing file, "max", and -1."""
-    text = text.strip()
+    text = read_file(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def keyed_number(text: bytes, key: bytes) -> int | None:
-    match = re.search(rb"^%b ([0-9]+)$" % key, text, re.MULTILINE)
+def read_keyed_number(path: Path, key: bytes) -> int | None:
+    match = re.search(rb"^%b ([0-9]+)$" % key, read_file(path), re.MULTILINE)
     return int(match[1]) if match else None
 
 
@@ -609,12 +605,11 @@ class Gate:
         self._judge = judge
         self._offer = offer
         self._remember_s = remember_s  # how long an ended job still counts
-        self._clock = clock
-        self._changed = threading.Event()
-        self._sleep = sleep or self._changed.wait
-        self._lock = threading.Lock()
-        self._jobs: dict[Ticket, Job] = {}
-        self._ended: list[Job] = []
+        self.clock = clock
+        self.changed = threading.Event()
+        self._sleep = sleep or self.changed.wait
+        self.lock = threading.Lock()  # of the tickets, and what they say of their jobs
+        self._tickets: list[Ticket] = []  # whose jobs count
         self._wake_delay_s = 0.0
 
     def wait_for_slot(self, halt: Halt) -> Ticket | None:
@@ -627,67 +622,61 @@ class Gate:
         return None
 
     def _try_start(self) -> Ticket | None:
-        with self._lock:
-            now_s = self._clock()
-            self._ended = [job for job in self._ended if now_s - (job.ended_at_s or 0) < self._remember_s]
-            jobs = (*self._jobs.values(), *self._ended)
+        with self.lock:
+            now_s = self.clock()
+            self._tickets = [each for each in self._tickets if self._counts(each.job, now_s)]
+            jobs = tuple([each.job for each in self._tickets])
             if not self._judge.may_start(now_s, jobs, self._wake_delay_s):
                 return None
-            ticket = Ticket(self, self._offer.cpus > 0)
-            self._jobs[ticket] = self._offer
+            ticket = Ticket(self, self._offer)
+            self._tickets.append(ticket)
             return ticket
+
+    def _counts(self, job: Job, now_s: float) -> bool:
+        """Return whether a job matters still: one that has ended does for a while, an offer does not."""
+        if job.ended_at_s is None:
+            return True
+        return job.started_at_s is not None and now_s - job.ended_at_s < self._remember_s
 
     def _pause(self) -> None:
         """Wait for a moment, or until a job changes; learn how late we wake."""
-        before_s = self._clock()
+        before_s = self.clock()
         was_changed = self._sleep(POLL_S)
-        self._changed.clear()
+        self.changed.clear()
         if not was_changed:
-            delay_s = max(0.0, self._clock() - before_s - POLL_S)
+            delay_s = max(0.0, self.clock() - before_s - POLL_S)
             self._wake_delay_s += (delay_s - self._wake_delay_s) * WAKE_DELAY_WEIGHT
-
-    # -- what tickets call
-
-    def start(self, ticket: Ticket) -> None:
-        with self._lock:
-            if ticket in self._jobs:
-                self._jobs[ticket] = replace(self._jobs[ticket], started_at_s=self._clock())
-
-    def reset(self, ticket: Ticket, cpus: float) -> None:
-        check(0 <= cpus < float("inf"), "RESET_CPU_RESERVATION: cpus must be at least 0", cpus)
-        with self._lock:
-            if ticket in self._jobs:
-                self._jobs[ticket] = Job(cpus, started_at_s=self._clock())
-        self._changed.set()
-
-    def end(self, ticket: Ticket) -> None:
-        with self._lock:
-            job = self._jobs.pop(ticket, None)
-            if job is not None and job.started_at_s is not None:
-                self._ended.append(replace(job, ended_at_s=self._clock()))
-        self._changed.set()
 
 
 class Ticket:
-    """The promise of a gate to one job. `done` gives it back; a second `done` does nothing."""
+    """The promise of a gate to one job. `done` gives it back; what is called after that does nothing."""
 
-    def __init__(self, gate: Gate, has_cpus: bool) -> None:
+    def __init__(self, gate: Gate, offer: Job) -> None:
+        self.job = offer
         self._gate = gate
-        self._has_cpus = has_cpus
 
     def request_received(self, environ: Environ) -> None:
         """Tell that the offer was taken, and let the job change its reservation."""
-        self._gate.start(self)
-        if self._has_cpus:
+        with self._gate.lock:
+            if self.job.is_active:
+                self.job = replace(self.job, started_at_s=self._gate.clock())
+        if self.job.cpus > 0:
             environ["RESET_CPU_RESERVATION"] = self.reset_cpu_reservation
 
     def reset_cpu_reservation(self, cpus: float) -> None:
         """From now on the job uses `cpus` CPUs."""
-        self._gate.reset(self, cpus)
+        check(0 <= cpus < float("inf"), "RESET_CPU_RESERVATION: cpus must be at least 0", cpus)
+        with self._gate.lock:
+            if self.job.is_active:
+                self.job = Job(cpus, started_at_s=self._gate.clock())
+        self._gate.changed.set()
 
     def done(self) -> None:
         """Tell that the job is over, or that its connection failed."""
-        self._gate.end(self)
+        with self._gate.lock:
+            if self.job.is_active:
+                self.job = replace(self.job, ended_at_s=self._gate.clock())
+        self._gate.changed.set()
 
 
 # What a thread waits for the interpreter's lock while another computes is the switch interval. Without that
@@ -820,14 +809,15 @@ def all_of(*gates: WaitForSlot) -> WaitForSlot:
 
     def wait_for_slot(halt: Halt) -> Tickets | None:
         with contextlib.ExitStack() as release:
-            tickets = Tickets()
-            release.callback(tickets.give_back)
+            tickets = []
             for gate in gates:
-                tickets.add(gate(halt))
+                ticket = gate(halt)
+                tickets.append(ticket)
+                if (done := getattr(ticket, "done", None)) is not None:
+                    release.callback(done)
                 if halt():
                     return None
-            release.pop_all()
-            return tickets
+            return Tickets(tickets, release.pop_all().close)
 
     return wait_for_slot
 
@@ -840,31 +830,18 @@ class Tickets:
     asked again before its job has begun, or it would let through any number.
     """
 
-    done: Callable[[], None]
-
-    def __init__(self) -> None:
-        self._tickets: list[object] = []
-        self.is_counted = True
-
-    def add(self, ticket: object) -> None:
-        self._tickets.append(ticket)
-        if hasattr(ticket, "done"):
-            self.done = self.give_back
-        self.is_counted = self.is_counted and is_counted(ticket)
+    def __init__(self, tickets: list[object], give_back: Callable[[], None]) -> None:
+        """`give_back` returns them all, even if returning one raises."""
+        self._tickets = tickets
+        self.is_counted = all(map(is_counted, tickets))
+        if any([hasattr(each, "done") for each in tickets]):
+            self.done = give_back
 
     def request_received(self, environ: Environ) -> None:
         for ticket in self._tickets:
             call = getattr(ticket, "request_received", None)
             if call is not None:
                 call(environ)
-
-    def give_back(self) -> None:
-        """Return all tickets, even if returning one raises."""
-        with contextlib.ExitStack() as calls:
-            for ticket in self._tickets:
-                call = getattr(ticket, "done", None)
-                if call is not None:
-                    calls.callback(call)
 
 
 def is_counted(ticket: object) -> bool:

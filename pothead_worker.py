@@ -3968,10 +3968,8 @@ class Reachability:
         self._description = description
         self._hint = PTTH_HINT if isinstance(address, HubURL) else HINT
         self._lock = threading.Lock()
-        self._connected: set[object] = set()  # seats, or whatever else can be
-        self._is_reported_complete = False
+        self._connected: set[object] = set()  # the first seats, or whatever else can be, as many as slots
         self._is_unreachable = False
-        self._has_connected = False
         self._refused: set[object | None] = set()  # None for all that come and go with each request
         self._told: set[str] = set()  # what refusals have been, while there are some
         self._is_doubted = False  # and this has been said
@@ -3981,17 +3979,16 @@ class Reachability:
     @property
     def is_reached(self) -> bool:
         is_refused = len(self._refused) >= self._slots
-        return self._has_connected and not self._is_unreachable and not is_refused
+        return bool(self._connected) and not self._is_unreachable and not is_refused
 
     def on_connected(self, seat: object) -> None:
         with self._lock:
             was_unreachable, self._is_unreachable = self._is_unreachable, False
             was_unreachable = self._end_refusals(seat) or was_unreachable
-            self._has_connected = True
-            if not self._is_reported_complete:
+            was_complete = len(self._connected) == self._slots
+            if not was_complete:
                 self._connected.add(seat)
-            if not self._is_reported_complete and len(self._connected) == self._slots:
-                self._is_reported_complete = True
+            if not was_complete and len(self._connected) == self._slots:
                 log.info("connected %s hub=%s", self._description, self._address)
             elif was_unreachable:
                 log.info("connected again hub=%s", self._address)
@@ -4067,10 +4064,10 @@ SECRET = "(not shown)"
 class Refusal(Exception):
     """This is no link: a hub said no, or something else answered. The text is for the log."""
 
-    def __init__(self, text: str, kind: str = "", least_wait_s: float = 0.0) -> None:
-        """Refusals of the same kind (the text, if none is said) are logged once an episode."""
+    def __init__(self, text: str, kind: str, least_wait_s: float = 0.0) -> None:
+        """Refusals of the same kind are logged once an episode."""
         super().__init__(text)
-        self.kind = kind or text
+        self.kind = kind
         self.least_wait_s = least_wait_s
 
 
@@ -4112,9 +4109,6 @@ class Credentials:
     cafile: str | None = None  # whom to trust; None: whom the system trusts
     certfile: str | None = None
     keyfile: str | None = None  # None: the key is in certfile
-
-    def __bool__(self) -> bool:
-        return self != Credentials()
 
 
 class Introduction:
@@ -4282,7 +4276,7 @@ class Handshake:
         self._intake = link.intake if link else Intake(self.transport)
         self._interim_heads = 0
         self._reason = b""  # for a refusal
-        self._refusal: Callable[[str], Refusal] | None = None
+        self._refusal: Callable[[], Refusal] | None = None
 
     def proceed(self) -> int:
         """Go on as far as possible. Return the event to wait for; 0 when the hub has agreed.
@@ -4294,7 +4288,7 @@ class Handshake:
         except BlockingIOError:
             return select.POLLIN
         except OSError as exc:
-            raise self._refusal(self._told()) if self._refusal else self._explain(exc) from None
+            raise self._refusal() if self._refusal else self._explain(exc) from None
 
     def make_link(self) -> Link:
         """Return the link, which has received perhaps the first request already."""
@@ -4303,7 +4297,7 @@ class Handshake:
 
     def on_deadline(self) -> Refusal:
         if self._refusal:
-            return self._refusal(self._told())
+            return self._refusal()
         return Refusal(f"does not answer within {CONNECT_TIMEOUT_S:g} s; {HINTS['silent']}", "silent")
 
     # -- step by step
@@ -4380,7 +4374,8 @@ class Handshake:
             does = "refuses this worker:"
         hint = hint_for_status(status, fields, self._introduction.url.is_tls)
 
-        def make(reason: str) -> Refusal:
+        def make() -> Refusal:
+            reason = self._told()
             if not reason.startswith(line):
                 reason = f"{line}: {reason}" if reason else line
             return Refusal(self._clean(f"{does} {reason}") + hint, str(status), wait_s)
@@ -4389,9 +4384,8 @@ class Handshake:
         try:
             length, is_chunked = parse_framing(dict(fields))
         except ProtocolError:
-            raise make("") from None
-        is_to_end = length is None and not is_chunked
-        limit = MAX_REASON_BYTES if is_to_end else min(length or 0, MAX_REASON_BYTES)
+            raise make() from None
+        limit = MAX_REASON_BYTES if length is None else min(length, MAX_REASON_BYTES)
         self._body = ChunkedBody(self._intake) if is_chunked else FixedBody(self._intake, limit)
         self.deadline = time.monotonic() + REASON_TIMEOUT_S
         self._go_on = self._take_reason
@@ -4402,7 +4396,7 @@ class Handshake:
         with contextlib.suppress(BodyError):
             while len(self._reason) < MAX_REASON_BYTES and (data := self._body.read(MAX_REASON_BYTES)):
                 self._reason += data
-        raise self._refusal(self._told())
+        raise self._refusal()
 
     def _told(self) -> str:
         """Return what the hub has said of its reason, if that is for people."""
@@ -5880,13 +5874,12 @@ class Slot:
     With an offer of a gate, it serves a single request.
     """
 
-    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None = None) -> None:
+    def __init__(self, pool: WorkerPool, halt: Halt, seat: Seat | Berth, offer: Offer | None) -> None:
         self.seat = seat
-        self.is_for_one_request = offer is not None
+        self.offer = offer
         self.is_done = False  # it has had its one request
         self._pool = pool
         self._halt = halt
-        self._offer = offer
         self._status = GONE_STATUS
         self._exchange: Exchange | None = None
         self._poller: select.poll | None = None  # of a link with which it waits itself
@@ -5900,8 +5893,8 @@ class Slot:
                 elif not self._pool.move(self):
                     break
         finally:
-            if self._offer:
-                self._offer.close(self.seat.is_good)
+            if self.offer:
+                self.offer.close(self.seat.is_good)
             self._pool.on_slot_end(self)
 
     def _serve(self, link: Link) -> Ending:
@@ -5940,7 +5933,7 @@ class Slot:
         link = exchange.link
         link.has_served = True
         self._may_take = not self.seat.claims
-        self.is_done = self.is_for_one_request
+        self.is_done = self.offer is not None
         self._exchange = exchange
         link.when_gone(exchange.cancel)
         try:
@@ -5973,8 +5966,8 @@ class Slot:
         return self.seat.must_hold(is_early)
 
     def on_environ(self, environ: WSGIEnvironment) -> None:
-        if self._offer:
-            self._offer.on_request(environ)
+        if self.offer:
+            self.offer.on_request(environ)
 
     def on_status(self, status: str) -> None:
         self._status = status[:3]
@@ -6002,11 +5995,6 @@ class Slot:
                 each.cut()
         return exchange is not None
 
-    def on_exit(self) -> None:
-        """The process ends now, although the app still runs."""
-        if self._offer:
-            self._offer.end()
-
 
 # ---- Gates: a connection only when there is room for a job -------------------------------------------
 
@@ -6032,7 +6020,8 @@ class Offer:
 
     def close(self, is_good: bool) -> None:
         """The connection has ended, which was good for something or not."""
-        self._gate_loop.on_slot_end(self._has_request, is_good)  # before the gate opens again
+        if not self._has_request:
+            self._gate_loop.on_unused(is_good)  # before the gate opens again
         self.end()
 
     def end(self) -> None:
@@ -6099,14 +6088,13 @@ class GateLoop:
         self._open_slot(offer)
 
     def on_request(self) -> None:
-        """An offer has been taken. Called by the slots' threads, as is `on_slot_end`."""
+        """An offer has been taken. Called by the slots' threads, as is `on_unused`."""
         self._backoff.reset()
         self._on_taken()
 
-    def on_slot_end(self, had_request: bool, is_good: bool) -> None:
-        if not had_request:
-            self._has_failed = self._has_failed or not is_good
-            self._on_taken()
+    def on_unused(self, is_good: bool) -> None:
+        self._has_failed = self._has_failed or not is_good
+        self._on_taken()
 
     def _on_taken(self) -> None:
         with self._lock:
@@ -6120,33 +6108,28 @@ class GateLoop:
 class Tenure:
     """How long the worker stays: until it has had nothing to do for some time, or enough to do."""
 
-    def __init__(self, leave: Callable[[str], None], idle_timeout_s: float, max_requests: float) -> None:
-        """`leave` is called once, with the reason, and returns soon."""
+    def __init__(
+        self, leave: Callable[[str], None], halt: Halt, idle_timeout_s: float, max_requests: float
+    ) -> None:
+        """`leave` is called with the reason, before the halt, and returns soon."""
         self._leave = leave
+        self._halt = halt
         self._idle_timeout_s = idle_timeout_s
         self._left = max_requests
         self._is_limited = min(idle_timeout_s, max_requests) < math.inf
         self._busy = 0
         self._idle_since = time.monotonic()
-        self._changed = threading.Condition()
-        self._is_over = False
+        self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Count the idle time from now on. Raises OSError."""
-        self._idle_since = time.monotonic()
+        """Raises OSError."""
         if self._idle_timeout_s < math.inf:
             start_thread(self._watch, "idle")
-
-    def end(self) -> None:
-        """The worker ends for another reason."""
-        with self._changed:
-            self._is_over = True
-            self._changed.notify()
 
     def on_request(self) -> None:
         if not self._is_limited:
             return
-        with self._changed:
+        with self._lock:
             self._busy += 1
             self._left -= 1
             has_enough = not self._left
@@ -6156,22 +6139,22 @@ class Tenure:
     def on_response(self) -> None:
         if not self._is_limited:
             return
-        with self._changed:
+        with self._lock:
             self._busy -= 1
-            if not self._busy:
-                self._idle_since = time.monotonic()
-                self._changed.notify()
+            self._idle_since = time.monotonic()
 
     def _watch(self) -> None:
-        with self._changed:
-            while not self._is_over and (left_s := self._left_s()) > 0:
-                self._changed.wait(min(left_s, LONGEST_POLL_S))
-            is_over = self._is_over
-        if not is_over:
-            self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
+        while (left_s := self._left_s()) > 0:
+            if self._halt.wait(min(left_s, LONGEST_POLL_S)):
+                return
+        self._leave(f"it has had nothing to do for {self._idle_timeout_s:g} s")
 
     def _left_s(self) -> float:
-        return math.inf if self._busy else self._idle_since + self._idle_timeout_s - time.monotonic()
+        """Return how long the worker stays at least, whatever comes or does not."""
+        with self._lock:
+            if self._busy:
+                return self._idle_timeout_s
+            return self._idle_since + self._idle_timeout_s - time.monotonic()
 
 
 Hub = str | tuple[str, int] | HubURL  # as a program may name it
@@ -6193,7 +6176,7 @@ def introduce(hub: Address | HubURL, credentials: Credentials) -> Introduction |
     """Return what is said to a hub, if anything. Raises ValueError."""
     if isinstance(hub, HubURL):
         return Introduction(hub, credentials)
-    if credentials:
+    if credentials != Credentials():
         raise ValueError(f"{hub} is a port where nothing is said; origins and credentials need https://")
     return None
 
@@ -6257,14 +6240,13 @@ class WorkerPool:
         self._has_moved = False  # once is enough
         self._slots: list[Slot] = []
         self._numbers = itertools.count(1)
-        self._running = 0
+        self._is_gate_open = poll_jobs  # or there is none
         self._is_stopping = False
-        self._was_cut_off = False
+        self.was_cut_off = False
         self._timer: threading.Timer | None = None
-        self._gate_timer = threading.Timer(GATE_GRACE_S, self._leave_gate)
-        self._has_gate_ended = False
         self._ended = threading.Event()
-        self.tenure = Tenure(self._retire, idle_timeout_s, max_requests)
+        self._idle_timeout_s = idle_timeout_s
+        self._max_requests = max_requests
 
     def run(self) -> bool:
         """Serve until stopped. Return True if every request could be finished."""
@@ -6292,11 +6274,12 @@ class WorkerPool:
             if self._is_stopping:
                 halt.set()
             self.lobby.start()
+            self.tenure = Tenure(self._retire, halt, self._idle_timeout_s, self._max_requests)
             self.tenure.start()
             if self.gate:
-                self._running = 1
                 self._gate_loop = GateLoop(self.gate, halt, self._open_gated_slot, self.metrics)
-                start_thread(self._run_gate, "gate")
+                gate_thread = start_thread(self._gate_loop.run, "gate")
+                start_thread(functools.partial(self._wait_for_gate, gate_thread), "gate-end")
                 return
             for _ in range(self.workers):
                 self._open_slot()
@@ -6315,12 +6298,11 @@ class WorkerPool:
     def _open_slot(self, offer: Offer | None = None) -> None:
         """Raises OSError."""
         assert self._halt is not None
-        seat = self._make_seat(is_for_one_request=offer is not None)
+        seat = self._make_seat(offer)
         slot = Slot(self, self._halt, seat, offer)
         with self._lock:
             start_thread(slot.run, f"slot-{next(self._numbers)}")
             self._slots.append(slot)
-            self._running += 1
         self.lobby.order(seat.begin)
 
     def _make_reachability(self, hub: Address | HubURL) -> Reachability:
@@ -6348,7 +6330,6 @@ class WorkerPool:
 
     def _on_lonely(self, hub: KnownHub) -> None:
         """A hub is to be used alone. Called by the lobby's thread."""
-        self._has_moved = True
         url = hub.introduction.url
         self.reachability = self._make_reachability(url)
         self.lobby.open_seats(Introduction(url, self._credentials), hub.found)
@@ -6359,11 +6340,12 @@ class WorkerPool:
         assert self._halt is not None
         if self._halt.is_set() or slot.is_done or not slot.seat.must_move:
             return False
-        slot.seat = self._make_seat(slot.is_for_one_request)
+        slot.seat = self._make_seat(slot.offer)
         self.lobby.order(slot.seat.begin)
         return True
 
-    def _make_seat(self, is_for_one_request: bool) -> Seat | Berth:
+    def _make_seat(self, offer: Offer | None) -> Seat | Berth:
+        is_for_one_request = offer is not None
         if self.switchboard:
             return Berth(self.switchboard, self.metrics, is_for_one_request)
         return Seat(self.lobby, self.reachability, self.metrics, is_for_one_request)
@@ -6379,10 +6361,6 @@ class WorkerPool:
             self.reachability.on_failed(exc)
             offer.close(is_good=False)
 
-    def _run_gate(self) -> None:
-        self._gate_loop.run()
-        self._on_gate_end()
-
     def join(self) -> bool:
         """Wait until the pool has ended. Return True if every request could be finished."""
         self._ended.wait()
@@ -6390,7 +6368,7 @@ class WorkerPool:
             self.pickups.close()
         if self.fork_server:
             self.fork_server.close()
-        return not self._was_cut_off
+        return not self.was_cut_off
 
     def stop(self) -> None:
         """Take no more requests, let running ones finish in the graceful time, and end. Returns at once."""
@@ -6400,22 +6378,15 @@ class WorkerPool:
             self._is_stopping = True
             if self._halt and not self._ended.is_set():
                 self._schedule(self.graceful_timeout_s, self.stop_now)
-                self._drain()
-
-    def _drain(self) -> None:
-        assert self._halt is not None
-        if self._halt.is_set():  # it has retired before
-            return
-        self._halt.set()
-        if self.gate:
-            try_to_start(self._gate_timer)
+                self._halt.set()
 
     def _retire(self, reason: str) -> None:
         """Drain for however long that takes, unless the pool is stopped meanwhile."""
+        assert self._halt is not None
         with self._lock:
             if not (self._is_stopping or self._ended.is_set()):
                 log.info("draining: %s", reason)
-                self._drain()
+                self._halt.set()
 
     def stop_now(self) -> None:
         """Cut running requests off and end. Returns at once."""
@@ -6426,7 +6397,7 @@ class WorkerPool:
             self._halt.set()
             busy = sum([slot.abort() for slot in self._slots])
             if busy:
-                self._was_cut_off = True
+                self.was_cut_off = True
                 log.warning("stopping at once: running requests cut off: %d", busy)
             if not self._schedule(STOP_NOW_GRACE_S, self._ended.set):
                 self._ended.set()
@@ -6435,11 +6406,11 @@ class WorkerPool:
         """Tell the gate of the jobs that were cut off and still run, since the process ends now."""
 
         def tell() -> None:
-            for slot in slots:
-                slot.on_exit()
+            for offer in offers:
+                offer.end()
 
         with self._lock:
-            slots = list(self._slots)
+            offers = [slot.offer for slot in self._slots if slot.offer]
         with contextlib.suppress(OSError):
             start_thread(tell, "leave").join(STOP_NOW_GRACE_S)  # a gate must not keep the process, either
 
@@ -6448,20 +6419,6 @@ class WorkerPool:
             self._timer.cancel()
         self._timer = threading.Timer(wait_s, action)
         return try_to_start(self._timer)
-
-    def _on_gate_end(self) -> None:
-        """Called by the gate's thread as its last act, or when it does not listen to `halt()`."""
-        with self._lock:
-            if not self._has_gate_ended:
-                self._has_gate_ended = True
-                self._gate_timer.cancel()
-                self._on_thread_end()
-
-    def _leave_gate(self) -> None:
-        with self._lock:
-            if not self._has_gate_ended:
-                log.warning("leaving without the gate, which does not listen to halt()")
-                self._on_gate_end()
 
     # -- what it does right now
 
@@ -6491,28 +6448,33 @@ class WorkerPool:
     def wait_for_end(self, timeout_s: float) -> bool:
         return self._ended.wait(timeout_s)
 
-    @property
-    def was_cut_off(self) -> bool:
-        return self._was_cut_off
-
     # -- its end
 
     def on_slot_end(self, slot: Slot) -> None:
         """Called by each slot's thread as its last act."""
         with self._lock:
             self._slots.remove(slot)
-            self._on_thread_end()
+            self._end_if_last()
 
-    def _on_thread_end(self) -> None:
+    def _wait_for_gate(self, gate_thread: threading.Thread) -> None:
+        """Wait until the gate's thread has ended, or does not listen to `halt()`."""
+        assert self._halt is not None
+        wait_ready(self._halt.fileno(), select.POLLIN)  # its `wait` would wake up with each request, too
+        gate_thread.join(GATE_GRACE_S)
+        with self._lock:
+            if gate_thread.is_alive() and not self._ended.is_set():
+                log.warning("leaving without the gate, which does not listen to halt()")
+            self._is_gate_open = False
+            self._end_if_last()
+
+    def _end_if_last(self) -> None:
         """The last one puts out the light."""
-        self._running -= 1
-        if not self._running:
+        if not (self._slots or self._is_gate_open):
             self.lobby.order(self.lobby.end)
 
     def _on_end(self) -> None:
         """Called by the lobby's thread as its last act."""
         assert self._halt is not None
-        self.tenure.end()
         with self._lock:
             if self._timer:
                 self._timer.cancel()
@@ -6605,15 +6567,11 @@ def greet(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[b
     return answer_plainly(start_response, "200 OK", text)
 
 
-def compress(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    start_response("200 OK", [("Content-Type", "application/x-xz")])
-    return compressed(environ)
-
-
-def compressed(environ: WSGIEnvironment) -> Iterator[bytes]:
+def compress(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
     """Yield after each piece that was read: even an empty one lets the worker stop a job nobody waits for."""
     import lzma  # here, because a Python may have been built without it
 
+    start_response("200 OK", [("Content-Type", "application/x-xz")])
     compressor = lzma.LZMACompressor(preset=0)
     cancelled = environ["pothead.cancelled"]
     while not cancelled.is_set() and (data := environ["wsgi.input"].read(RECEIVE_BYTES)):
@@ -6670,22 +6628,14 @@ class LoadError(Exception):
         self.trace = trace
 
 
-class AppName(NamedTuple):
-    """The parts of `module:attribute` or `module:factory(arguments)`."""
-
-    module: str
-    attribute: str = ""
-    arguments: tuple[list[object], dict[str, object]] | None = None  # of the factory, if it is one
+Arguments = tuple[list[object], dict[str, object]]
 
 
-def parse_app_name(text: str) -> str:
-    """Check the app's name. Raises ValueError."""
-    split_app_name(text)
-    return text
+def split_app_name(text: str) -> tuple[str, str, Arguments | None]:
+    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError.
 
-
-def split_app_name(text: str) -> AppName:
-    """Understand `module`, `module:attribute` or `module:factory('x', y=1)`. Raises ValueError."""
+    Return the module, the attribute, and the arguments of the factory, if it is one.
+    """
     module, colon, wanted = text.partition(":")
     expression: ast.expr | None = None
     with contextlib.suppress(SyntaxError):
@@ -6695,10 +6645,10 @@ def split_app_name(text: str) -> AppName:
     attribute = ast.unparse(named) if isinstance(named, (ast.Name, ast.Attribute)) else ""
     if not DOTTED_NAME.fullmatch(module) or (colon and not DOTTED_NAME.fullmatch(attribute)):
         raise ValueError(f"{text!r} is not MODULE:APP, like mypackage.mymodule:app or mymodule:create_app()")
-    return AppName(module, attribute, literal_arguments(text, call) if call else None)
+    return module, attribute, literal_arguments(text, call) if call else None
 
 
-def literal_arguments(text: str, call: ast.Call) -> tuple[list[object], dict[str, object]]:
+def literal_arguments(text: str, call: ast.Call) -> Arguments:
     """Return the arguments of a factory's call. Raises ValueError."""
     try:
         keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -7230,7 +7180,8 @@ class Given:
     def _make_options(self) -> Options:
         values: dict[str, Any] = {}
         if self._arguments.app is not None:
-            values["app"] = parse_or_refuse(parse_app_name, self._arguments.app, "")
+            parse_or_refuse(split_app_name, self._arguments.app, "")
+            values["app"] = self._arguments.app
         for name, parse in self._readers():
             for source, text in itertools.islice(self._said(name), 1):
                 self.sources[name] = source

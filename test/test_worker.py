@@ -1881,7 +1881,8 @@ def test_demo_refuses_the_rest(serving: Any, start: str, status: int, allow: byt
 def test_demo_stops_compressing_for_nobody() -> None:
     cancelled = threading.Event()
     cancelled.set()
-    assert list(pothead_worker.compressed({"pothead.cancelled": cancelled})) == []
+    environ = {"pothead.cancelled": cancelled}
+    assert list(pothead_worker.compress(environ, lambda *_: bytearray().extend)) == []
 
 
 # ---- The command line --------------------------------------------------------------------------------
