@@ -1253,6 +1253,7 @@ class Registration(NamedTuple):
     # same slot elsewhere, too.
     process: str = ""
     slots: int = 0  # that the process has
+    words: bytes = b""  # of its handshake, which it says again on a connection that it has held
 
     @property
     def name(self) -> str:
@@ -4780,29 +4781,36 @@ class Applicant:
 
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf += data
+        words = bytes(self._inbuf)
         try:
-            head = take_request_head(self._inbuf)
-            if head is not None:
-                self._answer(head)
+            if self.registration is not None and words == self.registration.words:
+                self._admit(self.registration, b"ptth")
+            elif (head := take_request_head(self._inbuf)) is not None:
+                self._answer(head, words)
             elif len(self._inbuf) > LIMITS.handshake_bytes:
                 raise ProtocolError(431, f"the head is over {LIMITS.handshake_bytes} bytes")
         except ProtocolError as error:
             self._refuse(error)
 
-    def _answer(self, head: RequestHead) -> None:
+    def _answer(self, head: RequestHead, words: bytes) -> None:
         application = read_application(head, self._hub.options.ptth_compat)
         if self._inbuf:
             raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
         transport = self._stream.transport
         names = transport.names() if isinstance(transport, TlsTransport) else None
         registration = register(head, application, names, self._hub.permits)
+        if application.process and application.protocol == b"ptth":
+            registration = registration._replace(words=words)
+        self._admit(registration, application.protocol, is_envoy=application.is_envoy)
+
+    def _admit(self, registration: Registration, protocol: bytes, *, is_envoy: bool = False) -> None:
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
         self._leave()
         self._stream.deadline = math.inf
-        extra = self._hub.claim_fields() if application.process else b""
-        self._stream.write(SWITCHING % (application.protocol, extra))
-        if application.is_envoy:
+        extra = self._hub.claim_fields() if registration.process else b""
+        self._stream.write(SWITCHING % (protocol, extra))
+        if is_envoy:
             Rehearsal(self._hub, self._stream, registration)
         else:
             self._hub.enlist(self._stream, registration)
