@@ -3213,7 +3213,7 @@ class Transport:
     Nothing here waits.  What fails for good raises ``OSError``.
     """
 
-    __slots__ = ("_poll", "_sock", "_unacknowledged_s")
+    __slots__ = ("_least", "_poll", "_sock", "_unacknowledged_s")
 
     scheme = b"http"  # of what a consumer asks for over it
     can_splice = CAN_SPLICE
@@ -3221,6 +3221,7 @@ class Transport:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._least = 1
         self._unacknowledged_s = math.nan  # not set yet
         self._poll: select.poll | None = None  # made when it is first asked
         _tune(sock)
@@ -3291,6 +3292,13 @@ class Transport:
             milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
             with contextlib.suppress(OSError):  # the peer is gone already: reading will tell
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def set_least(self, size: int) -> None:
+        """Sets how many bytes have to be there before anybody is told; of the end they are at once."""
+        if size != self._least:
+            self._least = size
+            with contextlib.suppress(OSError):  # then somebody is told too early, or of the end
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def end_output(self) -> None:
         """Tells the peer that nothing more will come."""
@@ -3915,6 +3923,10 @@ class Progress(enum.Enum):
 
 OFFERED, UNHEARD, HEARD = Progress
 
+# What claims a request, as most workers say it.  With nothing more of the request to be sent, that changes
+# nothing before the response begins, or the time for it is over; so the hub sleeps on.
+CLAIM: Final = b"HTTP/1.1 102 Processing\r\n\r\n"
+
 
 class Attempt:
     """One try of an exchange with one slot; it is thrown away with the try."""
@@ -4108,6 +4120,8 @@ class Exchange:
         slot.stream.write(head)
         if self.spool is not None:
             self.pump()
+        if attempt.progress is OFFERED and attempt.body_sent:
+            slot.stream.transport.set_least(len(CLAIM) + 1)
 
     def _length_for_worker(self) -> int | None:
         """A body that is there as a whole is sent with its length, however it came."""
@@ -4317,6 +4331,10 @@ class Exchange:
         What has reached that machine may be claimed yet, so only what may run twice is taken back then.
         """
         slot = attempt.slot
+        slot.stream.transport.set_least(1)
+        if slot.stream.transport.has_news():  # the claim, most likely
+            slot.stream.deadline = self._hub.loop.now + LIMITS.unclaimed_s
+            return
         sent = slot.stream.written - attempt.written_before
         if slot.stream.transport.has_delivered(sent) and not self.head.is_idempotent:
             slot.stream.deadline = attempt.since + self._hub.options.response_timeout
@@ -5035,6 +5053,7 @@ class Slot:
 
         It turns a request away, or withdraws its offer, by a 503 that holds the connection.
         """
+        self.stream.transport.set_least(1)
         try:
             head = self._reader.next()
             if head is None:
