@@ -112,6 +112,7 @@ class Limits:
     handshake_bytes: int = 16 * KIB  # of the head with which a worker joins
     offered_bytes: int = 64 * KIB  # of a body, before the request is claimed
     unclaimed_s: float = 2.0  # before a request that nobody has claimed is taken back
+    heard_s: float = 0.05  # for so long a machine that has said something is taken to be there
     envoy_pause_s: float = 0.05  # after the 101, before an Envoy is asked for an echo ...
     envoy_echo_s: float = 1.0  # ... and how long that may take
     newcomers: int = 2000  # connections at once that have not shown yet who they are; the oldest goes
@@ -3285,6 +3286,16 @@ class Transport:
             return True  # nothing tells
         return sys.platform != "linux" or queued[0] < size
 
+    def silent_s(self) -> float:
+        """Returns for how long nothing has come from the peer's machine, not even an acknowledgement.
+
+        Where the platform does not tell, it is no time at all.
+        """
+        if sys.platform != "linux":
+            return 0.0
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+        return min(struct.unpack_from("=II", info, 52)) / 1000  # tcpi_last_data_recv, tcpi_last_ack_recv
+
     def set_unacknowledged_s(self, seconds: float) -> None:
         """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
         if seconds != self._unacknowledged_s and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -4328,7 +4339,9 @@ class Exchange:
     def _on_unclaimed(self, attempt: Attempt) -> None:
         """It was sent a while ago, and not claimed: the worker hangs, or its machine is gone.
 
-        What has reached that machine may be claimed yet, so only what may run twice is taken back then.
+        What has reached that machine may be claimed yet, so only what may run twice is taken back then.  If
+        the machine was there when it was sent, and nothing has come since, the network may have been cut just
+        behind it: it counts as claimed.
         """
         slot = attempt.slot
         slot.stream.transport.set_least(1)
@@ -4336,12 +4349,15 @@ class Exchange:
             slot.stream.deadline = self._hub.loop.now + LIMITS.unclaimed_s
             return
         sent = slot.stream.written - attempt.written_before
-        if slot.stream.transport.has_delivered(sent) and not self.head.is_idempotent:
+        process, once = slot.registration.process, not self.head.is_idempotent
+        if once and slot.stream.transport.has_delivered(sent):
             slot.stream.deadline = attempt.since + self._hub.options.response_timeout
-            return
-        slot.stream.close(abort=True)
-        self.on_turned_away()
-        self._hub.drop_process(slot.registration.process)
+        elif once and self._hub.has_heard(process, attempt.since - LIMITS.heard_s):
+            self.on_claimed()
+        else:
+            slot.stream.close(abort=True)
+            self.on_turned_away()
+            self._hub.drop_process(process)
 
     def _may_run_again(self, attempt: Attempt) -> bool:
         if attempt.progress is HEARD or not self._replayable:
@@ -5732,6 +5748,11 @@ class Hub:
     def total_slots(self) -> int:
         """How many slots there are; of workers that claim requests, those that they have announced."""
         return len(self.slots) - self._claiming + self._announced
+
+    def has_heard(self, process: str, since: float) -> bool:
+        """Whether a worker's machine has said something since then, if only that it has got something."""
+        streams = [slot.stream for slot in self.slots if slot.registration.process == process]
+        return any(self.loop.now - stream.transport.silent_s() >= since for stream in streams)
 
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""

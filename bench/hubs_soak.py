@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,11 +39,12 @@ NETWORK = "10.213.0."
 MAIN, PTTH = 4000, 4041
 LIMIT_S = 60.0  # for one answer
 TOKEN = "soak"
+EVENTS = ["kill", "stop", "drain", "cut", "kill a worker", "cut a worker"]
 APP = """
 import os, threading, time
 
 def note(word, path):
-    line = f"{word} {path} {os.getpid()}-{threading.get_ident()}\\n"
+    line = f"{word} {path} {os.getpid()}-{threading.get_ident()} {time.monotonic():.3f}\\n"
     fd = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, line.encode())
     os.close(fd)
@@ -89,9 +91,7 @@ class Node:
 
     def start(self) -> None:
         with open(f"{self._directory}/{self.name}.log", "a") as log:
-            self.process = subprocess.Popen(
-                self._command, stdout=subprocess.DEVNULL, stderr=log, cwd=self._directory
-            )
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._directory)
 
     @contextlib.contextmanager
     def trouble(self) -> Iterator[None]:
@@ -130,6 +130,7 @@ class Soak:
         self._is_over = threading.Event()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.events: collections.Counter[str] = collections.Counter()
+        self._lost: dict[str, str] = {}  # what is known of each
         self.longest_s = 0.0  # where its hub and the workers were well
         hub = [sys.executable, str(ROOT / "pothead.py"), "--main-host", "0.0.0.0", "--main-port", str(MAIN)]
         hub += ["--worker-port", "0", "--admin-port", "off", "--ptth-host", "0.0.0.0", "--ptth-port"]
@@ -162,7 +163,7 @@ class Soak:
 
     def _harm(self) -> None:
         """Do something bad to somebody, and make it good again."""
-        what = self._chance.choice(["kill", "stop", "drain", "cut", "kill a worker", "cut a worker"])
+        what = self._chance.choice(self._args.events)
         node = self._chance.choice(self.workers if "worker" in what else self.hubs)
         seconds = self._chance.choice([self._chance.uniform(0, 1), self._chance.uniform(1, 8)])
         self.events[what] += 1
@@ -230,15 +231,15 @@ class Soak:
                 self.outcomes["worker"] += 1
             else:
                 self.outcomes["LOST"] += 1
-                lasted = f"after {now - began:.2f} s"
-                print(f"LOST {name} at {hub.name} {lasted}: {status} {complaint}", flush=True)
+                lasted = f"from {began:.2f} to {now:.2f}"
+                self._lost[name] = f"LOST {name} at {hub.name} {lasted}: {status} {complaint}"
 
     def read_ledger(self) -> dict[str, int]:
         begun: collections.Counter[str] = collections.Counter()
         busy: dict[str, str] = {}
         both = 0
         for line in self._ledger.read_text().splitlines():
-            word, path, slot = line.split()
+            word, path, slot, _ = line.split()
             if word == "end":
                 busy.pop(slot, None)
                 continue
@@ -247,10 +248,18 @@ class Soak:
             busy[slot] = path
         again = [path for path, times in begun.items() if times > 1]
         posts = [path for path in again if path.startswith("POST")]
-        if posts:
-            print("begun twice:", *posts)
+        for path in [*posts, *self._lost]:
+            self._tell_of(path)
         found = {"begun": begun.total(), "GET again": len(again) - len(posts)}
         return {**found, "TWICE": len(posts), "BOTH": both}
+
+    def _tell_of(self, path: str) -> None:
+        """Print what the ledger and the logs know of it."""
+        print(self._lost.get(path, f"TWICE {path}"))
+        for log in [self._ledger, *sorted(self._ledger.parent.glob("*.log"))]:
+            name = path if log == self._ledger else path[path.index("/") :]
+            lines = [line for line in log.read_text().splitlines() if re.search(rf"{name}\b", line)]
+            print(*[f"{log.name}: {line}" for line in lines], sep="\n", flush=True)
 
 
 def prepare(directory: str) -> None:
@@ -276,6 +285,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--events", nargs="+", choices=EVENTS, default=EVENTS, metavar="EVENT")
     args = parser.parse_args()
     if "POTHEAD_SOAK" not in os.environ:  # once more, apart from the network of this machine
         os.environ["POTHEAD_SOAK"] = "1"
@@ -290,8 +300,9 @@ def main() -> int:
             found = {**soak.outcomes, **soak.read_ledger()}
             print(json.dumps({"events": soak.events, **found, "longest_s": round(soak.longest_s, 2)}))
             for log in sorted(pathlib.Path(directory).glob("*.log")):
-                if "Traceback" in log.read_text():
-                    print(f"TRACEBACK in {log.name}:", log.read_text()[-3000:])
+                text = log.read_text()
+                if "Traceback" in text:
+                    print(f"TRACEBACK in {log.name}:", text[text.index("Traceback") - 500 :][:3000])
                     found["TRACEBACK"] = 1
         finally:
             for node in nodes:
