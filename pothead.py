@@ -112,6 +112,7 @@ class Limits:
     handshake_bytes: int = 16 * KIB  # of the head with which a worker joins
     offered_bytes: int = 64 * KIB  # of a body, before the request is claimed
     unclaimed_s: float = 2.0  # before a request that nobody has claimed is taken back
+    heard_s: float = 0.05  # for so long a machine that has said something is taken to be there
     envoy_pause_s: float = 0.05  # after the 101, before an Envoy is asked for an echo ...
     envoy_echo_s: float = 1.0  # ... and how long that may take
     newcomers: int = 2000  # connections at once that have not shown yet who they are; the oldest goes
@@ -1253,6 +1254,7 @@ class Registration(NamedTuple):
     # same slot elsewhere, too.
     process: str = ""
     slots: int = 0  # that the process has
+    words: bytes = b""  # of its handshake, which it says again on a connection that it has held
 
     @property
     def name(self) -> str:
@@ -3212,7 +3214,7 @@ class Transport:
     Nothing here waits.  What fails for good raises ``OSError``.
     """
 
-    __slots__ = ("_poll", "_sock", "_unacknowledged_s")
+    __slots__ = ("_least", "_poll", "_sock", "_unacknowledged_s")
 
     scheme = b"http"  # of what a consumer asks for over it
     can_splice = CAN_SPLICE
@@ -3220,6 +3222,7 @@ class Transport:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._least = 1
         self._unacknowledged_s = math.nan  # not set yet
         self._poll: select.poll | None = None  # made when it is first asked
         _tune(sock)
@@ -3283,6 +3286,16 @@ class Transport:
             return True  # nothing tells
         return sys.platform != "linux" or queued[0] < size
 
+    def silent_s(self) -> float:
+        """Returns for how long nothing has come from the peer's machine, not even an acknowledgement.
+
+        Where the platform does not tell, it is no time at all.
+        """
+        if sys.platform != "linux":
+            return 0.0
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+        return min(struct.unpack_from("=II", info, 52)) / 1000  # tcpi_last_data_recv, tcpi_last_ack_recv
+
     def set_unacknowledged_s(self, seconds: float) -> None:
         """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
         if seconds != self._unacknowledged_s and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -3290,6 +3303,13 @@ class Transport:
             milliseconds = min(int(min(seconds, 1e6) * 1000), 2**31 - 1)
             with contextlib.suppress(OSError):  # the peer is gone already: reading will tell
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def set_least(self, size: int) -> None:
+        """Sets how many bytes have to be there before anybody is told; of the end they are at once."""
+        if size != self._least:
+            self._least = size
+            with contextlib.suppress(OSError):  # then somebody is told too early, or of the end
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def end_output(self) -> None:
         """Tells the peer that nothing more will come."""
@@ -3914,6 +3934,10 @@ class Progress(enum.Enum):
 
 OFFERED, UNHEARD, HEARD = Progress
 
+# What claims a request, as most workers say it.  With nothing more of the request to be sent, that changes
+# nothing before the response begins, or the time for it is over; so the hub sleeps on.
+CLAIM: Final = b"HTTP/1.1 102 Processing\r\n\r\n"
+
 
 class Attempt:
     """One try of an exchange with one slot; it is thrown away with the try."""
@@ -4107,6 +4131,8 @@ class Exchange:
         slot.stream.write(head)
         if self.spool is not None:
             self.pump()
+        if attempt.progress is OFFERED and attempt.body_sent:
+            slot.stream.transport.set_least(len(CLAIM) + 1)
 
     def _length_for_worker(self) -> int | None:
         """A body that is there as a whole is sent with its length, however it came."""
@@ -4313,16 +4339,25 @@ class Exchange:
     def _on_unclaimed(self, attempt: Attempt) -> None:
         """It was sent a while ago, and not claimed: the worker hangs, or its machine is gone.
 
-        What has reached that machine may be claimed yet, so only what may run twice is taken back then.
+        What has reached that machine may be claimed yet, so only what may run twice is taken back then.  If
+        the machine was there when it was sent, and nothing has come since, the network may have been cut just
+        behind it: it counts as claimed.
         """
         slot = attempt.slot
-        sent = slot.stream.written - attempt.written_before
-        if slot.stream.transport.has_delivered(sent) and not self.head.is_idempotent:
-            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
+        slot.stream.transport.set_least(1)
+        if slot.stream.transport.has_news():  # the claim, most likely
+            slot.stream.deadline = self._hub.loop.now + LIMITS.unclaimed_s
             return
-        slot.stream.close(abort=True)
-        self.on_turned_away()
-        self._hub.drop_process(slot.registration.process)
+        sent = slot.stream.written - attempt.written_before
+        process, once = slot.registration.process, not self.head.is_idempotent
+        if once and slot.stream.transport.has_delivered(sent):
+            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
+        elif once and self._hub.has_heard(process, attempt.since - LIMITS.heard_s):
+            self.on_claimed()
+        else:
+            slot.stream.close(abort=True)
+            self.on_turned_away()
+            self._hub.drop_process(process)
 
     def _may_run_again(self, attempt: Attempt) -> bool:
         if attempt.progress is HEARD or not self._replayable:
@@ -4780,29 +4815,36 @@ class Applicant:
 
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf += data
+        words = bytes(self._inbuf)
         try:
-            head = take_request_head(self._inbuf)
-            if head is not None:
-                self._answer(head)
+            if self.registration is not None and words == self.registration.words:
+                self._admit(self.registration, b"ptth")
+            elif (head := take_request_head(self._inbuf)) is not None:
+                self._answer(head, words)
             elif len(self._inbuf) > LIMITS.handshake_bytes:
                 raise ProtocolError(431, f"the head is over {LIMITS.handshake_bytes} bytes")
         except ProtocolError as error:
             self._refuse(error)
 
-    def _answer(self, head: RequestHead) -> None:
+    def _answer(self, head: RequestHead, words: bytes) -> None:
         application = read_application(head, self._hub.options.ptth_compat)
         if self._inbuf:
             raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
         transport = self._stream.transport
         names = transport.names() if isinstance(transport, TlsTransport) else None
         registration = register(head, application, names, self._hub.permits)
+        if application.process and application.protocol == b"ptth":
+            registration = registration._replace(words=words)
+        self._admit(registration, application.protocol, is_envoy=application.is_envoy)
+
+    def _admit(self, registration: Registration, protocol: bytes, *, is_envoy: bool = False) -> None:
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
         self._leave()
         self._stream.deadline = math.inf
-        extra = self._hub.claim_fields() if application.process else b""
-        self._stream.write(SWITCHING % (application.protocol, extra))
-        if application.is_envoy:
+        extra = self._hub.claim_fields() if registration.process else b""
+        self._stream.write(SWITCHING % (protocol, extra))
+        if is_envoy:
             Rehearsal(self._hub, self._stream, registration)
         else:
             self._hub.enlist(self._stream, registration)
@@ -5027,6 +5069,7 @@ class Slot:
 
         It turns a request away, or withdraws its offer, by a 503 that holds the connection.
         """
+        self.stream.transport.set_least(1)
         try:
             head = self._reader.next()
             if head is None:
@@ -5705,6 +5748,11 @@ class Hub:
     def total_slots(self) -> int:
         """How many slots there are; of workers that claim requests, those that they have announced."""
         return len(self.slots) - self._claiming + self._announced
+
+    def has_heard(self, process: str, since: float) -> bool:
+        """Whether a worker's machine has said something since then, if only that it has got something."""
+        streams = [slot.stream for slot in self.slots if slot.registration.process == process]
+        return any(self.loop.now - stream.transport.silent_s() >= since for stream in streams)
 
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""

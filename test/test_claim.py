@@ -112,6 +112,16 @@ def test_held_connection_is_sent_nothing_before_its_next_handshake(hub: HubProce
             assert late.read_response().status == 200
 
 
+def test_next_handshake_on_a_held_connection_may_say_something_else(hub: HubProcess) -> None:
+    with bell(hub, slots=2) as slot:
+        for slots in (2, 3, 3):
+            slot.send(AWAY)
+            shake(slot, slots=slots)
+            assert hub.stats()["slots"] == {"idle": slots, "busy": 0}
+        slot.send(AWAY + offer(slots=3).replace(b"Upgrade: ptth", b"Upgrade: smtp"))
+        assert slot.read_response().status == 426
+
+
 def test_handshake_may_come_right_behind_what_holds_the_connection(hub: HubProcess) -> None:
     with bell(hub) as slot, ask(hub, get(b"/turned")) as consumer:
         slot.read_request()
@@ -176,25 +186,6 @@ def test_worker_that_dies_after_its_claim_is_a_lost_worker(hub: HubProcess) -> N
         hub.until(lambda stats: stats["requests_in_flight"] == 1)
         slot.close()
         assert consumer.read_response().status == 502
-
-
-def test_claimed_request_has_all_the_time_that_others_have() -> None:
-    with hub_process("--ptth-port", "0", limits={"unclaimed_s": 0.2}) as hub:
-        with bell(hub) as slot, ask(hub, post(b"/long", b"body")) as consumer:
-            slot.read_request()
-            slot.send(CLAIM)
-            time.sleep(0.5)
-            assert hub.stats()["requests_in_flight"] == 1
-            slot.send(OK)
-            assert consumer.read_response().status == 200
-
-
-def test_claimed_request_that_is_never_answered_meets_the_response_timeout() -> None:
-    with hub_process("--ptth-port", "0", "--response-timeout", "0.4s", limits={"unclaimed_s": 0.1}) as hub:
-        with bell(hub) as slot, ask(hub, post(b"/hangs", b"body")) as consumer:
-            slot.read_request()
-            slot.send(CLAIM)
-            assert consumer.read_response().status == 504
 
 
 def test_get_whose_worker_dies_after_its_claim_goes_to_another(hub: HubProcess) -> None:

@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -941,6 +942,43 @@ def test_slot_that_is_sent_an_old_body_is_not_taken_for_an_idle_one(
         slot.close()
     rig.until(lambda: not rig.hub.slots)
     assert (rig.hub.policy.idle, rig.hub.policy.running, rig.hub.total_slots) == (0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the hub may be woken by it")
+@pytest.mark.parametrize("event", ["is late", "answers", "leaves", "turns away"])
+def test_hub_is_not_woken_by_a_claim(new_rig: Callable[..., Rig], event: str) -> None:
+    """Not by itself, that is: whatever comes next, it has come before."""
+    rig = new_rig(ptth_port=0)
+    slot = rig.connect(rig.hub.addresses["ptth"])
+    slot.send(
+        b"GET /ptth HTTP/1.1\r\nHost: hub\r\nConnection: upgrade\r\nUpgrade: ptth\r\nALPN: http%2F1.1\r\n"
+        b"Pothead-Claim: 102\r\nPothead-Worker: one; slots=1\r\n\r\n"
+    )
+    rig.until(lambda: rig.hub.slots)
+    slot.read_head()
+    consumer = rig.consumer(wire.post(b"/work", b"body"))
+    rig.until(lambda: slot.has_bytes())
+    slot.read_request()
+    if event == "turns away":
+        slot.send(b"HTTP/1.1 503 Full\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n")
+        rig.until(lambda: not rig.hub.slots)
+        assert rig.exchange(b"/work").state is State.QUEUED
+        return
+    slot.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+    rig.turn()
+    rig.turn()
+    attempt = rig.exchange(b"/work").attempt
+    assert attempt is not None and attempt.progress is pothead.Progress.OFFERED
+    if event == "is late":
+        rig.pass_time(pothead.LIMITS.unclaimed_s + 0.1)
+        rig.until(lambda: attempt.progress is not pothead.Progress.OFFERED)
+        rig.pass_time(pothead.LIMITS.unclaimed_s + 0.1)
+    if event == "leaves":
+        slot.close()
+        assert rig.response(consumer).status == 502  # and not once more: it may have begun
+    else:
+        slot.send(OK)
+        assert rig.response(consumer).status == 200
 
 
 def test_hints_that_nobody_reads_hold_no_slot(rig: Rig) -> None:

@@ -836,6 +836,21 @@ def test_workers_with_the_id_of_another_change_nothing_of_it(tmp_path: Path) -> 
         assert hub.stats()["slots"] == {"idle": 3, "busy": 0}
 
 
+@pytest.mark.parametrize("is_in_pieces", [False, True])
+def test_held_connection_is_asked_for_its_token_again(tmp_path: Path, is_in_pieces: bool) -> None:
+    hello = handshake(b"/ptth", b"Bearer s3cr3t-of-alpha", *CLAIMANT)
+    with network_hub(tmp_path) as hub, Peer.connect(hub.ptth) as slot:
+        slot.send(hello)
+        assert slot.read_head().startswith(SWITCHED[:12])
+        for _ in range(2):
+            slot.send(HOLD)
+            for piece in (hello[:90], hello[90:]) if is_in_pieces else (hello,):
+                slot.send(piece)
+            assert slot.read_head().startswith(SWITCHED[:12])
+        slot.send(HOLD + hello.replace(b"of-alpha", b"of-alphA"))
+        assert slot.read_response().status == 401
+
+
 def test_certificate_that_goes_while_it_is_read_is_a_complaint(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
