@@ -1505,7 +1505,7 @@ class Response(BaseHandler):
         self.headers_sent = True
         self.exchange.keeper.on_status(self.head.status)
         if detour:
-            self.link = detour.take(start)
+            self.link = detour(start)
         if self.is_chunked and not self.link.may_chunk:
             self.is_chunked, self.ends_with_close = False, True
             return without_chunks(start)
@@ -1535,7 +1535,7 @@ class Response(BaseHandler):
     def _on_failure(self, exc: BaseException) -> None:
         request_id = self.exchange.request_id
         if isinstance(exc, ConsumerGone):
-            self.exchange.keeper.on_consumer_gone(self.exchange, str(exc) or self.exchange.why_cancelled)
+            self.exchange.keeper.on_consumer_gone(self.exchange)
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", request_id, exc)
             self._send_error("400 Bad Request")
@@ -1572,16 +1572,9 @@ GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
 LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
-class Detour(NamedTuple):
-    """The way of a response past the hub; the same in the worker and in a request's process."""
-
-    offer: Callable[[bytes], None]  # sends the consumer to where the response is that begins with this
-    wait: Callable[[], Link]  # returns the consumer's own connection. Both raise ConsumerGone
-
-    def take(self, head: bytes) -> Link:
-        self.offer(head)
-        return self.wait()
-
+# The way of a response past the hub: sends the consumer to where the response is that begins with this, and
+# returns the consumer's own connection. Raises ConsumerGone.
+Detour = Callable[[bytes], Link]
 
 CONSUMER_HAS_GONE = "the consumer has gone"
 
@@ -1684,7 +1677,7 @@ class Keeper(Protocol):
     def on_status(self, status: str) -> None:
         """The consumer gets a response with this status now."""
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+    def on_consumer_gone(self, exchange: Exchange) -> None:
         """The response could not be sent."""
 
     def on_response(self, status_line: str) -> None:
@@ -2356,10 +2349,6 @@ def without_chunks(head: bytes) -> bytes:
     return head.replace(CHUNKED, b"\r\n")
 
 
-class PickupExpired(ConsumerGone):
-    """The consumer did not come for its response in time."""
-
-
 class PickupPort(SidePort):
     """Where consumers come for redirected responses.
 
@@ -2484,14 +2473,12 @@ class Pickup:
         exchange: Exchange,
         lobby: Lobby,
         on_arrival: Callable[[Link], object],
-        on_loss: Callable[[ConsumerGone], object],
     ) -> None:
-        """The port's thread calls one of the two, and neither may wait."""
+        """The port's thread calls `on_arrival`, which may not wait, or cancels the exchange."""
         self._port = port
         self._lobby = lobby
         self._exchange = exchange
         self._on_arrival = on_arrival
-        self._on_loss = on_loss
         self._key = ""
         self.head = b""
         self.expires_at = math.inf
@@ -2539,8 +2526,7 @@ class Pickup:
 
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
-        self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
-        self._exchange.cancel()
+        self._exchange.cancel(f"nobody came for the response within {self._port.expiry_s:g} s")
 
     @property
     def may_need_relay(self) -> bool:
@@ -2568,19 +2554,20 @@ class DetouringServer:
         self._lobby = lobby
 
     def answer(self, exchange: Exchange) -> Ending:
-        arrivals: queue.SimpleQueue[Link | ConsumerGone] = queue.SimpleQueue()
+        is_settled = threading.Event()  # the consumer has come, or will not
+        pickup = Pickup(self._port, exchange, self._lobby, lambda _consumer: is_settled.set())
+        exchange.when_cancelled(is_settled.set)
 
-        def wait() -> Link:
-            arrival = arrivals.get()
-            if isinstance(arrival, ConsumerGone):
-                raise arrival
-            return arrival
+        def detour(head: bytes) -> Link:
+            pickup.offer(head)
+            is_settled.wait()
+            if exchange.consumer is None:
+                raise ConsumerGone
+            return exchange.consumer
 
-        pickup = Pickup(self._port, exchange, self._lobby, arrivals.put, arrivals.put)
-        exchange.when_cancelled(lambda: arrivals.put(ConsumerGone()))
-        exchange.redirect(Detour(pickup.offer, wait))
+        exchange.redirect(detour)
         ending = self._server.answer(exchange)
-        if isinstance(exchange.body, SeparableBody):
+        if exchange.body:
             exchange.body.close()
         return pickup.close(ending)
 
@@ -3204,13 +3191,7 @@ class ProcessServer:
             exchange.keeper.on_status(LOST_STATUS)
             return Ending.CUT
         if self._port:
-            process.pickup = Pickup(
-                self._port,
-                exchange,
-                self._lobby,
-                process.deliver,
-                on_loss=lambda reason: process.cancel(str(reason)),
-            )
+            process.pickup = Pickup(self._port, exchange, self._lobby, process.deliver)
         exchange.when_cancelled(lambda: process.cancel(exchange.why_cancelled))
         return process.run(self._fork_server, self._halt)
 
@@ -3568,7 +3549,7 @@ class ProcessKeeper:
         self._has_answered = True
         exchange.cancelled = CancelledEvent(self._channel.sock)
         if self._order["may_redirect"]:
-            exchange.redirect(Detour(self._offer, self._orders.wait_for_consumer))
+            exchange.redirect(self._detour)
         return self._server.answer(exchange)
 
     def is_last(self) -> bool:
@@ -3584,14 +3565,15 @@ class ProcessKeeper:
     def on_status(self, status: str) -> None:
         self._channel.tell(status=status)
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
-        self.report["reason"] = reason  # the worker may have noticed, too, and logs it once
+    def on_consumer_gone(self, exchange: Exchange) -> None:
+        self.report["reason"] = exchange.why_cancelled  # the worker may have noticed, too, and logs it once
 
     def on_response(self, status_line: str) -> None:
         """The worker has seen that it is a request."""
 
-    def _offer(self, head: bytes) -> None:
+    def _detour(self, head: bytes) -> Link:
         self._channel.tell(offer=head.decode("latin-1"))
+        return self._orders.wait_for_consumer()
 
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
@@ -5979,8 +5961,8 @@ class Slot:
     def on_status(self, status: str) -> None:
         self._status = status[:3]
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
-        log.info("request %s: %s", exchange.request_id, reason)
+    def on_consumer_gone(self, exchange: Exchange) -> None:
+        log.info("request %s: %s", exchange.request_id, exchange.why_cancelled)
 
     def on_response(self, status_line: str) -> None:
         self.seat.reachability.on_response(status_line)
