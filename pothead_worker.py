@@ -478,11 +478,12 @@ class Source(Protocol):
 class Intake:
     """What the other end sends on one connection, and what of it has arrived but is not yet understood."""
 
-    failure: type[Exception] = BodyError
-
-    def __init__(self, sock: Source, received: bytes = b"") -> None:
+    def __init__(
+        self, sock: Source, received: bytes = b"", failure_type: type[Exception] = BodyError
+    ) -> None:
         self._sock = sock
         self._buffer = received
+        self._failure_type = failure_type
         self._failure = ""
 
     @property
@@ -570,7 +571,7 @@ class Intake:
 
     def _check(self) -> None:
         if self._failure:
-            raise self.failure(self._failure)
+            raise self._failure_type(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
         """Return what comes before `end`, and drop `end`; None when the hub closes first.
@@ -1771,15 +1772,7 @@ LOCAL_HEAD = re.compile(
     rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
-NOT_FORWARDED = (
-    "connection",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-)
+NOT_FORWARDED = ("proxy-connection", "trailer")  # beside the hop-by-hop ones of PEP 3333
 LOCAL_HEAD_START = b"HTTP/1."
 
 
@@ -1839,6 +1832,37 @@ def parse_local_head(data: bytes) -> LocalHead:
     return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked)
 
 
+def take_local_head(intake: Intake) -> LocalHead:
+    """Take a response's head, and those of interim responses before it. Raises LocalError."""
+    while True:
+        try:
+            data = intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
+        except HeadTooLong as exc:
+            raise LocalError(str(exc)) from None
+        except ProtocolError:
+            raise LocalError("this is not HTTP/1.x") from None
+        if data is None:
+            raise LocalError("it closed the connection before its response")
+        head = parse_local_head(data)
+        if head.status.startswith("101"):
+            raise LocalError("it switched protocols")
+        if not head.status.startswith("1"):
+            return head
+
+
+def make_local_head(request: RequestHead) -> bytes:
+    """Return the head of a request as the local program gets it."""
+    options = connection_options(request.fields)
+    fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
+    lines = [
+        f"{name}: {value}\r\n" for name, value in fields if is_forwarded(name, options) and name != "Expect"
+    ]
+    lines.append("Connection: close\r\n")
+    if request.is_chunked:
+        lines.append("Transfer-Encoding: chunked\r\n")
+    return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+
 class Forwarder:
     """Has a local HTTP program answer, which is written in any language.
 
@@ -1854,10 +1878,31 @@ class Forwarder:
 
     def answer(self, exchange: Exchange) -> Ending:
         response = Response(exchange)
-        response.run(LocalExchange(self, response))
+        response.run(functools.partial(self._serve, response))
         return response.settle()
 
-    def open(self) -> socket.socket:
+    def _serve(
+        self, response: Response, _environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterator[bytes]:
+        """Serve one request as an app would: pass it on, and yield the body of what the program answers."""
+        with self._open() as sock:
+            connection = LocalConnection(sock, response.exchange, make_local_head(response.request))
+            intake = Intake(connection, failure_type=LocalError)
+            head = take_local_head(intake)
+            start_response(head.status, head.fields)
+            if not response.has_body:
+                return
+            if intake.is_empty:
+                response.send_head()
+            if head.is_chunked or head.length is not None:
+                body = ChunkedBody(intake) if head.is_chunked else FixedBody(intake, head.length or 0)
+                while data := body.read(RECEIVE_BYTES):
+                    yield data
+            else:
+                while data := intake.take_received() or connection.recv(RECEIVE_BYTES):
+                    yield data
+
+    def _open(self) -> socket.socket:
         """Return a new connection. Raises LocalUnreachable."""
         try:
             sock = socket.create_connection(self.address, CONNECT_TIMEOUT_S)
@@ -1878,17 +1923,6 @@ class Forwarder:
             log.warning("http://%s unreachable, answering 502: %s", self.address, reason.strerror or reason)
         elif was_unreachable and not is_unreachable:
             log.info("http://%s reached again", self.address)
-
-
-class LocalIntake(Intake):
-    """What the local program sends."""
-
-    failure = LocalError
-
-    def take_rest(self) -> bytes:
-        """Return what has come, or b"" at the end of the connection."""
-        data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
-        return data
 
 
 class Upload:
@@ -1980,80 +2014,6 @@ class LocalConnection:
                 upload.send()
             if events.get(local, 0) & ~select.POLLOUT:
                 return
-
-
-class LocalExchange:
-    """One request as the local program serves it: called like an app, it returns the response's body."""
-
-    def __init__(self, forwarder: Forwarder, response: Response) -> None:
-        self._forwarder = forwarder
-        self._response = response
-        self._sock: socket.socket | None = None
-
-    def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        try:
-            self._head = self._ask()
-            start_response(self._head.status, self._head.fields)
-            if self._response.has_body and self._intake.is_empty:
-                self._response.send_head()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __iter__(self) -> Iterator[bytes]:
-        head = self._head
-        if not self._response.has_body:
-            return
-        if head.is_chunked or head.length is not None:
-            body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
-            while data := body.read(RECEIVE_BYTES):
-                yield data
-        else:
-            while data := self._intake.take_rest():
-                yield data
-
-    def close(self) -> None:
-        if self._sock:
-            self._sock.close()
-
-    # -- asking
-
-    def _ask(self) -> LocalHead:
-        """Send the request and return the response's head."""
-        self._sock = sock = self._forwarder.open()
-        self._intake = LocalIntake(LocalConnection(sock, self._response.exchange, self._request_head()))
-        head = self._take_head()
-        while head.status.startswith("1"):
-            if head.status.startswith("101"):
-                raise LocalError("it switched protocols")
-            head = self._take_head()
-        return head
-
-    def _take_head(self) -> LocalHead:
-        try:
-            data = self._intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
-        except HeadTooLong as exc:
-            raise LocalError(str(exc)) from None
-        except ProtocolError:
-            raise LocalError("this is not HTTP/1.x") from None
-        if data is None:
-            raise LocalError("it closed the connection before its response")
-        return parse_local_head(data)
-
-    def _request_head(self) -> bytes:
-        request = self._response.request
-        options = connection_options(request.fields)
-        fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
-        lines = [
-            f"{name}: {value}\r\n"
-            for name, value in fields
-            if is_forwarded(name, options) and name != "Expect"
-        ]
-        lines.append("Connection: close\r\n")
-        if request.is_chunked:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
 # ---- Side ports: where others than the hub come ------------------------------------------------------
