@@ -2552,24 +2552,63 @@ class Order(TypedDict):
     may_redirect: bool
 
 
-class ForkServerLost(ConnectionError):
-    """There is no fork server that could make a process for this request."""
-
-
 class Channel:
-    """What a process tells the worker: each message is a line of JSON, and any thread may send one.
+    """What a process tells the worker, and is told: the request first, then a byte now and then.
 
-    Writing stops with the worker's interest: who is about to be killed need not be told.
+    Each message to the worker is a line of JSON, and any thread may send one. Writing stops with the worker's
+    interest: who is about to be killed need not be told.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is told
+        self._is_draining = False
+        self.consumer: Link | None = None  # if it has come itself
 
     def tell(self, **message: object) -> None:
         line = json.dumps(message).encode() + b"\n"
         with self._lock, contextlib.suppress(OSError):
             self.sock.sendall(line)
+
+    def take_request(self) -> tuple[Order, bytes]:
+        """Return what is to be done, and all that has come of the request. Raises EOFError."""
+        lengths = self._take_exactly(16)
+        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
+        return order, self._take_exactly(int(lengths[8:], 16))
+
+    def _take_exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self.sock.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def is_draining(self) -> bool:
+        while not self._is_draining and self._take(is_patient=False):
+            pass
+        return self._is_draining
+
+    def wait_for_consumer(self) -> Link:
+        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
+        while self.consumer is None and self._take(is_patient=True):
+            pass
+        if self.consumer is None:
+            raise ConsumerGone
+        return self.consumer
+
+    def _take(self, is_patient: bool) -> bool:
+        """Take one byte; False if there is none, for now or for ever."""
+        try:
+            told, fds = receive_with_fds(self.sock, 0 if is_patient else socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        if told in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
+            sock = own(socket.socket(fileno=fds[0]))
+            self.consumer = Link(PlainTransport(sock), is_old=told == PICKED_UP_BY_OLD)
+        self._is_draining = self._is_draining or told == DRAINING
+        return bool(told)
 
 
 class ForkServer:
@@ -2609,18 +2648,18 @@ class ForkServer:
     def fork(self, process: RequestProcess, control: socket.socket, connection: Link | socket.socket) -> None:
         """Have a process made that owns a copy of the connection and the other end of the control channel.
 
-        Waits while another fork server is started. Raises ForkServerLost.
+        Waits while another fork server is started. Raises ConnectionError if there is none.
         """
         with self._changed:
             failed_starts = self._failed_starts
             while self._orders is None:
                 if self._is_closing or self._failed_starts != failed_starts or process.is_unwanted():
-                    raise ForkServerLost("there is no fork server")
+                    raise ConnectionError("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
                 socket.send_fds(self._orders, [b"F"], [connection.fileno(), control.fileno()])
             except OSError as exc:
-                raise ForkServerLost("the fork server has just died") from exc
+                raise ConnectionError("the fork server has just died") from exc
             self._processes.add(process)
 
     def on_end(self, process: RequestProcess) -> None:
@@ -3192,7 +3231,7 @@ def run_fork_server(fd: int) -> int:
         gc.collect()
         gc.freeze()  # or each process's first collection would copy the app's pages
         threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-        forker = Forker(orders, app, log.level)
+        forker = Forker(orders, app)
         Channel(orders).tell(threads=", ".join(threads))
         forker.run()
     leave_soon(0, lambda: time.sleep(EXIT_GRACE_S))
@@ -3225,10 +3264,9 @@ class Forker:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
-    def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
+    def __init__(self, orders: socket.socket, app: WSGIApplication) -> None:
         self._orders = orders
         self._app = app
-        self._level = level
         self._prctl = load_prctl()
         self._prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._helpers = children_of_this_process()  # of the app, which began when it was imported
@@ -3305,7 +3343,7 @@ class Forker:
             self._prctl(PR_SET_CHILD_SUBREAPER, 1)
             if os.getppid() != parent:
                 os._exit(1)  # it died before it could take us with it
-            serve_one_request(self._app, own(connection), control, self._level)
+            serve_one_request(self._app, own(connection), Channel(control))
         except BaseException as exc:
             end_process(exc)
         end_process()
@@ -3442,63 +3480,13 @@ class ForwardingLogHandler(logging.Handler):
         )
 
 
-class Orders:
-    """What the worker tells a process: the request first, then a byte now and then."""
-
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
-        self._is_draining = False
-        self.consumer: Link | None = None  # if it has come itself
-
-    def take_request(self) -> tuple[Order, bytes]:
-        """Return what is to be done, and all that has come of the request. Raises EOFError."""
-        lengths = self._take_exactly(16)
-        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
-        return order, self._take_exactly(int(lengths[8:], 16))
-
-    def _take_exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            piece = self._control.recv(count - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return data
-
-    def is_draining(self) -> bool:
-        while not self._is_draining and self._take(is_patient=False):
-            pass
-        return self._is_draining
-
-    def wait_for_consumer(self) -> Link:
-        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
-        while self.consumer is None and self._take(is_patient=True):
-            pass
-        if self.consumer is None:
-            raise ConsumerGone
-        return self.consumer
-
-    def _take(self, is_patient: bool) -> bool:
-        """Take one byte of orders; False if there is none, for now or for ever."""
-        try:
-            order, fds = receive_with_fds(self._control, 0 if is_patient else socket.MSG_DONTWAIT)
-        except OSError:
-            return False
-        if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            sock = own(socket.socket(fileno=fds[0]))
-            self.consumer = Link(PlainTransport(sock), is_old=order == PICKED_UP_BY_OLD)
-        self._is_draining = self._is_draining or order == DRAINING
-        return bool(order)
-
-
 class ProcessKeeper:
     """Has the one request of this process answered, and reports to the worker."""
 
-    def __init__(self, server: Server, channel: Channel, orders: Orders, order: Order) -> None:
+    def __init__(self, server: Server, channel: Channel, order: Order) -> None:
         self.report: dict[str, object] = {}
         self._server = server
         self._channel = channel
-        self._orders = orders
         self._order = order
         self._has_answered = False
 
@@ -3513,7 +3501,7 @@ class ProcessKeeper:
         return self._server.answer(exchange)
 
     def is_last(self) -> bool:
-        return self._order["is_last"] or self._orders.is_draining()
+        return self._order["is_last"] or self._channel.is_draining()
 
     def must_hold(self, is_early: bool = False) -> bool:
         return self._order["holds"]
@@ -3533,35 +3521,29 @@ class ProcessKeeper:
 
     def _detour(self, head: bytes) -> Link:
         self._channel.tell(offer=head.decode("latin-1"))
-        return self._orders.wait_for_consumer()
+        return self._channel.wait_for_consumer()
 
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
         self._channel.tell(call=name, arguments=arguments, keywords=keywords)
 
 
-def serve_one_request(
-    app: WSGIApplication, connection: socket.socket, control: socket.socket, level: int
-) -> None:
+def serve_one_request(app: WSGIApplication, connection: socket.socket, channel: Channel) -> None:
     """Serve the request that the worker sends; what goes wrong with it is reported, not raised."""
-    channel, orders = Channel(control), Orders(control)
     channel.tell(pid=os.getpid())
     log.handlers = [ForwardingLogHandler(channel)]
-    log.setLevel(level)
     log.propagate = False
     Response.wsgi_multithread = False
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
-        order, received = orders.take_request()
+        order, received = channel.take_request()
         link = Link(PlainTransport(connection), received)
         link.host = order["hub"]
-        keeper = ProcessKeeper(AppServer(app), channel, orders, order)
+        keeper = ProcessKeeper(AppServer(app), channel, order)
         ending = RequestHandler(link, keeper).ending
         if ending is Ending.KEEP and not link.intake.is_empty:
             ending = Ending.CLOSE  # somebody else cannot go on from here
         channel.tell(report={"ending": ending.name, **keeper.report})
-        if orders.consumer:
-            orders.consumer.close()  # only here: the worker ends it
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------
