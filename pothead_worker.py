@@ -2789,22 +2789,16 @@ def ask_fork_server(orders: socket.socket, order: Mapping[str, object]) -> dict[
     """Return its answer, or None if it ended without one."""
     try:
         orders.sendall(json.dumps(order).encode() + b"\n")
-        answer = b""
-        while not answer.endswith(b"\n"):
-            data = orders.recv(RECEIVE_BYTES)
-            if not data:
-                return None
-            answer += data
+        with orders.makefile("rb") as file:
+            line = file.readline()
     except ConnectionError:
         return None
-    message: dict[str, object] = json.loads(answer)
-    return message
+    answer: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
+    return answer
 
 
-def describe_ending(status: int | None) -> str:
+def describe_ending(status: int) -> str:
     """Return words for an exit status, or for a signal, which is a negative one."""
-    if status is None:
-        return "ended"
     if status >= 0:
         return f"ended with status {status}"
     with contextlib.suppress(ValueError):
@@ -3116,7 +3110,7 @@ class RequestProcess:
                 self.has_responded = True
                 self._exchange.keeper.on_status(status)
             case {"log": record}:
-                forward_record(record)
+                log.handle(logging.makeLogRecord(record))
             case {"call": name, "arguments": arguments, "keywords": keywords}:
                 self._call_back(name, arguments, keywords)
             case {"offer": head}:
@@ -3156,12 +3150,6 @@ class RequestProcess:
             self.pickup.offer(head)
         except ConsumerGone:
             self.cancel(CONSUMER_HAS_GONE)
-
-
-def forward_record(record: dict[str, object]) -> None:
-    """Log what a process has logged."""
-    fields = {"name": log.name, "args": (), **record}
-    log.handle(logging.makeLogRecord(fields))
 
 
 class ProcessServer:
@@ -3367,11 +3355,10 @@ class Forker:
                 ended.append((fd, status))
         self._kill_strays()
         for fd, status in ended:
-            control = self._forked.pop(fd).control
-            if self._kill_at.pop(fd, None) is None:
-                with contextlib.suppress(KeyError):
-                    self._poller.unregister(fd)
-            with control:
+            self._kill_at.pop(fd, None)
+            with contextlib.suppress(KeyError):  # it has been told to end
+                self._poller.unregister(fd)
+            with self._forked.pop(fd).control as control:
                 control.setblocking(False)
                 Channel(control).tell(ending=describe_ending(status))
 
@@ -3471,6 +3458,7 @@ class ForwardingLogHandler(logging.Handler):
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         self._channel.tell(
             log={
+                "name": log.name,
                 "msg": record.getMessage(),
                 "levelno": record.levelno,
                 "levelname": record.levelname,
