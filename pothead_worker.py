@@ -2165,20 +2165,19 @@ class SidePort(ThreadingHTTPServer):
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._waiting: dict[socket.socket, None] = {}  # the oldest first
-        self._over = Halt()
-        self._thread: threading.Thread | None = None
+        self._has_started = False
 
     def start(self) -> None:
         log.info("listening %s=%s:%d", self.name, self._host, self.port)
-        self._thread = start_thread(self._run, self.name)
+        start_thread(functools.partial(self.serve_forever, self._interval_s), self.name)
+        self._has_started = True
 
     def close(self) -> None:
         """Accept nobody any longer, and cut off who waits. May be called again."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
+        if self._has_started:
+            cut_off(self.socket)  # nobody else wakes the port's thread
+            self.shutdown()
         self.server_close()
-        self._over.close()
         with self._lock:
             for sock in self._waiting:
                 cut_off(sock)
@@ -2189,9 +2188,6 @@ class SidePort(ThreadingHTTPServer):
         """Answer a GET or HEAD, in the visitor's thread."""
         raise NotImplementedError
 
-    def on_interval(self) -> None:
-        """See to what is overdue."""
-
     def let_stay(self, visitor: Visitor) -> None:
         """Do not cut this one off for others."""
         with self._lock:
@@ -2199,19 +2195,13 @@ class SidePort(ThreadingHTTPServer):
 
     # -- the port's thread
 
-    def _run(self) -> None:
-        while not self._over.is_set():
-            if wait_ready(self.fileno(), select.POLLIN, self._interval_s, self._over):
-                self.handle_request()
-            self.on_interval()
-
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             sock, address = self.socket.accept()
         except OSError as exc:
             if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._cannot_accept(exc)
-                self._over.wait(ACCEPT_PAUSE_S)
+                time.sleep(ACCEPT_PAUSE_S)
             raise
         return own(sock), address
 
@@ -2374,7 +2364,8 @@ class PickupPort(SidePort):
         elif head.method == "HEAD":
             visitor.wfile.write(without_chunks(pickup.head) if head.is_old else pickup.head)
 
-    def on_interval(self) -> None:
+    def service_actions(self) -> None:
+        """See to what is overdue. Called after each visitor and after each interval."""
         now = time.monotonic()
         with self._pickups_lock:
             overdue = [key for key, pickup in self._pickups.items() if pickup.expires_at <= now]
