@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     import ssl
     from signal import _HANDLER
 
-    from _typeshed import OptExcInfo, ReadableBuffer, WriteableBuffer
+    from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "1.0.0"
@@ -2019,11 +2019,15 @@ class LocalConnection:
 # ---- Side ports: where others than the hub come ------------------------------------------------------
 
 
+def last_head(status: str, *fields: str) -> bytes:
+    """Return the head of a response that ends its connection."""
+    return "\r\n".join([f"HTTP/1.1 {status}", *fields, "Connection: close", "", ""]).encode("latin-1")
+
+
 def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
     """Return a whole response that ends its connection."""
     body = (text or f"{status}\n").encode("latin-1")
-    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}"]
-    head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+    head = last_head(status, *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}")
     return head if is_head else head + body
 
 
@@ -2045,7 +2049,6 @@ class Visitor(BaseHTTPRequestHandler):
     """Who comes to a side port with one request, which is understood strictly, and for the port to answer."""
 
     server: SidePort
-    request_version = protocol_version = "HTTP/1.1"
     command = ""  # until its head is known
 
     def setup(self) -> None:
@@ -2054,8 +2057,7 @@ class Visitor(BaseHTTPRequestHandler):
         self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
         self.transport: Transport = PlainTransport(self.connection)
         if self.server.context:
-            tls = TlsTransport(self.connection, self.server.context, None)
-            self.transport, self.wfile = tls, TransportWriter(tls)
+            self.transport = TlsTransport(self.connection, self.server.context, None)
 
     def recv(self, size: int, /) -> bytes:
         """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
@@ -2093,27 +2095,23 @@ class Visitor(BaseHTTPRequestHandler):
             self.answer("405 Method Not Allowed", "Allow: GET, HEAD")
 
     def answer(self, status: str, *fields: str, text: str = "") -> None:
-        self.wfile.write(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
+        self.transport.send(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
 
     def show(self, page: Page, is_old: bool) -> None:
         """Send a page, in chunks if it comes in pieces and the visitor knows these."""
-        code, _, phrase = page.status.partition(" ")
         pieces = [page.body] if isinstance(page.body, bytes) else page.body
         is_chunked = pieces is page.body and not is_old
-        self.send_response_only(int(code), phrase)
-        self.send_header("Content-Type", page.content_type)
-        self.send_header("Cache-Control", "no-store")
+        fields = [f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
         if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
+            fields.append("Transfer-Encoding: chunked")
         elif isinstance(page.body, bytes):
-            self.send_header("Content-Length", str(len(page.body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
+            fields.append(f"Content-Length: {len(page.body)}")
+        self.transport.send(last_head(page.status, *fields))
         if self.command == "HEAD":
             return
         for piece in pieces:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-        self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
+            self.transport.send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        self.transport.send(b"0\r\n\r\n" if is_chunked else b"")
 
     def take_over(self) -> Transport:
         """Return the connection, which is not the port's any longer."""
@@ -2129,18 +2127,6 @@ class Visitor(BaseHTTPRequestHandler):
         if self.connection.fileno() >= 0:
             self.transport.say_goodbye()
             close_gently(self.connection)
-
-
-class TransportWriter(io.BufferedIOBase):
-    """What a handler of requests writes to, if that is no socket."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        piece = bytes(data)
-        self._transport.send(piece)
-        return len(piece)
 
 
 class SidePort(ThreadingHTTPServer):
@@ -2324,7 +2310,6 @@ class PickupPort(SidePort):
         self.expiry_s = expiry_s
         self._url = url
         self._public_host = host
-        self._pickups_lock = threading.Lock()
         self._pickups: dict[str, Pickup] = {}  # by key
 
     # -- for the slots
@@ -2332,13 +2317,13 @@ class PickupPort(SidePort):
     def offer(self, pickup: Pickup) -> str:
         """Keep a response for its consumer; return the key. The port's thread tells it what comes of it."""
         key = secrets.token_urlsafe(32)
-        with self._pickups_lock:
+        with self._lock:
             self._pickups[key] = pickup
         return key
 
     def withdraw(self, key: str) -> None:
         """Forget a key; nothing is told of it once this has returned."""
-        with self._pickups_lock:
+        with self._lock:
             self._pickups.pop(key, None)
 
     def location(self, key: str, hub: Link) -> str:
@@ -2352,7 +2337,7 @@ class PickupPort(SidePort):
 
     def show(self, visitor: Visitor, head: RequestHead) -> None:
         key = head.target.rpartition("/")[2] if self._url else head.target[1:]
-        with self._pickups_lock:
+        with self._lock:
             pickup = self._pickups.get(key)
             is_there = pickup is not None and pickup.expires_at > time.monotonic()
             if pickup and is_there and head.method == "GET":
@@ -2362,12 +2347,12 @@ class PickupPort(SidePort):
             log.warning("redirects: unknown, used or expired key from %s", visitor.address)
             visitor.answer("410 Gone", "Cache-Control: no-store")
         elif head.method == "HEAD":
-            visitor.wfile.write(without_chunks(pickup.head) if head.is_old else pickup.head)
+            visitor.transport.send(without_chunks(pickup.head) if head.is_old else pickup.head)
 
     def service_actions(self) -> None:
         """See to what is overdue. Called after each visitor and after each interval."""
         now = time.monotonic()
-        with self._pickups_lock:
+        with self._lock:
             overdue = [key for key, pickup in self._pickups.items() if pickup.expires_at <= now]
             for key in overdue:
                 self._pickups.pop(key).on_expiry()
@@ -2442,16 +2427,14 @@ class Pickup:
             raise ConsumerGone
         self.head, self.expires_at = head, time.monotonic() + self._port.expiry_s
         self._key = self._port.offer(self)
-        lines = [
-            "HTTP/1.1 303 See Other",
+        fields = [
             f"Location: {self._port.location(self._key, hub)}",
             "Cache-Control: no-store",
             "Content-Length: 0",
             f"Date: {http_date(int(time.time()))}",
-            "Connection: close",
         ]
         try:
-            hub.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub.send(last_head("303 See Other", *fields))
             hub.finish_sending()  # there is nothing unread, so nothing can destroy the 303
         except OSError as exc:
             raise ConsumerGone from exc
