@@ -1326,7 +1326,6 @@ class Response(BaseHandler):
         self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
-        self.ends_with_close = False
         self.says_close = False
         self._pid = os.getpid()
 
@@ -1338,7 +1337,7 @@ class Response(BaseHandler):
     @property
     def is_all_sent(self) -> bool:
         """Whether the consumer has all of the response, as its length tells: from now on it may be gone."""
-        if self.head is None or not self.headers_sent or self.is_chunked or self.ends_with_close:
+        if self.head is None or not self.headers_sent:
             return False
         return not self.has_body or self.body_bytes == self.head.length
 
@@ -1508,7 +1507,7 @@ class Response(BaseHandler):
         if detour:
             self.link = detour(start)
         if self.is_chunked and not self.link.may_chunk:
-            self.is_chunked, self.ends_with_close = False, True
+            self.is_chunked = False
             return without_chunks(start)
         return start
 
@@ -1598,7 +1597,6 @@ class Exchange:
             self.body = ChunkedBody(link.intake)
         elif self.head.length:
             self.body = FixedBody(link.intake, self.head.length)
-        self._wants_close = "close" in connection_options(self.head.fields)
         self.consumer: Link | None = None  # if it has come to the pickup port
         self._on_cancel: list[Callable[[], object]] = []
 
@@ -1611,7 +1609,8 @@ class Exchange:
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
         unread = self.body.left_bytes() if self.body else 0
-        return self._wants_close or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
+        is_asked_to = "close" in connection_options(self.head.fields)
+        return is_asked_to or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
 
     def fetch_body(self) -> None:
         """Have the app read the rest of the body from somewhere else. Raises BodyError."""
