@@ -1909,18 +1909,18 @@ class Forwarder:
                 sock.close()
                 raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         except OSError as exc:
-            self._report(is_unreachable=True, reason=exc)
+            self._report(exc)
             raise LocalUnreachable(str(exc)) from None
-        self._report(is_unreachable=False)
+        self._report(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return own(sock)
 
-    def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
+    def _report(self, failure: OSError | None) -> None:
         with self._lock:
-            was_unreachable, self._is_unreachable = self._is_unreachable, is_unreachable
-        if reason and not was_unreachable:
-            log.warning("http://%s unreachable, answering 502: %s", self.address, reason.strerror or reason)
-        elif was_unreachable and not is_unreachable:
+            was_unreachable, self._is_unreachable = self._is_unreachable, failure is not None
+        if failure and not was_unreachable:
+            log.warning("http://%s unreachable, answering 502: %s", self.address, failure.strerror or failure)
+        elif was_unreachable and not failure:
             log.info("http://%s reached again", self.address)
 
 
@@ -2338,11 +2338,12 @@ class PickupPort(SidePort):
         key = head.target.rpartition("/")[2] if self._url else head.target[1:]
         with self._lock:
             pickup = self._pickups.get(key)
-            is_there = pickup is not None and pickup.expires_at > time.monotonic()
-            if pickup and is_there and head.method == "GET":
+            if pickup and pickup.expires_at <= time.monotonic():
+                pickup = None
+            if pickup and head.method == "GET":
                 del self._pickups[key]
                 pickup.on_claim(visitor.take_over(), head.is_old)
-        if pickup is None or not is_there:
+        if pickup is None:
             log.warning("redirects: unknown, used or expired key from %s", visitor.address)
             visitor.answer("410 Gone", "Cache-Control: no-store")
         elif head.method == "HEAD":
