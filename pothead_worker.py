@@ -2714,19 +2714,16 @@ class ForkServer:
 
     def _keep(self) -> None:
         """Wait for the fork server to die, and start another, until it is closed."""
-        while True:
-            ending = self._wait_for_end()
-            if self._is_closing:
-                return
-            log.error("the fork server %s; its requests are cut off, and another one is started", ending)
+        while self._orders is not None:
+            ending = self._wait_for_end(self._orders)
+            if not self._is_closing:
+                log.error("the fork server %s; its requests are cut off, and another one is started", ending)
             backoff = Backoff()
             while self._orders is None and not self._is_closing:
                 with self._changed:
                     self._changed.wait_for(lambda: self._is_closing, backoff.next_wait_s())
                 if not self._is_closing:
                     self._try_to_launch()
-            if self._orders is None:
-                return
 
     def _try_to_launch(self) -> None:
         try:
@@ -2740,18 +2737,18 @@ class ForkServer:
         else:
             log.info("another fork server is ready")
 
-    def _wait_for_end(self) -> str:
+    def _wait_for_end(self, orders: socket.socket) -> str:
         """Return how the fork server ended, once it has, and every request that it held was cut off."""
-        assert self._orders is not None and self._process is not None
+        assert self._process is not None
         with contextlib.suppress(OSError):
-            self._orders.recv(1)  # it never says anything
+            orders.recv(1)  # it never says anything
         try:
             status = self._process.wait(FORK_SERVER_EXIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
         with self._changed:
-            self._orders.close()
+            orders.close()
             self._orders = None
             processes = list(self._processes)
         for process in processes:
