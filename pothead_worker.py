@@ -2449,14 +2449,11 @@ class Pickup:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self._exchange.consumer = consumer = Link(transport, is_old=is_old)
-        consumer.when_gone(functools.partial(self._on_gone, consumer))
+        consumer.when_gone(self._exchange.cancel)
+        # It may only have closed its sending direction; a send that waits for it to read ends so.
+        self._exchange.when_cancelled(consumer.cut)
         self._lobby.order(self._lobby.watch, consumer)
         self._on_arrival(consumer)
-
-    def _on_gone(self, consumer: Link) -> None:
-        self._exchange.cancel()
-        # It may only have closed its sending direction; a send that waits for it to read ends so.
-        consumer.cut()
 
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
