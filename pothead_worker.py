@@ -689,40 +689,9 @@ class ChunkedBody(RequestBody):
 
 
 # ---- Transports --------------------------------------------------------------------------------------
-
-
-class Transport(Protocol):
-    """What a connection's bytes go over: the socket itself, or TLS on it.
-
-    `sock` is an ordinary socket in any case, for whoever polls it, cuts it or asks for its addresses.
-    """
-
-    sock: socket.socket
-
-    def recv(self, size: int, /) -> bytes: ...
-
-    def recv_into(self, target: memoryview, /) -> int: ...
-
-    def take(self, size: int) -> bytes | None:
-        """Receive what has come, without waiting; None if nothing has, b"" at the end. Raises OSError."""
-
-    def send(self, *pieces: bytes) -> None:
-        """Send all pieces in order."""
-
-    def try_to_send(self, data: bytes) -> bool:
-        """Send what is small without waiting; return whether it was taken. Raises OSError."""
-
-    def peek(self) -> bytes | None:
-        """Return the next byte if it has come, or b"" if there will be no more."""
-
-    def has_news(self, is_readable: bool) -> bool:
-        """Return whether there is something to receive, or the end; the socket says that it is readable."""
-
-    def limit_time(self, seconds: float | None) -> None:
-        """Have a call raise TimeoutError when it would wait for longer; BlockingIOError with 0."""
-
-    def say_goodbye(self) -> None:
-        """Tell the other end, if that needs no waiting, that its connection ends as it should."""
+#
+# What a connection's bytes go over: the socket itself, or TLS on it. Both can do the same. `sock` is an
+# ordinary socket in any case, for whoever polls it, cuts it or asks for its addresses.
 
 
 class PlainTransport:
@@ -732,9 +701,11 @@ class PlainTransport:
         self.sock = sock
         self.recv: Callable[[int], bytes] = sock.recv
         self.recv_into: Callable[[memoryview], int] = sock.recv_into
-        self.limit_time = sock.settimeout
+        # Has a call raise TimeoutError when it would wait for longer; BlockingIOError with 0.
+        self.limit_time: Callable[[float | None], None] = sock.settimeout
 
     def take(self, size: int) -> bytes | None:
+        """Receive what has come, without waiting; None if nothing has, b"" at the end. Raises OSError."""
         try:
             return self.sock.recv(size, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -752,9 +723,11 @@ class PlainTransport:
             sent = max(0, sent - len(piece))
 
     def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken. Raises OSError."""
         return self.sock.send(data, socket.MSG_DONTWAIT) == len(data)
 
     def peek(self) -> bytes | None:
+        """Return the next byte if it has come, or b"" if there will be no more."""
         try:
             return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -763,10 +736,14 @@ class PlainTransport:
             return b""
 
     def has_news(self, is_readable: bool) -> bool:
+        """Return whether there is something to receive, or the end; the socket says that it is readable."""
         return is_readable
 
     def say_goodbye(self) -> None:
-        """A FIN says all that there is to say."""
+        """Tell the other end, if that needs no waiting, that its connection ends as it should.
+
+        Here a FIN says all that there is to say.
+        """
 
 
 def load_ssl() -> None:
@@ -979,6 +956,9 @@ class TlsTransport:
                 self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
             except BlockingIOError:
                 return False
+
+
+Transport = PlainTransport | TlsTransport
 
 
 # ---- Links -------------------------------------------------------------------------------------------
