@@ -2439,11 +2439,6 @@ class Pickup:
         """Nobody has come. Called by the port's thread."""
         self._exchange.cancel(f"nobody came for the response within {self._port.expiry_s:g} s")
 
-    @property
-    def may_need_relay(self) -> bool:
-        """Whether a consumer may come over TLS from now on."""
-        return bool(self._key) and self._port.context is not None
-
     def close(self, ending: Ending) -> Ending:
         """See to the consumer's connection after the response; return how that to the hub may go on."""
         if not self._key:
@@ -2868,7 +2863,6 @@ class RequestProcess:
         self._timeout_s = timeout_s
         self._has_ended = False
         self._relays: list[Relay] = []  # the hub's first, and perhaps the consumer's
-        self._is_delivered = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -2987,7 +2981,6 @@ class RequestProcess:
         order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
         with self._lock, contextlib.suppress(OSError), self._lend(consumer) as connection:
             socket.send_fds(self._control, [order], [connection.fileno()])
-        self._is_delivered = True
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -3002,8 +2995,6 @@ class RequestProcess:
         received = b""
         while not self._has_ended:
             wait_ms = self._left_ms()
-            if self.pickup and self.pickup.may_need_relay and not self._is_delivered:
-                wait_ms = min(wait_ms, PEEK_INTERVAL_S * 1000)
             for relay in list(self._relays):
                 relay.turn()
                 relay.register(poller)
@@ -3457,7 +3448,9 @@ class ProcessKeeper:
 
     def _detour(self, head: bytes) -> Link:
         self._channel.tell(offer=head.decode("latin-1"))
-        return self._channel.wait_for_consumer()
+        consumer = self._channel.wait_for_consumer()
+        self._channel.tell(picked_up=True)  # so that the worker wakes up: there may be a relay to keep moving
+        return consumer
 
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
