@@ -599,9 +599,6 @@ class RequestBody(io.RawIOBase):
     While the connection does not block, a read raises BlockingIOError where it would wait; another goes on.
     """
 
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-
     def readable(self) -> bool:
         return True
 
@@ -618,7 +615,7 @@ class FixedBody(RequestBody):
     """A body of known length."""
 
     def __init__(self, intake: Intake, length: int) -> None:
-        super().__init__(intake)
+        self._intake = intake
         self._left = length
 
     def left_bytes(self) -> float:
@@ -645,7 +642,7 @@ class ChunkedBody(RequestBody):
     TRAILER_LINE = re.compile(rb"%b:[\t\x20-\x7e\x80-\xff]*" % NAME)
 
     def __init__(self, intake: Intake) -> None:
-        super().__init__(intake)
+        self._intake = intake
         self._left_in_chunk = 0
         self._is_in_chunk = False  # until what ends it has come, too
         self._is_in_trailers = False
@@ -1584,7 +1581,7 @@ class Exchange:
         """Have the response taken past the hub, if it is one for that."""
         self.detour = detour
         if self.body:
-            self.body = SeparableBody(self.link.intake, self.body)
+            self.body = SeparableBody(self.body)
 
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
@@ -2344,8 +2341,7 @@ class SeparableBody(RequestBody):
     A thread of the app may read at the same time, hence the lock.
     """
 
-    def __init__(self, intake: Intake, body: RequestBody) -> None:
-        super().__init__(intake)
+    def __init__(self, body: RequestBody) -> None:
         self._body = body
         self._fetched: io.BufferedRandom | None = None
         self._lock = threading.Lock()
