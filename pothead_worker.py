@@ -2628,9 +2628,7 @@ class ForkServer:
         orders, theirs = own_pair()
         try:
             with theirs:
-                process = self._spawn(theirs)
-            with self._changed:
-                self._process = process
+                self._process = process = self._spawn(theirs)
             self._have_it_import(orders, process)
         except BaseException:
             orders.close()
