@@ -566,8 +566,7 @@ class Intake:
     def fail(self, reason: str) -> NoReturn:
         """Raise BodyError, now and whenever more is to be taken: what comes after cannot be understood."""
         self._failure = reason
-        self._check()
-        raise AssertionError
+        raise self._failure_type(reason)
 
     def _check(self) -> None:
         if self._failure:
@@ -1743,8 +1742,8 @@ class AppServer:
 
 # ---- Forwarding to a local program -------------------------------------------------------------------
 
-LOCAL_HEAD = re.compile(
-    r"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+RESPONSE_HEAD = re.compile(
+    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
     rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
@@ -1782,10 +1781,10 @@ class LocalHead(NamedTuple):
 
 def parse_local_head(data: bytes) -> LocalHead:
     """Understand a response's head without the empty line that ends it. Raises LocalError."""
-    match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
+    match = RESPONSE_HEAD.fullmatch(data.decode("latin-1"))
     if match is None:
         raise LocalError("malformed head")
-    code, reason, lines = match.groups()
+    _, code, reason, lines = match.groups()
     pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     fields = [(name, value.strip(" \t")) for name, _, value in pairs]
     known: dict[str, str] = {}
@@ -3902,10 +3901,6 @@ class Reachability:
 # draft-kazuho-ptth-ptth-01 over HTTP/1.1: the worker asks with an `Upgrade: ptth`, the hub answers 101, and
 # from there on the hub sends the requests.
 
-ANSWER_HEAD = re.compile(
-    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
-    rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
-)
 REQUEST_START = re.compile(rb"%b [/*][\x21-\x7e]* HTTP/1" % TOKEN.encode())
 BEARER_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750 §2.1
 SECRET = "(not shown)"
@@ -4189,7 +4184,7 @@ class Handshake:
             raise self._guess(self._intake.take_received()) from None
         if data is None:
             raise Refusal(f"closes the connection without an answer; {HINTS['closed']}", "closed")
-        match = ANSWER_HEAD.fullmatch(data.decode("latin-1"))
+        match = RESPONSE_HEAD.fullmatch(data.decode("latin-1"))
         if match is None:
             raise self._guess(data)
         minor_version, status, phrase, lines = match.groups()
