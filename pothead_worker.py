@@ -2395,11 +2395,12 @@ class Pickup:
         self.expires_at = math.inf
 
     def offer(self, head: bytes) -> None:
-        """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
+        """Offer the response that begins with `head`, and tell the consumer; if it has gone, cancel."""
         hub = self._exchange.link
         hub.disregard()
         if hub.is_gone:
-            raise ConsumerGone
+            self._exchange.cancel()
+            return
         self.head, self.expires_at = head, time.monotonic() + self._port.expiry_s
         self._key = self._port.offer(self)
         fields = [
@@ -2411,8 +2412,8 @@ class Pickup:
         try:
             hub.send(last_head("303 See Other", *fields))
             hub.finish_sending()  # there is nothing unread, so nothing can destroy the 303
-        except OSError as exc:
-            raise ConsumerGone from exc
+        except OSError:
+            self._exchange.cancel()
 
     def on_claim(self, transport: Transport, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
@@ -3046,7 +3047,8 @@ class RequestProcess:
             case {"call": name, "arguments": arguments, "keywords": keywords}:
                 self._call_back(name, arguments, keywords)
             case {"offer": head}:
-                self._offer(head.encode("latin-1"))
+                assert self.pickup is not None
+                self.pickup.offer(head.encode("latin-1"))
             case {"report": report}:
                 self.report = report
             case {"ending": ending}:
@@ -3075,13 +3077,6 @@ class RequestProcess:
                 self._callbacks[name](*arguments, **keywords)
         except Exception:
             log.exception("%s failed", name)
-
-    def _offer(self, head: bytes) -> None:
-        assert self.pickup is not None
-        try:
-            self.pickup.offer(head)
-        except ConsumerGone:
-            self.cancel(CONSUMER_HAS_GONE)
 
 
 class ProcessServer:
