@@ -982,13 +982,11 @@ class Link:
         """`received` is what somebody else has taken from it already. An old end speaks HTTP/1.0."""
         self.transport = transport
         self._sock = sock = transport.sock
-        self.recv = transport.recv
-        self.recv_into = transport.recv_into
         self.send = transport.send
         self.host = ""  # of the other end
         with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
             self.host = str(sock.getpeername()[0])
-        self.intake = Intake(self, received)
+        self.intake = Intake(transport, received)
         self.may_chunk = not is_old
         self.opened_at = self.free_since = time.monotonic()
         self.has_served = False
@@ -1274,7 +1272,7 @@ def check_length(value: str, earlier: int | None) -> int:
     return int(value)
 
 
-def error_text(status: str, request_id: str, detail: str = "") -> str:
+def error_text(status: str, request_id: str, detail: str) -> str:
     """Return what the consumer reads when there is no answer of the app's."""
     return f"{status}{f': {detail}.' if detail else ''}\nrequest id: {request_id}\n"
 
@@ -3366,7 +3364,7 @@ class CancelledEvent(threading.Event):
         self._sock = sock
 
     def is_set(self) -> bool:
-        return super().is_set() or self.wait(0)
+        return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> bool:
         if not super().is_set() and wait_ready(self._sock.fileno(), select.POLLRDHUP, timeout):
