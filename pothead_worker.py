@@ -1286,10 +1286,6 @@ class Response(BaseHandler):
     Of its base class it keeps the making of the environ; the sending there neither checks nor frames enough.
     """
 
-    wsgi_multithread = True
-    wsgi_multiprocess = True
-    server_software = None
-
     def __init__(self, exchange: Exchange) -> None:
         self.os_environ = {}  # the base class would copy the process's own into each environ
         self.environ: WSGIEnvironment = {}
