@@ -2143,11 +2143,6 @@ class SidePort(ThreadingHTTPServer):
         """Answer a GET or HEAD, in the visitor's thread."""
         raise NotImplementedError
 
-    def let_stay(self, visitor: Visitor) -> None:
-        """Do not cut this one off for others."""
-        with self._lock:
-            self._waiting.pop(visitor.connection, None)
-
     # -- the port's thread
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2208,17 +2203,17 @@ class PagePort(SidePort):
         path = head.target.partition("?")[0]
         if path not in self.pages:
             visitor.answer("404 Not Found", text=f"There is only {', '.join(self.pages)} here.\n")
-        elif not self._may_visit(path):
+        elif not self._let_in(visitor, path):
             visitor.answer("503 Service Unavailable")
         else:
-            self.let_stay(visitor)
             try:
                 visitor.show(self.pages[path](visitor.connection), head.is_old)
             finally:
                 with self._lock:
                     del self._visits[threading.current_thread()]
 
-    def _may_visit(self, path: str) -> bool:
+    def _let_in(self, visitor: Visitor, path: str) -> bool:
+        """Return whether there is room for this one, who is not cut off for others from now on."""
         with self._lock:
             is_crowded = list(self._visits.values()).count(path) >= PAGE_VISITS
             if is_crowded and path not in self._crowded:
@@ -2227,6 +2222,7 @@ class PagePort(SidePort):
                 self._crowded.add(path)
             else:
                 self._crowded.discard(path)
+                self._waiting.pop(visitor.connection, None)
                 self._visits[threading.current_thread()] = path
             return not is_crowded
 
