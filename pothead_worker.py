@@ -802,7 +802,7 @@ class TlsTransport:
     # -- receiving
 
     def recv(self, size: int, /) -> bytes:
-        while (data := self._take(size, self._timeout_s != 0)) is None:
+        while (data := self.take(size, will_wait=self._timeout_s != 0)) is None:
             try:
                 self._wait(select.POLLIN)
             except TimeoutError:
@@ -841,10 +841,7 @@ class TlsTransport:
     def has_news(self, is_readable: bool) -> bool:
         return self.peek() is not None
 
-    def take(self, size: int) -> bytes | None:
-        return self._take(size, will_wait=False)
-
-    def _take(self, size: int, will_wait: bool) -> bytes | None:
+    def take(self, size: int, will_wait: bool = False) -> bytes | None:
         with self._lock:
             if self._ahead:
                 data, self._ahead = self._ahead[:size], self._ahead[size:]
