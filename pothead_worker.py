@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     import ssl
     from signal import _HANDLER
 
-    from _typeshed import OptExcInfo, ReadableBuffer, WriteableBuffer
+    from _typeshed import OptExcInfo, WriteableBuffer
     from _typeshed.wsgi import ErrorStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "1.0.0"
@@ -478,11 +478,12 @@ class Source(Protocol):
 class Intake:
     """What the other end sends on one connection, and what of it has arrived but is not yet understood."""
 
-    failure: type[Exception] = BodyError
-
-    def __init__(self, sock: Source, received: bytes = b"") -> None:
+    def __init__(
+        self, sock: Source, received: bytes = b"", failure_type: type[Exception] = BodyError
+    ) -> None:
         self._sock = sock
         self._buffer = received
+        self._failure_type = failure_type
         self._failure = ""
 
     @property
@@ -565,12 +566,11 @@ class Intake:
     def fail(self, reason: str) -> NoReturn:
         """Raise BodyError, now and whenever more is to be taken: what comes after cannot be understood."""
         self._failure = reason
-        self._check()
-        raise AssertionError
+        raise self._failure_type(reason)
 
     def _check(self) -> None:
         if self._failure:
-            raise self.failure(self._failure)
+            raise self._failure_type(self._failure)
 
     def _take_until(self, end: bytes, limit_bytes: int) -> bytes | None:
         """Return what comes before `end`, and drop `end`; None when the hub closes first.
@@ -598,9 +598,6 @@ class RequestBody(io.RawIOBase):
     While the connection does not block, a read raises BlockingIOError where it would wait; another goes on.
     """
 
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-
     def readable(self) -> bool:
         return True
 
@@ -617,7 +614,7 @@ class FixedBody(RequestBody):
     """A body of known length."""
 
     def __init__(self, intake: Intake, length: int) -> None:
-        super().__init__(intake)
+        self._intake = intake
         self._left = length
 
     def left_bytes(self) -> float:
@@ -644,7 +641,7 @@ class ChunkedBody(RequestBody):
     TRAILER_LINE = re.compile(rb"%b:[\t\x20-\x7e\x80-\xff]*" % NAME)
 
     def __init__(self, intake: Intake) -> None:
-        super().__init__(intake)
+        self._intake = intake
         self._left_in_chunk = 0
         self._is_in_chunk = False  # until what ends it has come, too
         self._is_in_trailers = False
@@ -688,40 +685,9 @@ class ChunkedBody(RequestBody):
 
 
 # ---- Transports --------------------------------------------------------------------------------------
-
-
-class Transport(Protocol):
-    """What a connection's bytes go over: the socket itself, or TLS on it.
-
-    `sock` is an ordinary socket in any case, for whoever polls it, cuts it or asks for its addresses.
-    """
-
-    sock: socket.socket
-
-    def recv(self, size: int, /) -> bytes: ...
-
-    def recv_into(self, target: memoryview, /) -> int: ...
-
-    def take(self, size: int) -> bytes | None:
-        """Receive what has come, without waiting; None if nothing has, b"" at the end. Raises OSError."""
-
-    def send(self, *pieces: bytes) -> None:
-        """Send all pieces in order."""
-
-    def try_to_send(self, data: bytes) -> bool:
-        """Send what is small without waiting; return whether it was taken. Raises OSError."""
-
-    def peek(self) -> bytes | None:
-        """Return the next byte if it has come, or b"" if there will be no more."""
-
-    def has_news(self, is_readable: bool) -> bool:
-        """Return whether there is something to receive, or the end; the socket says that it is readable."""
-
-    def limit_time(self, seconds: float | None) -> None:
-        """Have a call raise TimeoutError when it would wait for longer; BlockingIOError with 0."""
-
-    def say_goodbye(self) -> None:
-        """Tell the other end, if that needs no waiting, that its connection ends as it should."""
+#
+# What a connection's bytes go over: the socket itself, or TLS on it. Both can do the same. `sock` is an
+# ordinary socket in any case, for whoever polls it, cuts it or asks for its addresses.
 
 
 class PlainTransport:
@@ -731,9 +697,11 @@ class PlainTransport:
         self.sock = sock
         self.recv: Callable[[int], bytes] = sock.recv
         self.recv_into: Callable[[memoryview], int] = sock.recv_into
-        self.limit_time = sock.settimeout
+        # Has a call raise TimeoutError when it would wait for longer; BlockingIOError with 0.
+        self.limit_time: Callable[[float | None], None] = sock.settimeout
 
     def take(self, size: int) -> bytes | None:
+        """Receive what has come, without waiting; None if nothing has, b"" at the end. Raises OSError."""
         try:
             return self.sock.recv(size, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -751,9 +719,11 @@ class PlainTransport:
             sent = max(0, sent - len(piece))
 
     def try_to_send(self, data: bytes) -> bool:
+        """Send what is small without waiting; return whether it was taken. Raises OSError."""
         return self.sock.send(data, socket.MSG_DONTWAIT) == len(data)
 
     def peek(self) -> bytes | None:
+        """Return the next byte if it has come, or b"" if there will be no more."""
         try:
             return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -762,10 +732,14 @@ class PlainTransport:
             return b""
 
     def has_news(self, is_readable: bool) -> bool:
+        """Return whether there is something to receive, or the end; the socket says that it is readable."""
         return is_readable
 
     def say_goodbye(self) -> None:
-        """A FIN says all that there is to say."""
+        """Tell the other end, if that needs no waiting, that its connection ends as it should.
+
+        Here a FIN says all that there is to say.
+        """
 
 
 def load_ssl() -> None:
@@ -828,7 +802,7 @@ class TlsTransport:
     # -- receiving
 
     def recv(self, size: int, /) -> bytes:
-        while (data := self._take(size, self._timeout_s != 0)) is None:
+        while (data := self.take(size, will_wait=self._timeout_s != 0)) is None:
             try:
                 self._wait(select.POLLIN)
             except TimeoutError:
@@ -867,10 +841,7 @@ class TlsTransport:
     def has_news(self, is_readable: bool) -> bool:
         return self.peek() is not None
 
-    def take(self, size: int) -> bytes | None:
-        return self._take(size, will_wait=False)
-
-    def _take(self, size: int, will_wait: bool) -> bytes | None:
+    def take(self, size: int, will_wait: bool = False) -> bytes | None:
         with self._lock:
             if self._ahead:
                 data, self._ahead = self._ahead[:size], self._ahead[size:]
@@ -980,6 +951,9 @@ class TlsTransport:
                 return False
 
 
+Transport = PlainTransport | TlsTransport
+
+
 # ---- Links -------------------------------------------------------------------------------------------
 
 
@@ -1005,13 +979,11 @@ class Link:
         """`received` is what somebody else has taken from it already. An old end speaks HTTP/1.0."""
         self.transport = transport
         self._sock = sock = transport.sock
-        self.recv = transport.recv
-        self.recv_into = transport.recv_into
         self.send = transport.send
         self.host = ""  # of the other end
         with contextlib.suppress(OSError, IndexError):  # it may have been reset; a socket pair has no address
             self.host = str(sock.getpeername()[0])
-        self.intake = Intake(self, received)
+        self.intake = Intake(transport, received)
         self.may_chunk = not is_old
         self.opened_at = self.free_since = time.monotonic()
         self.has_served = False
@@ -1297,7 +1269,7 @@ def check_length(value: str, earlier: int | None) -> int:
     return int(value)
 
 
-def error_text(status: str, request_id: str, detail: str = "") -> str:
+def error_text(status: str, request_id: str, detail: str) -> str:
     """Return what the consumer reads when there is no answer of the app's."""
     return f"{status}{f': {detail}.' if detail else ''}\nrequest id: {request_id}\n"
 
@@ -1311,10 +1283,6 @@ class Response(BaseHandler):
     Of its base class it keeps the making of the environ; the sending there neither checks nor frames enough.
     """
 
-    wsgi_multithread = True
-    wsgi_multiprocess = True
-    server_software = None
-
     def __init__(self, exchange: Exchange) -> None:
         self.os_environ = {}  # the base class would copy the process's own into each environ
         self.environ: WSGIEnvironment = {}
@@ -1325,7 +1293,6 @@ class Response(BaseHandler):
         self.body_bytes = 0  # that have been sent
         self.is_complete = False
         self.is_chunked = False
-        self.ends_with_close = False
         self.says_close = False
         self._pid = os.getpid()
 
@@ -1337,7 +1304,7 @@ class Response(BaseHandler):
     @property
     def is_all_sent(self) -> bool:
         """Whether the consumer has all of the response, as its length tells: from now on it may be gone."""
-        if self.head is None or not self.headers_sent or self.is_chunked or self.ends_with_close:
+        if self.head is None or not self.headers_sent:
             return False
         return not self.has_body or self.body_bytes == self.head.length
 
@@ -1505,9 +1472,9 @@ class Response(BaseHandler):
         self.headers_sent = True
         self.exchange.keeper.on_status(self.head.status)
         if detour:
-            self.link = detour.take(start)
+            self.link = detour(start)
         if self.is_chunked and not self.link.may_chunk:
-            self.is_chunked, self.ends_with_close = False, True
+            self.is_chunked = False
             return without_chunks(start)
         return start
 
@@ -1535,7 +1502,7 @@ class Response(BaseHandler):
     def _on_failure(self, exc: BaseException) -> None:
         request_id = self.exchange.request_id
         if isinstance(exc, ConsumerGone):
-            self.exchange.keeper.on_consumer_gone(self.exchange, str(exc) or self.exchange.why_cancelled)
+            self.exchange.keeper.on_consumer_gone(self.exchange)
         elif isinstance(exc, BodyError):
             log.info("request %s: request %s", request_id, exc)
             self._send_error("400 Bad Request")
@@ -1572,16 +1539,9 @@ GONE_STATUS = "499"  # the consumer left before the response, in the hub's words
 LOST_STATUS = "502"  # what the hub makes of a connection that is closed without one
 
 
-class Detour(NamedTuple):
-    """The way of a response past the hub; the same in the worker and in a request's process."""
-
-    offer: Callable[[bytes], None]  # sends the consumer to where the response is that begins with this
-    wait: Callable[[], Link]  # returns the consumer's own connection. Both raise ConsumerGone
-
-    def take(self, head: bytes) -> Link:
-        self.offer(head)
-        return self.wait()
-
+# The way of a response past the hub: sends the consumer to where the response is that begins with this, and
+# returns the consumer's own connection. Raises ConsumerGone.
+Detour = Callable[[bytes], Link]
 
 CONSUMER_HAS_GONE = "the consumer has gone"
 
@@ -1604,7 +1564,6 @@ class Exchange:
             self.body = ChunkedBody(link.intake)
         elif self.head.length:
             self.body = FixedBody(link.intake, self.head.length)
-        self._wants_close = "close" in connection_options(self.head.fields)
         self.consumer: Link | None = None  # if it has come to the pickup port
         self._on_cancel: list[Callable[[], object]] = []
 
@@ -1612,12 +1571,13 @@ class Exchange:
         """Have the response taken past the hub, if it is one for that."""
         self.detour = detour
         if self.body:
-            self.body = SeparableBody(self.link.intake, self.body)
+            self.body = SeparableBody(self.body)
 
     def must_close(self) -> bool:
         """Return whether the connection cannot take another request after this one."""
         unread = self.body.left_bytes() if self.body else 0
-        return self._wants_close or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
+        is_asked_to = "close" in connection_options(self.head.fields)
+        return is_asked_to or self.keeper.is_last() or unread > DISCARD_LIMIT_BYTES
 
     def fetch_body(self) -> None:
         """Have the app read the rest of the body from somewhere else. Raises BodyError."""
@@ -1684,7 +1644,7 @@ class Keeper(Protocol):
     def on_status(self, status: str) -> None:
         """The consumer gets a response with this status now."""
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
+    def on_consumer_gone(self, exchange: Exchange) -> None:
         """The response could not be sent."""
 
     def on_response(self, status_line: str) -> None:
@@ -1773,20 +1733,12 @@ class AppServer:
 
 # ---- Forwarding to a local program -------------------------------------------------------------------
 
-LOCAL_HEAD = re.compile(
-    r"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+RESPONSE_HEAD = re.compile(
+    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
     rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 )
 FORWARD_URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[^:\[\]/?#@\s]+)(?::([0-9]{1,5}))?/?")
-NOT_FORWARDED = (
-    "connection",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-)
+NOT_FORWARDED = ("proxy-connection", "trailer")  # beside the hop-by-hop ones of PEP 3333
 LOCAL_HEAD_START = b"HTTP/1."
 
 
@@ -1820,10 +1772,10 @@ class LocalHead(NamedTuple):
 
 def parse_local_head(data: bytes) -> LocalHead:
     """Understand a response's head without the empty line that ends it. Raises LocalError."""
-    match = LOCAL_HEAD.fullmatch(data.decode("latin-1"))
+    match = RESPONSE_HEAD.fullmatch(data.decode("latin-1"))
     if match is None:
         raise LocalError("malformed head")
-    code, reason, lines = match.groups()
+    _, code, reason, lines = match.groups()
     pairs = [line.partition(":") for line in lines.split("\r\n")[:-1]]
     fields = [(name, value.strip(" \t")) for name, _, value in pairs]
     known: dict[str, str] = {}
@@ -1846,6 +1798,37 @@ def parse_local_head(data: bytes) -> LocalHead:
     return LocalHead(f"{code} {reason or ''}", kept, length, is_chunked)
 
 
+def take_local_head(intake: Intake) -> LocalHead:
+    """Take a response's head, and those of interim responses before it. Raises LocalError."""
+    while True:
+        try:
+            data = intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
+        except HeadTooLong as exc:
+            raise LocalError(str(exc)) from None
+        except ProtocolError:
+            raise LocalError("this is not HTTP/1.x") from None
+        if data is None:
+            raise LocalError("it closed the connection before its response")
+        head = parse_local_head(data)
+        if head.status.startswith("101"):
+            raise LocalError("it switched protocols")
+        if not head.status.startswith("1"):
+            return head
+
+
+def make_local_head(request: RequestHead) -> bytes:
+    """Return the head of a request as the local program gets it."""
+    options = connection_options(request.fields)
+    fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
+    lines = [
+        f"{name}: {value}\r\n" for name, value in fields if is_forwarded(name, options) and name != "Expect"
+    ]
+    lines.append("Connection: close\r\n")
+    if request.is_chunked:
+        lines.append("Transfer-Encoding: chunked\r\n")
+    return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+
 class Forwarder:
     """Has a local HTTP program answer, which is written in any language.
 
@@ -1861,10 +1844,31 @@ class Forwarder:
 
     def answer(self, exchange: Exchange) -> Ending:
         response = Response(exchange)
-        response.run(LocalExchange(self, response))
+        response.run(functools.partial(self._serve, response))
         return response.settle()
 
-    def open(self) -> socket.socket:
+    def _serve(
+        self, response: Response, _environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterator[bytes]:
+        """Serve one request as an app would: pass it on, and yield the body of what the program answers."""
+        with self._open() as sock:
+            connection = LocalConnection(sock, response.exchange, make_local_head(response.request))
+            intake = Intake(connection, failure_type=LocalError)
+            head = take_local_head(intake)
+            start_response(head.status, head.fields)
+            if not response.has_body:
+                return
+            if intake.is_empty:
+                response.send_head()
+            if head.is_chunked or head.length is not None:
+                body = ChunkedBody(intake) if head.is_chunked else FixedBody(intake, head.length or 0)
+                while data := body.read(RECEIVE_BYTES):
+                    yield data
+            else:
+                while data := intake.take_received() or connection.recv(RECEIVE_BYTES):
+                    yield data
+
+    def _open(self) -> socket.socket:
         """Return a new connection. Raises LocalUnreachable."""
         try:
             sock = socket.create_connection(self.address, CONNECT_TIMEOUT_S)
@@ -1872,30 +1876,19 @@ class Forwarder:
                 sock.close()
                 raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         except OSError as exc:
-            self._report(is_unreachable=True, reason=exc)
+            self._report(exc)
             raise LocalUnreachable(str(exc)) from None
-        self._report(is_unreachable=False)
+        self._report(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return own(sock)
 
-    def _report(self, is_unreachable: bool, reason: OSError | None = None) -> None:
+    def _report(self, failure: OSError | None) -> None:
         with self._lock:
-            was_unreachable, self._is_unreachable = self._is_unreachable, is_unreachable
-        if reason and not was_unreachable:
-            log.warning("http://%s unreachable, answering 502: %s", self.address, reason.strerror or reason)
-        elif was_unreachable and not is_unreachable:
+            was_unreachable, self._is_unreachable = self._is_unreachable, failure is not None
+        if failure and not was_unreachable:
+            log.warning("http://%s unreachable, answering 502: %s", self.address, failure.strerror or failure)
+        elif was_unreachable and not failure:
             log.info("http://%s reached again", self.address)
-
-
-class LocalIntake(Intake):
-    """What the local program sends."""
-
-    failure = LocalError
-
-    def take_rest(self) -> bytes:
-        """Return what has come, or b"" at the end of the connection."""
-        data, self._buffer = self._buffer or self._sock.recv(RECEIVE_BYTES), b""
-        return data
 
 
 class Upload:
@@ -1989,88 +1982,18 @@ class LocalConnection:
                 return
 
 
-class LocalExchange:
-    """One request as the local program serves it: called like an app, it returns the response's body."""
-
-    def __init__(self, forwarder: Forwarder, response: Response) -> None:
-        self._forwarder = forwarder
-        self._response = response
-        self._sock: socket.socket | None = None
-
-    def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        try:
-            self._head = self._ask()
-            start_response(self._head.status, self._head.fields)
-            if self._response.has_body and self._intake.is_empty:
-                self._response.send_head()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __iter__(self) -> Iterator[bytes]:
-        head = self._head
-        if not self._response.has_body:
-            return
-        if head.is_chunked or head.length is not None:
-            body = ChunkedBody(self._intake) if head.is_chunked else FixedBody(self._intake, head.length or 0)
-            while data := body.read(RECEIVE_BYTES):
-                yield data
-        else:
-            while data := self._intake.take_rest():
-                yield data
-
-    def close(self) -> None:
-        if self._sock:
-            self._sock.close()
-
-    # -- asking
-
-    def _ask(self) -> LocalHead:
-        """Send the request and return the response's head."""
-        self._sock = sock = self._forwarder.open()
-        self._intake = LocalIntake(LocalConnection(sock, self._response.exchange, self._request_head()))
-        head = self._take_head()
-        while head.status.startswith("1"):
-            if head.status.startswith("101"):
-                raise LocalError("it switched protocols")
-            head = self._take_head()
-        return head
-
-    def _take_head(self) -> LocalHead:
-        try:
-            data = self._intake.take_wary_head(MAX_HEAD_BYTES, LOCAL_HEAD_START)
-        except HeadTooLong as exc:
-            raise LocalError(str(exc)) from None
-        except ProtocolError:
-            raise LocalError("this is not HTTP/1.x") from None
-        if data is None:
-            raise LocalError("it closed the connection before its response")
-        return parse_local_head(data)
-
-    def _request_head(self) -> bytes:
-        request = self._response.request
-        options = connection_options(request.fields)
-        fields = [(key.replace("_", "-").title(), value) for key, value in request.fields.items()]
-        lines = [
-            f"{name}: {value}\r\n"
-            for name, value in fields
-            if is_forwarded(name, options) and name != "Expect"
-        ]
-        lines.append("Connection: close\r\n")
-        if request.is_chunked:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        return f"{request.method} {request.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1")
-
-
 # ---- Side ports: where others than the hub come ------------------------------------------------------
+
+
+def last_head(status: str, *fields: str) -> bytes:
+    """Return the head of a response that ends its connection."""
+    return "\r\n".join([f"HTTP/1.1 {status}", *fields, "Connection: close", "", ""]).encode("latin-1")
 
 
 def plain_answer(status: str, *fields: str, text: str = "", is_head: bool = False) -> bytes:
     """Return a whole response that ends its connection."""
     body = (text or f"{status}\n").encode("latin-1")
-    lines = [f"HTTP/1.1 {status}", *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}"]
-    head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+    head = last_head(status, *fields, "Content-Type: text/plain", f"Content-Length: {len(body)}")
     return head if is_head else head + body
 
 
@@ -2092,7 +2015,6 @@ class Visitor(BaseHTTPRequestHandler):
     """Who comes to a side port with one request, which is understood strictly, and for the port to answer."""
 
     server: SidePort
-    request_version = protocol_version = "HTTP/1.1"
     command = ""  # until its head is known
 
     def setup(self) -> None:
@@ -2101,8 +2023,7 @@ class Visitor(BaseHTTPRequestHandler):
         self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
         self.transport: Transport = PlainTransport(self.connection)
         if self.server.context:
-            tls = TlsTransport(self.connection, self.server.context, None)
-            self.transport, self.wfile = tls, TransportWriter(tls)
+            self.transport = TlsTransport(self.connection, self.server.context, None)
 
     def recv(self, size: int, /) -> bytes:
         """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
@@ -2140,27 +2061,23 @@ class Visitor(BaseHTTPRequestHandler):
             self.answer("405 Method Not Allowed", "Allow: GET, HEAD")
 
     def answer(self, status: str, *fields: str, text: str = "") -> None:
-        self.wfile.write(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
+        self.transport.send(plain_answer(status, *fields, text=text, is_head=self.command == "HEAD"))
 
     def show(self, page: Page, is_old: bool) -> None:
         """Send a page, in chunks if it comes in pieces and the visitor knows these."""
-        code, _, phrase = page.status.partition(" ")
         pieces = [page.body] if isinstance(page.body, bytes) else page.body
         is_chunked = pieces is page.body and not is_old
-        self.send_response_only(int(code), phrase)
-        self.send_header("Content-Type", page.content_type)
-        self.send_header("Cache-Control", "no-store")
+        fields = [f"Content-Type: {page.content_type}", "Cache-Control: no-store"]
         if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
+            fields.append("Transfer-Encoding: chunked")
         elif isinstance(page.body, bytes):
-            self.send_header("Content-Length", str(len(page.body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
+            fields.append(f"Content-Length: {len(page.body)}")
+        self.transport.send(last_head(page.status, *fields))
         if self.command == "HEAD":
             return
         for piece in pieces:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-        self.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
+            self.transport.send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        self.transport.send(b"0\r\n\r\n" if is_chunked else b"")
 
     def take_over(self) -> Transport:
         """Return the connection, which is not the port's any longer."""
@@ -2176,18 +2093,6 @@ class Visitor(BaseHTTPRequestHandler):
         if self.connection.fileno() >= 0:
             self.transport.say_goodbye()
             close_gently(self.connection)
-
-
-class TransportWriter(io.BufferedIOBase):
-    """What a handler of requests writes to, if that is no socket."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        piece = bytes(data)
-        self._transport.send(piece)
-        return len(piece)
 
 
 class SidePort(ThreadingHTTPServer):
@@ -2212,20 +2117,19 @@ class SidePort(ThreadingHTTPServer):
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._waiting: dict[socket.socket, None] = {}  # the oldest first
-        self._over = Halt()
-        self._thread: threading.Thread | None = None
+        self._has_started = False
 
     def start(self) -> None:
         log.info("listening %s=%s:%d", self.name, self._host, self.port)
-        self._thread = start_thread(self._run, self.name)
+        start_thread(functools.partial(self.serve_forever, self._interval_s), self.name)
+        self._has_started = True
 
     def close(self) -> None:
         """Accept nobody any longer, and cut off who waits. May be called again."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
+        if self._has_started:
+            cut_off(self.socket)  # nobody else wakes the port's thread
+            self.shutdown()
         self.server_close()
-        self._over.close()
         with self._lock:
             for sock in self._waiting:
                 cut_off(sock)
@@ -2236,21 +2140,7 @@ class SidePort(ThreadingHTTPServer):
         """Answer a GET or HEAD, in the visitor's thread."""
         raise NotImplementedError
 
-    def on_interval(self) -> None:
-        """See to what is overdue."""
-
-    def let_stay(self, visitor: Visitor) -> None:
-        """Do not cut this one off for others."""
-        with self._lock:
-            self._waiting.pop(visitor.connection, None)
-
     # -- the port's thread
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            if wait_ready(self.fileno(), select.POLLIN, self._interval_s, self._over):
-                self.handle_request()
-            self.on_interval()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -2258,7 +2148,7 @@ class SidePort(ThreadingHTTPServer):
         except OSError as exc:
             if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._cannot_accept(exc)
-                self._over.wait(ACCEPT_PAUSE_S)
+                time.sleep(ACCEPT_PAUSE_S)
             raise
         return own(sock), address
 
@@ -2310,17 +2200,17 @@ class PagePort(SidePort):
         path = head.target.partition("?")[0]
         if path not in self.pages:
             visitor.answer("404 Not Found", text=f"There is only {', '.join(self.pages)} here.\n")
-        elif not self._may_visit(path):
+        elif not self._let_in(visitor, path):
             visitor.answer("503 Service Unavailable")
         else:
-            self.let_stay(visitor)
             try:
                 visitor.show(self.pages[path](visitor.connection), head.is_old)
             finally:
                 with self._lock:
                     del self._visits[threading.current_thread()]
 
-    def _may_visit(self, path: str) -> bool:
+    def _let_in(self, visitor: Visitor, path: str) -> bool:
+        """Return whether there is room for this one, who is not cut off for others from now on."""
         with self._lock:
             is_crowded = list(self._visits.values()).count(path) >= PAGE_VISITS
             if is_crowded and path not in self._crowded:
@@ -2329,6 +2219,7 @@ class PagePort(SidePort):
                 self._crowded.add(path)
             else:
                 self._crowded.discard(path)
+                self._waiting.pop(visitor.connection, None)
                 self._visits[threading.current_thread()] = path
             return not is_crowded
 
@@ -2356,10 +2247,6 @@ def without_chunks(head: bytes) -> bytes:
     return head.replace(CHUNKED, b"\r\n")
 
 
-class PickupExpired(ConsumerGone):
-    """The consumer did not come for its response in time."""
-
-
 class PickupPort(SidePort):
     """Where consumers come for redirected responses.
 
@@ -2385,7 +2272,6 @@ class PickupPort(SidePort):
         self.expiry_s = expiry_s
         self._url = url
         self._public_host = host
-        self._pickups_lock = threading.Lock()
         self._pickups: dict[str, Pickup] = {}  # by key
 
     # -- for the slots
@@ -2393,13 +2279,13 @@ class PickupPort(SidePort):
     def offer(self, pickup: Pickup) -> str:
         """Keep a response for its consumer; return the key. The port's thread tells it what comes of it."""
         key = secrets.token_urlsafe(32)
-        with self._pickups_lock:
+        with self._lock:
             self._pickups[key] = pickup
         return key
 
     def withdraw(self, key: str) -> None:
         """Forget a key; nothing is told of it once this has returned."""
-        with self._pickups_lock:
+        with self._lock:
             self._pickups.pop(key, None)
 
     def location(self, key: str, hub: Link) -> str:
@@ -2413,21 +2299,23 @@ class PickupPort(SidePort):
 
     def show(self, visitor: Visitor, head: RequestHead) -> None:
         key = head.target.rpartition("/")[2] if self._url else head.target[1:]
-        with self._pickups_lock:
+        with self._lock:
             pickup = self._pickups.get(key)
-            is_there = pickup is not None and pickup.expires_at > time.monotonic()
-            if pickup and is_there and head.method == "GET":
+            if pickup and pickup.expires_at <= time.monotonic():
+                pickup = None
+            if pickup and head.method == "GET":
                 del self._pickups[key]
                 pickup.on_claim(visitor.take_over(), head.is_old)
-        if pickup is None or not is_there:
+        if pickup is None:
             log.warning("redirects: unknown, used or expired key from %s", visitor.address)
             visitor.answer("410 Gone", "Cache-Control: no-store")
         elif head.method == "HEAD":
-            visitor.wfile.write(without_chunks(pickup.head) if head.is_old else pickup.head)
+            visitor.transport.send(without_chunks(pickup.head) if head.is_old else pickup.head)
 
-    def on_interval(self) -> None:
+    def service_actions(self) -> None:
+        """See to what is overdue. Called after each visitor and after each interval."""
         now = time.monotonic()
-        with self._pickups_lock:
+        with self._lock:
             overdue = [key for key, pickup in self._pickups.items() if pickup.expires_at <= now]
             for key in overdue:
                 self._pickups.pop(key).on_expiry()
@@ -2439,8 +2327,7 @@ class SeparableBody(RequestBody):
     A thread of the app may read at the same time, hence the lock.
     """
 
-    def __init__(self, intake: Intake, body: RequestBody) -> None:
-        super().__init__(intake)
+    def __init__(self, body: RequestBody) -> None:
         self._body = body
         self._fetched: io.BufferedRandom | None = None
         self._lock = threading.Lock()
@@ -2484,39 +2371,36 @@ class Pickup:
         exchange: Exchange,
         lobby: Lobby,
         on_arrival: Callable[[Link], object],
-        on_loss: Callable[[ConsumerGone], object],
     ) -> None:
-        """The port's thread calls one of the two, and neither may wait."""
+        """The port's thread calls `on_arrival`, which may not wait, or cancels the exchange."""
         self._port = port
         self._lobby = lobby
         self._exchange = exchange
         self._on_arrival = on_arrival
-        self._on_loss = on_loss
         self._key = ""
         self.head = b""
         self.expires_at = math.inf
 
     def offer(self, head: bytes) -> None:
-        """Offer the response that begins with `head`, and tell the consumer. Raises ConsumerGone."""
+        """Offer the response that begins with `head`, and tell the consumer; if it has gone, cancel."""
         hub = self._exchange.link
         hub.disregard()
         if hub.is_gone:
-            raise ConsumerGone
+            self._exchange.cancel()
+            return
         self.head, self.expires_at = head, time.monotonic() + self._port.expiry_s
         self._key = self._port.offer(self)
-        lines = [
-            "HTTP/1.1 303 See Other",
+        fields = [
             f"Location: {self._port.location(self._key, hub)}",
             "Cache-Control: no-store",
             "Content-Length: 0",
             f"Date: {http_date(int(time.time()))}",
-            "Connection: close",
         ]
         try:
-            hub.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            hub.send(last_head("303 See Other", *fields))
             hub.finish_sending()  # there is nothing unread, so nothing can destroy the 303
-        except OSError as exc:
-            raise ConsumerGone from exc
+        except OSError:
+            self._exchange.cancel()
 
     def on_claim(self, transport: Transport, is_old: bool) -> None:
         """The consumer has come. Called by the port's thread."""
@@ -2528,24 +2412,15 @@ class Pickup:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)
         self._exchange.consumer = consumer = Link(transport, is_old=is_old)
-        consumer.when_gone(functools.partial(self._on_gone, consumer))
+        consumer.when_gone(self._exchange.cancel)
+        # It may only have closed its sending direction; a send that waits for it to read ends so.
+        self._exchange.when_cancelled(consumer.cut)
         self._lobby.order(self._lobby.watch, consumer)
         self._on_arrival(consumer)
 
-    def _on_gone(self, consumer: Link) -> None:
-        self._exchange.cancel()
-        # It may only have closed its sending direction; a send that waits for it to read ends so.
-        consumer.cut()
-
     def on_expiry(self) -> None:
         """Nobody has come. Called by the port's thread."""
-        self._on_loss(PickupExpired(f"nobody came for the response within {self._port.expiry_s:g} s"))
-        self._exchange.cancel()
-
-    @property
-    def may_need_relay(self) -> bool:
-        """Whether a consumer may come over TLS from now on."""
-        return bool(self._key) and self._port.context is not None
+        self._exchange.cancel(f"nobody came for the response within {self._port.expiry_s:g} s")
 
     def close(self, ending: Ending) -> Ending:
         """See to the consumer's connection after the response; return how that to the hub may go on."""
@@ -2568,19 +2443,20 @@ class DetouringServer:
         self._lobby = lobby
 
     def answer(self, exchange: Exchange) -> Ending:
-        arrivals: queue.SimpleQueue[Link | ConsumerGone] = queue.SimpleQueue()
+        is_settled = threading.Event()  # the consumer has come, or will not
+        pickup = Pickup(self._port, exchange, self._lobby, lambda _consumer: is_settled.set())
+        exchange.when_cancelled(is_settled.set)
 
-        def wait() -> Link:
-            arrival = arrivals.get()
-            if isinstance(arrival, ConsumerGone):
-                raise arrival
-            return arrival
+        def detour(head: bytes) -> Link:
+            pickup.offer(head)
+            is_settled.wait()
+            if exchange.consumer is None:
+                raise ConsumerGone
+            return exchange.consumer
 
-        pickup = Pickup(self._port, exchange, self._lobby, arrivals.put, arrivals.put)
-        exchange.when_cancelled(lambda: arrivals.put(ConsumerGone()))
-        exchange.redirect(Detour(pickup.offer, wait))
+        exchange.redirect(detour)
         ending = self._server.answer(exchange)
-        if isinstance(exchange.body, SeparableBody):
+        if exchange.body:
             exchange.body.close()
         return pickup.close(ending)
 
@@ -2605,24 +2481,63 @@ class Order(TypedDict):
     may_redirect: bool
 
 
-class ForkServerLost(ConnectionError):
-    """There is no fork server that could make a process for this request."""
-
-
 class Channel:
-    """What a process tells the worker: each message is a line of JSON, and any thread may send one.
+    """What a process tells the worker, and is told: the request first, then a byte now and then.
 
-    Writing stops with the worker's interest: who is about to be killed need not be told.
+    Each message to the worker is a line of JSON, and any thread may send one. Writing stops with the worker's
+    interest: who is about to be killed need not be told.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is told
+        self._is_draining = False
+        self.consumer: Link | None = None  # if it has come itself
 
     def tell(self, **message: object) -> None:
         line = json.dumps(message).encode() + b"\n"
         with self._lock, contextlib.suppress(OSError):
             self.sock.sendall(line)
+
+    def take_request(self) -> tuple[Order, bytes]:
+        """Return what is to be done, and all that has come of the request. Raises EOFError."""
+        lengths = self._take_exactly(16)
+        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
+        return order, self._take_exactly(int(lengths[8:], 16))
+
+    def _take_exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self.sock.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def is_draining(self) -> bool:
+        while not self._is_draining and self._take(is_patient=False):
+            pass
+        return self._is_draining
+
+    def wait_for_consumer(self) -> Link:
+        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
+        while self.consumer is None and self._take(is_patient=True):
+            pass
+        if self.consumer is None:
+            raise ConsumerGone
+        return self.consumer
+
+    def _take(self, is_patient: bool) -> bool:
+        """Take one byte; False if there is none, for now or for ever."""
+        try:
+            told, fds = receive_with_fds(self.sock, 0 if is_patient else socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        if told in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
+            sock = own(socket.socket(fileno=fds[0]))
+            self.consumer = Link(PlainTransport(sock), is_old=told == PICKED_UP_BY_OLD)
+        self._is_draining = self._is_draining or told == DRAINING
+        return bool(told)
 
 
 class ForkServer:
@@ -2662,18 +2577,18 @@ class ForkServer:
     def fork(self, process: RequestProcess, control: socket.socket, connection: Link | socket.socket) -> None:
         """Have a process made that owns a copy of the connection and the other end of the control channel.
 
-        Waits while another fork server is started. Raises ForkServerLost.
+        Waits while another fork server is started. Raises ConnectionError if there is none.
         """
         with self._changed:
             failed_starts = self._failed_starts
             while self._orders is None:
                 if self._is_closing or self._failed_starts != failed_starts or process.is_unwanted():
-                    raise ForkServerLost("there is no fork server")
+                    raise ConnectionError("there is no fork server")
                 self._changed.wait(PEEK_INTERVAL_S)
             try:
                 socket.send_fds(self._orders, [b"F"], [connection.fileno(), control.fileno()])
             except OSError as exc:
-                raise ForkServerLost("the fork server has just died") from exc
+                raise ConnectionError("the fork server has just died") from exc
             self._processes.add(process)
 
     def on_end(self, process: RequestProcess) -> None:
@@ -2700,9 +2615,7 @@ class ForkServer:
         orders, theirs = own_pair()
         try:
             with theirs:
-                process = self._spawn(theirs)
-            with self._changed:
-                self._process = process
+                self._process = process = self._spawn(theirs)
             self._have_it_import(orders, process)
         except BaseException:
             orders.close()
@@ -2754,19 +2667,16 @@ class ForkServer:
 
     def _keep(self) -> None:
         """Wait for the fork server to die, and start another, until it is closed."""
-        while True:
-            ending = self._wait_for_end()
-            if self._is_closing:
-                return
-            log.error("the fork server %s; its requests are cut off, and another one is started", ending)
+        while self._orders is not None:
+            ending = self._wait_for_end(self._orders)
+            if not self._is_closing:
+                log.error("the fork server %s; its requests are cut off, and another one is started", ending)
             backoff = Backoff()
             while self._orders is None and not self._is_closing:
                 with self._changed:
                     self._changed.wait_for(lambda: self._is_closing, backoff.next_wait_s())
                 if not self._is_closing:
                     self._try_to_launch()
-            if self._orders is None:
-                return
 
     def _try_to_launch(self) -> None:
         try:
@@ -2780,18 +2690,18 @@ class ForkServer:
         else:
             log.info("another fork server is ready")
 
-    def _wait_for_end(self) -> str:
+    def _wait_for_end(self, orders: socket.socket) -> str:
         """Return how the fork server ended, once it has, and every request that it held was cut off."""
-        assert self._orders is not None and self._process is not None
+        assert self._process is not None
         with contextlib.suppress(OSError):
-            self._orders.recv(1)  # it never says anything
+            orders.recv(1)  # it never says anything
         try:
             status = self._process.wait(FORK_SERVER_EXIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
         with self._changed:
-            self._orders.close()
+            orders.close()
             self._orders = None
             processes = list(self._processes)
         for process in processes:
@@ -2803,22 +2713,16 @@ def ask_fork_server(orders: socket.socket, order: Mapping[str, object]) -> dict[
     """Return its answer, or None if it ended without one."""
     try:
         orders.sendall(json.dumps(order).encode() + b"\n")
-        answer = b""
-        while not answer.endswith(b"\n"):
-            data = orders.recv(RECEIVE_BYTES)
-            if not data:
-                return None
-            answer += data
+        with orders.makefile("rb") as file:
+            line = file.readline()
     except ConnectionError:
         return None
-    message: dict[str, object] = json.loads(answer)
-    return message
+    answer: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
+    return answer
 
 
-def describe_ending(status: int | None) -> str:
+def describe_ending(status: int) -> str:
     """Return words for an exit status, or for a signal, which is a negative one."""
-    if status is None:
-        return "ended"
     if status >= 0:
         return f"ended with status {status}"
     with contextlib.suppress(ValueError):
@@ -2940,7 +2844,6 @@ class RequestProcess:
         self._timeout_s = timeout_s
         self._has_ended = False
         self._relays: list[Relay] = []  # the hub's first, and perhaps the consumer's
-        self._is_delivered = False
 
     def is_unwanted(self) -> bool:
         """Return whether it was told to end, for instance just now."""
@@ -3059,7 +2962,6 @@ class RequestProcess:
         order = PICKED_UP if consumer.may_chunk else PICKED_UP_BY_OLD
         with self._lock, contextlib.suppress(OSError), self._lend(consumer) as connection:
             socket.send_fds(self._control, [order], [connection.fileno()])
-        self._is_delivered = True
 
     def on_fork_server_lost(self) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -3074,8 +2976,6 @@ class RequestProcess:
         received = b""
         while not self._has_ended:
             wait_ms = self._left_ms()
-            if self.pickup and self.pickup.may_need_relay and not self._is_delivered:
-                wait_ms = min(wait_ms, PEEK_INTERVAL_S * 1000)
             for relay in list(self._relays):
                 relay.turn()
                 relay.register(poller)
@@ -3130,11 +3030,12 @@ class RequestProcess:
                 self.has_responded = True
                 self._exchange.keeper.on_status(status)
             case {"log": record}:
-                forward_record(record)
+                log.handle(logging.makeLogRecord(record))
             case {"call": name, "arguments": arguments, "keywords": keywords}:
                 self._call_back(name, arguments, keywords)
             case {"offer": head}:
-                self._offer(head.encode("latin-1"))
+                assert self.pickup is not None
+                self.pickup.offer(head.encode("latin-1"))
             case {"report": report}:
                 self.report = report
             case {"ending": ending}:
@@ -3164,19 +3065,6 @@ class RequestProcess:
         except Exception:
             log.exception("%s failed", name)
 
-    def _offer(self, head: bytes) -> None:
-        assert self.pickup is not None
-        try:
-            self.pickup.offer(head)
-        except ConsumerGone:
-            self.cancel(CONSUMER_HAS_GONE)
-
-
-def forward_record(record: dict[str, object]) -> None:
-    """Log what a process has logged."""
-    fields = {"name": log.name, "args": (), **record}
-    log.handle(logging.makeLogRecord(fields))
-
 
 class ProcessServer:
     """Has a process of its own answer each request, to which it gives the connection itself."""
@@ -3204,13 +3092,7 @@ class ProcessServer:
             exchange.keeper.on_status(LOST_STATUS)
             return Ending.CUT
         if self._port:
-            process.pickup = Pickup(
-                self._port,
-                exchange,
-                self._lobby,
-                process.deliver,
-                on_loss=lambda reason: process.cancel(str(reason)),
-            )
+            process.pickup = Pickup(self._port, exchange, self._lobby, process.deliver)
         exchange.when_cancelled(lambda: process.cancel(exchange.why_cancelled))
         return process.run(self._fork_server, self._halt)
 
@@ -3251,7 +3133,7 @@ def run_fork_server(fd: int) -> int:
         gc.collect()
         gc.freeze()  # or each process's first collection would copy the app's pages
         threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-        forker = Forker(orders, app, log.level)
+        forker = Forker(orders, app)
         Channel(orders).tell(threads=", ".join(threads))
         forker.run()
     leave_soon(0, lambda: time.sleep(EXIT_GRACE_S))
@@ -3284,10 +3166,9 @@ class Forker:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
-    def __init__(self, orders: socket.socket, app: WSGIApplication, level: int) -> None:
+    def __init__(self, orders: socket.socket, app: WSGIApplication) -> None:
         self._orders = orders
         self._app = app
-        self._level = level
         self._prctl = load_prctl()
         self._prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._helpers = children_of_this_process()  # of the app, which began when it was imported
@@ -3364,7 +3245,7 @@ class Forker:
             self._prctl(PR_SET_CHILD_SUBREAPER, 1)
             if os.getppid() != parent:
                 os._exit(1)  # it died before it could take us with it
-            serve_one_request(self._app, own(connection), control, self._level)
+            serve_one_request(self._app, own(connection), Channel(control))
         except BaseException as exc:
             end_process(exc)
         end_process()
@@ -3388,11 +3269,10 @@ class Forker:
                 ended.append((fd, status))
         self._kill_strays()
         for fd, status in ended:
-            control = self._forked.pop(fd).control
-            if self._kill_at.pop(fd, None) is None:
-                with contextlib.suppress(KeyError):
-                    self._poller.unregister(fd)
-            with control:
+            self._kill_at.pop(fd, None)
+            with contextlib.suppress(KeyError):  # it has been told to end
+                self._poller.unregister(fd)
+            with self._forked.pop(fd).control as control:
                 control.setblocking(False)
                 Channel(control).tell(ending=describe_ending(status))
 
@@ -3473,7 +3353,7 @@ class CancelledEvent(threading.Event):
         self._sock = sock
 
     def is_set(self) -> bool:
-        return super().is_set() or self.wait(0)
+        return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> bool:
         if not super().is_set() and wait_ready(self._sock.fileno(), select.POLLRDHUP, timeout):
@@ -3492,6 +3372,7 @@ class ForwardingLogHandler(logging.Handler):
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         self._channel.tell(
             log={
+                "name": log.name,
                 "msg": record.getMessage(),
                 "levelno": record.levelno,
                 "levelname": record.levelname,
@@ -3501,63 +3382,13 @@ class ForwardingLogHandler(logging.Handler):
         )
 
 
-class Orders:
-    """What the worker tells a process: the request first, then a byte now and then."""
-
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
-        self._is_draining = False
-        self.consumer: Link | None = None  # if it has come itself
-
-    def take_request(self) -> tuple[Order, bytes]:
-        """Return what is to be done, and all that has come of the request. Raises EOFError."""
-        lengths = self._take_exactly(16)
-        order: Order = json.loads(self._take_exactly(int(lengths[:8], 16)))
-        return order, self._take_exactly(int(lengths[8:], 16))
-
-    def _take_exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            piece = self._control.recv(count - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return data
-
-    def is_draining(self) -> bool:
-        while not self._is_draining and self._take(is_patient=False):
-            pass
-        return self._is_draining
-
-    def wait_for_consumer(self) -> Link:
-        """Return the consumer's own connection. Raises ConsumerGone when the worker gives up."""
-        while self.consumer is None and self._take(is_patient=True):
-            pass
-        if self.consumer is None:
-            raise ConsumerGone
-        return self.consumer
-
-    def _take(self, is_patient: bool) -> bool:
-        """Take one byte of orders; False if there is none, for now or for ever."""
-        try:
-            order, fds = receive_with_fds(self._control, 0 if is_patient else socket.MSG_DONTWAIT)
-        except OSError:
-            return False
-        if order in (PICKED_UP, PICKED_UP_BY_OLD) and fds:
-            sock = own(socket.socket(fileno=fds[0]))
-            self.consumer = Link(PlainTransport(sock), is_old=order == PICKED_UP_BY_OLD)
-        self._is_draining = self._is_draining or order == DRAINING
-        return bool(order)
-
-
 class ProcessKeeper:
     """Has the one request of this process answered, and reports to the worker."""
 
-    def __init__(self, server: Server, channel: Channel, orders: Orders, order: Order) -> None:
+    def __init__(self, server: Server, channel: Channel, order: Order) -> None:
         self.report: dict[str, object] = {}
         self._server = server
         self._channel = channel
-        self._orders = orders
         self._order = order
         self._has_answered = False
 
@@ -3568,11 +3399,11 @@ class ProcessKeeper:
         self._has_answered = True
         exchange.cancelled = CancelledEvent(self._channel.sock)
         if self._order["may_redirect"]:
-            exchange.redirect(Detour(self._offer, self._orders.wait_for_consumer))
+            exchange.redirect(self._detour)
         return self._server.answer(exchange)
 
     def is_last(self) -> bool:
-        return self._order["is_last"] or self._orders.is_draining()
+        return self._order["is_last"] or self._channel.is_draining()
 
     def must_hold(self, is_early: bool = False) -> bool:
         return self._order["holds"]
@@ -3584,42 +3415,39 @@ class ProcessKeeper:
     def on_status(self, status: str) -> None:
         self._channel.tell(status=status)
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
-        self.report["reason"] = reason  # the worker may have noticed, too, and logs it once
+    def on_consumer_gone(self, exchange: Exchange) -> None:
+        self.report["reason"] = exchange.why_cancelled  # the worker may have noticed, too, and logs it once
 
     def on_response(self, status_line: str) -> None:
         """The worker has seen that it is a request."""
 
-    def _offer(self, head: bytes) -> None:
+    def _detour(self, head: bytes) -> Link:
         self._channel.tell(offer=head.decode("latin-1"))
+        consumer = self._channel.wait_for_consumer()
+        self._channel.tell(picked_up=True)  # so that the worker wakes up: there may be a relay to keep moving
+        return consumer
 
     def _call(self, name: str, /, *arguments: object, **keywords: object) -> None:
         """Have the worker call what it has put into the environ. Does not wait for it."""
         self._channel.tell(call=name, arguments=arguments, keywords=keywords)
 
 
-def serve_one_request(
-    app: WSGIApplication, connection: socket.socket, control: socket.socket, level: int
-) -> None:
+def serve_one_request(app: WSGIApplication, connection: socket.socket, channel: Channel) -> None:
     """Serve the request that the worker sends; what goes wrong with it is reported, not raised."""
-    channel, orders = Channel(control), Orders(control)
     channel.tell(pid=os.getpid())
     log.handlers = [ForwardingLogHandler(channel)]
-    log.setLevel(level)
     log.propagate = False
     Response.wsgi_multithread = False
     Response.wsgi_run_once = True
     with contextlib.suppress(EOFError, OSError):
-        order, received = orders.take_request()
+        order, received = channel.take_request()
         link = Link(PlainTransport(connection), received)
         link.host = order["hub"]
-        keeper = ProcessKeeper(AppServer(app), channel, orders, order)
+        keeper = ProcessKeeper(AppServer(app), channel, order)
         ending = RequestHandler(link, keeper).ending
         if ending is Ending.KEEP and not link.intake.is_empty:
             ending = Ending.CLOSE  # somebody else cannot go on from here
         channel.tell(report={"ending": ending.name, **keeper.report})
-        if orders.consumer:
-            orders.consumer.close()  # only here: the worker ends it
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------
@@ -4052,10 +3880,6 @@ class Reachability:
 # draft-kazuho-ptth-ptth-01 over HTTP/1.1: the worker asks with an `Upgrade: ptth`, the hub answers 101, and
 # from there on the hub sends the requests.
 
-ANSWER_HEAD = re.compile(
-    r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
-    rf"((?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*)"
-)
 REQUEST_START = re.compile(rb"%b [/*][\x21-\x7e]* HTTP/1" % TOKEN.encode())
 BEARER_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750 §2.1
 SECRET = "(not shown)"
@@ -4336,7 +4160,7 @@ class Handshake:
             raise self._guess(self._intake.take_received()) from None
         if data is None:
             raise Refusal(f"closes the connection without an answer; {HINTS['closed']}", "closed")
-        match = ANSWER_HEAD.fullmatch(data.decode("latin-1"))
+        match = RESPONSE_HEAD.fullmatch(data.decode("latin-1"))
         if match is None:
             raise self._guess(data)
         minor_version, status, phrase, lines = match.groups()
@@ -5972,8 +5796,8 @@ class Slot:
     def on_status(self, status: str) -> None:
         self._status = status[:3]
 
-    def on_consumer_gone(self, exchange: Exchange, reason: str) -> None:
-        log.info("request %s: %s", exchange.request_id, reason)
+    def on_consumer_gone(self, exchange: Exchange) -> None:
+        log.info("request %s: %s", exchange.request_id, exchange.why_cancelled)
 
     def on_response(self, status_line: str) -> None:
         self.seat.reachability.on_response(status_line)

@@ -816,7 +816,7 @@ def test_who_looks_whether_the_hub_has_gone_takes_nothing_from_who_waits(certifi
         hub.send(b"ab")
         assert (link.peek(), link.peek(), link.take(1)) == (b"a", b"a", b"a")
         assert (link.take(9), link.take(9), link.peek()) == (b"b", None, None)
-        assert link._take(9, will_wait=True) is None  # and now waits for the socket
+        assert link.take(9, will_wait=True) is None  # and now waits for the socket
         hub.send(b"c")
         assert link.peek() is None
         assert link.recv(9) == b"c"

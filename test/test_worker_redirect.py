@@ -257,7 +257,7 @@ def test_thread_of_the_app_may_read_while_the_rest_is_fetched() -> None:
         sender = threading.Thread(target=lambda: two.sendall(data))
         sender.start()
         intake = pothead_worker.Intake(one)
-        body = pothead_worker.SeparableBody(intake, pothead_worker.FixedBody(intake, len(data)))
+        body = pothead_worker.SeparableBody(pothead_worker.FixedBody(intake, len(data)))
         got = bytearray(body.read(1000) or b"")
         fetcher = threading.Thread(target=body.fetch)
         fetcher.start()
