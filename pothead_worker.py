@@ -1781,8 +1781,8 @@ def parse_local_head(data: bytes) -> LocalHead:
     known: dict[str, str] = {}
     for name, value in fields:
         key = name.upper().replace("-", "_")
-        if key == "CONTENT_LENGTH" and known.get(key) == value:
-            continue  # said twice
+        if "_" in name or (key == "CONTENT_LENGTH" and known.get(key) == value):
+            continue  # another field than it looks like there; or it is said twice
         known[key] = f"{known[key]}, {value}" if key in known else value
     try:
         length, is_chunked = parse_framing(known)

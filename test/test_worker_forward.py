@@ -105,6 +105,7 @@ def test_response_arrives_with_every_field_in_order_and_without_what_concerns_on
             b"200 OK\r\nContent-Length: 1\r\nDate: d\r\nContent-Length: 1\r\n\r\nx",
             b"200 OK\r\nDate: d\r\nContent-Length: 1\r\n\r\nx",
         ),
+        ("GET /", b"200 OK\r\nDate: d\r\nContent_Length: 9\r\nContent-Length: 1\r\n\r\nx", None),
         (
             "GET /",
             b"200 OK\r\nDate: d\r\nTransfer-Encoding: chunked\r\n\r\n"
