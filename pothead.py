@@ -41,6 +41,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import enum
 import errno
 import fcntl
@@ -140,7 +141,6 @@ class Limits:
     keepalive_probes: int = 3  # ... so many times: a dead machine is found within 30 s
     unacknowledged_s: float = 30.0  # sent bytes without an acknowledgement, before the peer is held for dead
     worker_full_s: float = 900.0  # the same while a slot is sent a large body: it may compute before it reads
-    large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
     slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read ...
@@ -1173,17 +1173,7 @@ def forwarded_response(
 @functools.lru_cache(maxsize=4)
 def http_date(epoch_s: int) -> bytes:
     """Returns the time as the fields of HTTP have it (RFC 9110 §5.6.7)."""
-    day = time.gmtime(epoch_s)
-    return b"%b, %02d %b %d %02d:%02d:%02d GMT" % (
-        _DAYS[day.tm_wday], day.tm_mday, _MONTHS[day.tm_mon - 1], day.tm_year,
-        day.tm_hour, day.tm_min, day.tm_sec,
-    )  # fmt: skip
-
-
-_DAYS: Final = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
-_MONTHS: Final = (
-    b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec",
-)  # fmt: skip
+    return email.utils.formatdate(epoch_s, usegmt=True).encode()
 
 
 def chunk(data: Bytes) -> bytes:
@@ -1199,7 +1189,7 @@ def own_response(
     *, keep_alive: bool, with_body: bool = True,
 ) -> bytes:  # fmt: skip
     """Returns a whole response of the hub's own."""
-    parts = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status))]
+    parts = [b"HTTP/1.1 %d %b\r\n" % (status, http.HTTPStatus(status).phrase.encode())]
     parts += [b"%b: %b\r\n" % field for field in fields]
     parts.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type.encode(), len(body)))
     parts.append(b"Date: %b\r\n" % http_date(int(time.time())))
@@ -1207,10 +1197,6 @@ def own_response(
     if with_body:
         parts.append(body)
     return b"".join(parts)
-
-
-def _reason(status: int) -> bytes:
-    return http.HTTPStatus(status).phrase.encode()
 
 
 # ---- Who may do what (pure) -------------------------------------------------------------------------------
@@ -4905,7 +4891,7 @@ class Slot:
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "origins", "parked_at", "registration", "served", "since", "stream",
+        "name", "origins", "registration", "served", "since", "stream",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -4921,7 +4907,7 @@ class Slot:
         name = f"{self.name}@{machine}" if self.name else machine
         self.machine: Machine[Slot] = hub.join(name, self.origins)
         self.exchange: Exchange | None = None
-        self.since = self.parked_at = hub.loop.now
+        self.since = hub.loop.now
         self.served = 0
         self._reader = MessageReader(take_response_head, self._body_of)
         self._has_old_body = False  # still to be sent, of a request that was answered before it was read
@@ -4945,7 +4931,6 @@ class Slot:
         self.exchange = self.stream.shortcut = None
         self.stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
-        self.parked_at = self._hub.loop.now
         if reusable and self._holds:
             self._hub.policy.release(self, self._hub.loop.now)
             self._hub.hold(self, self._reader.inbuf)
