@@ -3580,8 +3580,10 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
-class Role(Protocol):
-    """What the bytes of a stream mean."""
+class Role:
+    """What the bytes of a stream mean; by itself, the role of a stream that has none."""
+
+    __slots__ = ()
 
     def on_bytes(self, data: memoryview) -> None:
         """Bytes have come; ``data`` is valid only during the call."""
@@ -3599,13 +3601,17 @@ class Role(Protocol):
         """The stream's deadline has passed."""
 
     def on_fault(self) -> None:
-        """The hub itself failed while it served this stream."""
+        """The hub itself failed while it served this stream, which is closed then."""
 
     def settle(self) -> int:
         """Returns how many bytes are welcome; may set the stream's deadline.
 
         Called before the loop sleeps, once for a stream that something has happened to.
         """
+        return 0
+
+
+NO_ROLE: Final = Role()
 
 
 class Stream(Watched):
@@ -3815,21 +3821,6 @@ class Shortcut(NamedTuple):
     left: Callable[[], int]  # how many bytes that holds for
     on_moved: Callable[[int], None]
 
-
-class _NoRole:
-    """The role of a stream that has none yet."""
-
-    def on_bytes(self, data: memoryview) -> None: ...
-    def on_hangup(self, *, reset: bool) -> None: ...
-    def on_taken(self) -> None: ...
-    def on_drained(self) -> None: ...
-    def on_deadline(self) -> None: ...
-    def on_fault(self) -> None: ...
-    def settle(self) -> int:
-        return 0
-
-
-NO_ROLE: Final = _NoRole()
 
 # ---- Exchanges --------------------------------------------------------------------------------------------
 
@@ -4478,7 +4469,7 @@ class Wait(enum.Enum):
 FOR_TAKING, FOR_ROOM, FOR_REQUEST, FOR_HEAD, FOR_BODY, FOR_NOTHING = Wait
 
 
-class Consumer:
+class Consumer(Role):
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
     __slots__ = ("_hub", "_reader", "_served", "_waits_for", "exchange", "host", "is_trusted", "stream")
@@ -4642,7 +4633,7 @@ class Consumer:
             self._close()
 
 
-class Farewell:
+class Farewell(Role):
     """The role of a stream whose peer has got its last answer.
 
     What still comes is read and dropped for a while: to close a socket with unread bytes would destroy
@@ -4662,10 +4653,6 @@ class Farewell:
     def settle(self) -> int:
         return LIMITS.receive_bytes
 
-    def on_bytes(self, data: memoryview) -> None: ...
-
-    def on_taken(self) -> None: ...
-
     def on_drained(self) -> None:
         self._stream.transport.end_output()
 
@@ -4675,10 +4662,8 @@ class Farewell:
     def on_deadline(self) -> None:
         self._stream.close()
 
-    def on_fault(self) -> None: ...
 
-
-class Handshaking:
+class Handshaking(Role):
     """The role of a stream until TLS stands: ``begin`` gives it the next one.
 
     Until then nothing is known of who is there, and there may be many.
@@ -4707,12 +4692,6 @@ class Handshaking:
     def settle(self) -> int:
         return LIMITS.handshake_bytes
 
-    def on_bytes(self, data: memoryview) -> None: ...
-
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
-
     def on_hangup(self, *, reset: bool) -> None:
         if self._transport.spoke_in_clear:
             self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
@@ -4739,7 +4718,7 @@ class Handshaking:
         self._hub.newcomers.pop(self._stream, None)
 
 
-class Applicant:
+class Applicant(Role):
     """The role of a stream on the PTTH port until it has shown that it may have requests.
 
     Of those not a byte is sent before that.
@@ -4809,10 +4788,6 @@ class Applicant:
         self._stream.write(own_response(error.status, text.encode(), fields=fields, keep_alive=False))
         Farewell(self._hub.loop, self._stream)
 
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
-
     def on_hangup(self, *, reset: bool) -> None:
         self._leave()
         self._stream.close()
@@ -4829,7 +4804,7 @@ class Applicant:
         self._leave()
 
 
-class Rehearsal:
+class Rehearsal(Role):
     """The role of a stream from an Envoy between its 101 and its first request.
 
     Envoy (1.40) loses what comes together with the 101, and the connection is of no use after that.  So it
@@ -4860,10 +4835,6 @@ class Rehearsal:
         elif self._inbuf is None or not self.PING.startswith(self._inbuf):
             self._stream.close()
 
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
-
     def on_hangup(self, *, reset: bool) -> None:
         self._stream.close()
 
@@ -4878,15 +4849,13 @@ class Rehearsal:
             )
             self._stream.close()
 
-    def on_fault(self) -> None: ...
-
 
 SWITCHING: Final = (
     b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: %b\r\nALPN: http%%2F1.1\r\n%b\r\n"
 )
 
 
-class Slot:
+class Slot(Role):
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
@@ -5066,8 +5035,6 @@ class Slot:
         if body.done:
             self.on_bytes(NO_BYTES)
 
-    def on_taken(self) -> None: ...
-
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.pump()
@@ -5114,7 +5081,7 @@ class Slot:
             self._hub.on_worker_left(self)
 
 
-class Admin:
+class Admin(Role):
     """The role of a stream on the admin port: the hub itself answers, at once."""
 
     __slots__ = ("_hub", "_reader", "_stream")
@@ -5167,8 +5134,6 @@ class Admin:
         if self._stream.role is self:
             self._stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
 
-    def on_taken(self) -> None: ...
-
     def on_drained(self) -> None:
         self._take_next()
         self._set_deadline()
@@ -5178,8 +5143,6 @@ class Admin:
 
     def on_deadline(self) -> None:
         self._stream.close()
-
-    def on_fault(self) -> None: ...
 
 
 # ---- The hub ----------------------------------------------------------------------------------------------
