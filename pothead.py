@@ -509,10 +509,10 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     if head is None:
         return None
     lines = head.split(b"\r\n")
-    line = _REQUEST_LINE.fullmatch(lines[0])
-    if line is None or len(lines[0]) + 2 > LIMITS.request_line_bytes:
-        raise _request_line_error(lines[0])
     try:
+        line = _REQUEST_LINE.fullmatch(lines[0])
+        if line is None or len(lines[0]) + 2 > LIMITS.request_line_bytes:
+            raise _request_line_error(lines[0])
         return _request_head(line, lines)
     except ProtocolError as error:
         error.head = head_of_refused(head)
