@@ -505,24 +505,19 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
         empty = _EMPTY_LINES.match(buffer)
         assert empty is not None
         del buffer[: empty.end()]
-    head = _take_head(buffer, 431)
+    head = _take_head(buffer, 400)
     if head is None:
         return None
     lines = head.split(b"\r\n")
     try:
-        line = _REQUEST_LINE.fullmatch(lines[0])
-        if line is None or len(lines[0]) + 2 > LIMITS.request_line_bytes:
-            raise _request_line_error(lines[0])
-        return _request_head(line, lines)
+        return _request_head(_read_request_line(lines[0]), lines)
     except ProtocolError as error:
         error.head = head_of_refused(head)
         raise
 
 
 def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
-    method, target, major, minor = line.groups()
-    if major != b"1":
-        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    method, target, _, minor = line.groups()
     minor_version = 0 if minor == b"0" else 1  # HTTP/1.2 would be understood as 1.1
     known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
@@ -589,15 +584,15 @@ def _read_status_line(line: bytes) -> tuple[int, int, bytes]:
     return min(int(match[1]), 1), int(match[2]), match[3] or b""
 
 
-def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
+def _take_head(buffer: Inbuf, status: int) -> bytes | None:
     """Removes a head and returns it without its last two line ends."""
     end = buffer.find(b"\r\n\r\n", buffer.searched)
     if end > LIMITS.head_bytes or (end < 0 and len(buffer) > LIMITS.head_bytes):
-        if too_large == 431 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
+        if status == 400 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
             raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
-        raise ProtocolError(too_large, f"the head is over {LIMITS.head_bytes} bytes")
+        raise ProtocolError(431 if status == 400 else status, f"the head is over {LIMITS.head_bytes} bytes")
     if end < 0:
-        _refuse_hopeless(buffer, too_large)
+        _refuse_hopeless(buffer, status)
         buffer.searched = max(0, len(buffer) - 3)
         return None
     head = bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
@@ -606,10 +601,9 @@ def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
     return head
 
 
-def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
+def _refuse_hopeless(buffer: Inbuf, status: int) -> None:
     """Raises ``ProtocolError`` if what has come of a head cannot be the beginning of a valid one."""
-    is_request = too_large == 431
-    status = 400 if is_request else 502
+    is_request = status == 400
     if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
         if buffer.startswith(b"\x16\x03"):  # the beginning of a handshake
             raise ProtocolError(status, "this is TLS, which is not spoken on this port")
@@ -623,24 +617,20 @@ def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
         if not is_request and not buffer.startswith(b"HTTP/1."[: len(buffer)]):
             raise ProtocolError(502, "this is not HTTP/1.x")
     elif line_end + 2 > buffer.searched:  # the line has just become complete
-        line = bytes(buffer[:line_end])
-        if not is_request and not _STATUS_LINE.fullmatch(line):
-            raise ProtocolError(502, "no status line of HTTP/1.x")
-        if is_request and not _is_request_line(line):
-            raise _request_line_error(line)
+        read = _read_request_line if is_request else _read_status_line
+        read(bytes(buffer[:line_end]))
 
 
-def _is_request_line(line: bytes) -> bool:
-    match = _REQUEST_LINE.fullmatch(line)
-    return match is not None and match[3] == b"1" and len(line) + 2 <= LIMITS.request_line_bytes
-
-
-def _request_line_error(line: bytes) -> ProtocolError:
+def _read_request_line(line: bytes) -> re.Match[bytes]:
+    """Returns the method, the target and the two numbers of the version, of which the first is 1."""
     if len(line) + 2 > LIMITS.request_line_bytes:
-        return ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
-    if re.fullmatch(_TOKEN + rb" [!\"$-~]+ HTTP/[0-9]\.[0-9]", line):
-        return ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-    return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
+        raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
+    if match[3] != b"1":
+        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    return match
 
 
 def _read_fields(
@@ -868,10 +858,8 @@ class UntilCloseBody:
 
 class _ChunkedPart(enum.Enum):
     SIZE = enum.auto()
-    DATA = enum.auto()
-    DATA_END = enum.auto()
+    DATA = enum.auto()  # and the line end behind it
     TRAILER = enum.auto()
-    END = enum.auto()
 
 
 class ChunkedBody:
@@ -897,8 +885,6 @@ class ChunkedBody:
     def skip(self, size: int) -> None:
         self.verbatim -= size
         self._excess -= self._allowance * size
-        if self.verbatim == 0:
-            self._part = _ChunkedPart.DATA_END
 
     def take(self, buffer: Inbuf) -> bytes:
         pieces: list[bytes | bytearray] = []
@@ -942,19 +928,16 @@ class ChunkedBody:
 
     def _take_part(self, buffer: Inbuf, pieces: list[bytes | bytearray]) -> bool:
         """Takes the next part of the framing; false when the body has ended or needs more bytes."""
-        part = self._part
-        if part is _ChunkedPart.SIZE:
+        if self._part is _ChunkedPart.SIZE:
             return self._take_size(buffer)
-        if part is _ChunkedPart.DATA:
-            data = buffer.take(min(self.verbatim, len(buffer)))
-            pieces.append(data)
-            self.skip(len(data))
-            return True
-        if part is _ChunkedPart.DATA_END:
-            return self._take_data_end(buffer)
-        if part is _ChunkedPart.TRAILER:
+        if self._part is _ChunkedPart.TRAILER:
             return self._take_trailer(buffer)
-        return False
+        if not self.verbatim:
+            return self._take_data_end(buffer)
+        data = buffer.take(min(self.verbatim, len(buffer)))
+        pieces.append(data)
+        self.skip(len(data))
+        return True
 
     def _take_size(self, buffer: Inbuf) -> bool:
         end = buffer.find(b"\r\n", 0, LIMITS.chunk_line_bytes + 2)
@@ -980,11 +963,10 @@ class ChunkedBody:
 
     def _take_trailer(self, buffer: Inbuf) -> bool:
         if buffer.startswith(b"\r\n"):
-            end = 0
             del buffer[:2]
         else:
             end = buffer.find(b"\r\n\r\n", buffer.searched)
-            if max(end, 0 if end >= 0 else len(buffer)) > LIMITS.trailer_bytes:
+            if (len(buffer) if end < 0 else end) > LIMITS.trailer_bytes:
                 raise ProtocolError(431 if self._status == 400 else self._status, "too many trailer fields")
             if end < 0:
                 if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
@@ -992,7 +974,6 @@ class ChunkedBody:
                 buffer.searched = max(0, len(buffer) - 3)
                 return False
             _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status, NO_OPTIONS)
-        self._part = _ChunkedPart.END
         self.done = True
         return False
 
