@@ -1101,19 +1101,6 @@ _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
 _RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
-class Framing(enum.Enum):
-    """How the end of a forwarded body is told."""
-
-    NONE = enum.auto()
-    LENGTH = enum.auto()
-    CHUNKED = enum.auto()
-    CLOSE = enum.auto()
-
-
-# By names of their own here and below: up to Python 3.11 a look-up in an enumeration costs as much as a call.
-NO_BODY, BY_LENGTH, IN_CHUNKS, BY_CLOSE = Framing
-
-
 def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) -> bytes:
     """Returns the head to send to a worker.
 
@@ -1129,17 +1116,17 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
 
 
 def forwarded_response(
-    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b"",
-    hub_fields: bytes = b"",
+    head: ResponseHead, connection: bytes, now: float, request_id: bytes = b"", hub_fields: bytes = b"",
+    *, in_chunks: bool = False,
 ) -> bytes:  # fmt: skip
-    """Returns the head to send to a consumer.
+    """Returns the head to send to a consumer; ``in_chunks`` tells how the body follows.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     ``hub_fields`` are ready field lines.
     """
     parts = [head.forwarded, hub_fields]
-    if framing is IN_CHUNKS:
+    if in_chunks:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if request_id := head.request_id or request_id:
         parts.append(b"X-Request-Id: %b\r\n" % request_id)
@@ -3825,6 +3812,7 @@ TRANSITIONS: Final = {
     State.RESPONDING: (State.FINISHED,),
     State.FINISHED: (),
 }
+# By names of their own here and below: up to Python 3.11 a look-up in an enumeration costs as much as a call.
 RECEIVING, QUEUED, SENT, RESPONDING, FINISHED = State
 
 
@@ -3901,7 +3889,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
+        "_absorbs", "_hub", "_in_chunks", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
         "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "claim", "consumer", "detail",
         "head", "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address",
         "spool", "state", "status", "ticket", "worker_name", "worker_s",
@@ -3931,7 +3919,7 @@ class Exchange:
         self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
         self._replayable = True  # nothing of the body has been sent and dropped
         self._prefix = b""  # the response's head, until it is sent with what follows
-        self._framing = NO_BODY  # of the response
+        self._in_chunks = False  # the body of the response, as it is sent
         self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
         self._absorbs = False  # the response, whatever the consumer takes
@@ -4154,28 +4142,30 @@ class Exchange:
         if self.attempt.interims > LIMITS.interim_responses:
             raise ProtocolError(502, f"more than {LIMITS.interim_responses} interim responses")
         if head.status == 103 and self.head.minor_version == 1:
-            self.consumer.stream.write(forwarded_response(head, NO_BODY, b"", time.time()))
+            self.consumer.stream.write(forwarded_response(head, b"", time.time()))
 
     def on_response(self, head: ResponseHead, body: BodyReader) -> None:
         """The head of the response.  It is sent with the first piece of the body, or by ``flush``."""
         self._to(RESPONDING)
         self.status = head.status
-        self._framing = self._framing_for_consumer(body)
-        self._keeps_consumer = self._framing is not BY_CLOSE and self.keeps_consumer
+        has_length = isinstance(body, FixedBody)
+        self._in_chunks = not has_length and self.head.minor_version == 1
+        # HTTP/1.0 knows no chunks: there the end of the connection tells the end of the body.
+        self._keeps_consumer = (has_length or self._in_chunks) and self.keeps_consumer
         if not self._keeps_consumer:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
         applied = b"" if self.claim is None or self.claim.wait_s is None else PREFERENCE_APPLIED
         self._prefix = forwarded_response(
-            head, self._framing, connection, time.time(), self.request_id, applied
+            head, connection, time.time(), self.request_id, applied, in_chunks=self._in_chunks
         )
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
         """A piece of the response's body."""
         self.bytes_out += len(data)
         prefix, self._prefix = self._prefix, b""
-        if self._framing is IN_CHUNKS:
+        if self._in_chunks:
             data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
         elif prefix:
             data = prefix + bytes(data)
@@ -4190,7 +4180,7 @@ class Exchange:
 
     def shortcut(self) -> Stream | None:
         """Returns where the body of the response may go as it stands; ``None`` if it is put into chunks."""
-        return None if self._framing is IN_CHUNKS else self.consumer.stream
+        return None if self._in_chunks else self.consumer.stream
 
     def on_response_moved(self, size: int, *, is_last: bool) -> None:
         """``size`` bytes of the body have taken the shortcut."""
@@ -4220,11 +4210,6 @@ class Exchange:
         """The consumer has taken a piece; more is left."""
         if self.attempt is not None:
             self.attempt.slot.resume()
-
-    def _framing_for_consumer(self, body: BodyReader) -> Framing:
-        if isinstance(body, FixedBody):
-            return BY_LENGTH
-        return IN_CHUNKS if self.head.minor_version else BY_CLOSE
 
     def _after_relay(self, *, is_last: bool) -> None:
         if self.consumer.stream.outbuf is not None and self.attempt is not None and not is_last:
