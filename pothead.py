@@ -2663,30 +2663,11 @@ class SpoolBudget:
         self.memory_used += size
         return True
 
-    def give_back_memory(self, size: int) -> None:
-        self.memory_used -= size
-
     def take_disk(self, size: int) -> None:
         """Claims ``size`` bytes of the disk; raises ``OSError`` as a full disk does."""
         if self.disk_used + size > self.disk_limit:
             raise OSError(errno.ENOSPC, "the disk budget is used up")
         self.disk_used += size
-
-    def give_back_disk(self, size: int) -> None:
-        self.disk_used -= size
-
-
-class _Extent:
-    """A stretch of a spool's file."""
-
-    __slots__ = ("length", "offset")
-
-    def __init__(self, offset: int, length: int) -> None:
-        self.offset = offset
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
 
 
 class Spool:
@@ -2712,8 +2693,8 @@ class Spool:
         self._memory_limit = memory_limit
         self._directory = directory
         self._keep = keep
-        self._unread: deque[bytearray | _Extent] = deque()
-        self._read: list[bytearray | _Extent] = []
+        self._unread: deque[bytearray | range] = deque()  # a range of the file
+        self._read: list[bytearray | range] = []
         self._offset = 0  # of the first unread byte in the first unread part
         self._held = 0  # bytes of memory, as the budget counts them
         self._file: BinaryIO | None = None
@@ -2750,7 +2731,7 @@ class Spool:
         tail: list[memoryview] = []
         while self._held > memory_limit and self._unread:
             last = self._unread[-1]
-            if isinstance(last, _Extent):
+            if isinstance(last, range):
                 break
             tail.append(memoryview(last))
             self._unread.pop()
@@ -2770,10 +2751,10 @@ class Spool:
         if not self._unread:
             return b""
         part = self._unread[0]
-        if isinstance(part, _Extent):
+        if isinstance(part, range):
             assert self._file is not None
-            length = min(limit, part.length - self._offset)
-            return os.pread(self._file.fileno(), length, part.offset + self._offset)
+            length = min(limit, len(part) - self._offset)
+            return os.pread(self._file.fileno(), length, part.start + self._offset)
         if self._offset == 0 and len(part) <= limit:
             return part
         return part[self._offset : self._offset + limit]
@@ -2827,11 +2808,11 @@ class Spool:
         while written < len(data):
             written += os.pwrite(fd, data[written:], place + written)
         last = self._unread[-1] if self._unread else None
-        if isinstance(last, _Extent) and last.offset + last.length == place:
-            last.length += written
-        else:
-            self._unread.append(_Extent(place, written))
         self._file_end = place + written
+        if isinstance(last, range) and last.stop == place:
+            self._unread[-1] = range(last.start, self._file_end)
+        else:
+            self._unread.append(range(place, self._file_end))
         return True
 
     def _claim(self, end: int) -> None:
@@ -2862,8 +2843,8 @@ class Spool:
     def _first_unread(self) -> int | None:
         offset = self._offset
         for part in self._unread:
-            if isinstance(part, _Extent):
-                return part.offset + offset
+            if isinstance(part, range):
+                return part.start + offset
             offset = 0
         return None
 
@@ -2872,13 +2853,13 @@ class Spool:
             self._file.close()
             self._budget.files -= 1
             self._file = None
-        self._budget.give_back_disk(self._file_size)
+        self._budget.disk_used -= self._file_size
         self._file_end = self._file_size = 0
         self.disk_error = None
 
     def _forget(self, size: int) -> None:
         self._held -= size
-        self._budget.give_back_memory(size)
+        self._budget.memory_used -= size
 
 
 # ---- The event loop ---------------------------------------------------------------------------------------
