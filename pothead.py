@@ -4168,11 +4168,11 @@ class Exchange:
         self.bytes_out += size
         self._after_relay(is_last=is_last)
 
-    def on_response_end(self, *, reusable: bool) -> None:
+    def on_response_end(self) -> None:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
         if self._prefix:
             self.on_response_body(b"", is_last=True)
-        attempt = self._end_attempt(reusable=reusable)
+        attempt = self._end_attempt(reusable=True)
         attempt.slot.served += 1
         attempt.slot.machine.served += 1
         self._hub.counters.on_served(self.worker_s)
@@ -4271,7 +4271,8 @@ class Exchange:
         self._to(QUEUED)
         self.since = since
         assert self.ticket is not None
-        self._hub.requeue(self.ticket, away_s)
+        self._hub.needy.add(self.consumer)
+        self._hub.policy.put_back(self.ticket, away_s)
 
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
@@ -4431,6 +4432,7 @@ class Consumer(Role):
         self._reader = MessageReader(take_request_head, request_body)
         self._served = 0
         self._waits_for: tuple[Wait, int, float] | None = None  # and progress, and time allowed
+        hub.needy.add(self)
         stream.transport.set_unacknowledged_s(hub.options.stall_timeout)
         self.settle()
 
@@ -4619,15 +4621,14 @@ class Handshaking(Role):
     __slots__ = ("_begin", "_hub", "_stream", "_transport", "port")
 
     def __init__(
-        self, hub: Hub, port: str, stream_of: Callable[[Transport], Stream], sock: socket.socket,
-        begin: Callable[[Stream], None],
-    ) -> None:  # fmt: skip
+        self, hub: Hub, port: str, sock: socket.socket, address: str, begin: Callable[[Stream], object]
+    ) -> None:
         self._hub = hub
         self.port = port
         self._begin = begin
         assert hub.certificate is not None
         self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
-        self._stream = stream_of(self._transport)
+        self._stream = hub.new_stream(address, self._transport)
         self._stream.role = self
         self._stream.deadline = hub.loop.now + hub.options.head_timeout
         hub.greet(self._stream)
@@ -4802,6 +4803,9 @@ SWITCHING: Final = (
 )
 
 
+UNREGISTERED: Final = Registration()  # of a slot that came by the silent worker port
+
+
 class Slot(Role):
     """The role of a stream from a worker: one slot, waiting or busy."""
 
@@ -4908,7 +4912,7 @@ class Slot(Role):
             while (event := reader.next()) is not None:
                 if event is END:
                     if exchange.state is RESPONDING:  # and not an interim response
-                        exchange.on_response_end(reusable=True)
+                        exchange.on_response_end()
                         return
                 elif isinstance(event, ResponseHead):
                     self._on_head(exchange, event)
@@ -5011,7 +5015,7 @@ class Slot(Role):
             exchange.on_worker_gone(error.detail)
             return
         exchange.on_response_body(b"", is_last=True)
-        exchange.on_response_end(reusable=False)
+        exchange.on_response_end()
 
     def on_deadline(self) -> None:
         if self.exchange is not None:
@@ -5259,10 +5263,6 @@ class Ports:
         self._loop.add(listener)
         refuse_open_port(what, sock, self._options)
 
-    def address(self, what: str) -> str | None:
-        """Returns ``host:port``, ``None`` if there is no such port."""
-        return self.listeners[what].address if what in self.listeners else None
-
     def leave(self) -> None:
         """Takes no more consumers: these are for the hub that takes over, if one does."""
         self.is_left = True
@@ -5494,9 +5494,9 @@ class Hub:
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
         self._expiry_timer = Timer(self._watch_expiry)
-        begin: dict[str, Callable[[Stream], None]] = {
-            "consumers": self._begin_consumer, "workers": self._begin_worker, "admin": self._begin_admin,
-            "ptth": self._begin_applicant,
+        begin: dict[str, Callable[[Stream], object]] = {
+            "consumers": functools.partial(Consumer, self), "workers": self.enlist,
+            "admin": functools.partial(Admin, self), "ptth": functools.partial(Applicant, self),
         }  # fmt: skip
         accept = {name: functools.partial(self._accept, name, begin[name]) for name in begin}
         try:
@@ -5511,7 +5511,8 @@ class Hub:
             for sock in (sockets or {}).values():
                 sock.close()
             raise
-        self.addresses = {name: self.ports.address(name) for name in accept}  # each host:port
+        self.addresses: dict[str, str | None] = dict.fromkeys(accept)  # each host:port, None: no such port
+        self.addresses |= {name: listener.address for name, listener in self.ports.listeners.items()}
         self.loop.before_sleep += [self.dispatch, self._note]
         if self.certificate is not None:
             self._watch_expiry()
@@ -5528,28 +5529,18 @@ class Hub:
     def _free_descriptors(self) -> int:
         return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
-    def _accept(self, port: str, begin: Callable[[Stream], None], sock: socket.socket, address: str) -> None:
+    def _accept(
+        self, port: str, begin: Callable[[Stream], object], sock: socket.socket, address: str
+    ) -> None:
         if PORT_OPTIONS[port].removesuffix("-port") in self.options.tls_ports:
-            Handshaking(self, port, functools.partial(self._new_stream, address), sock, begin)
+            Handshaking(self, port, sock, address, begin)
         else:
-            begin(self._new_stream(address, Transport(sock)))
+            begin(self.new_stream(address, Transport(sock)))
 
-    def _new_stream(self, address: str, transport: Transport) -> Stream:
+    def new_stream(self, address: str, transport: Transport) -> Stream:
         stream = Stream(self.loop, transport, address, self._new_outbuf)
         self.loop.add(stream)
         return stream
-
-    def _begin_consumer(self, stream: Stream) -> None:
-        self.needy.add(Consumer(self, stream))
-
-    def _begin_worker(self, stream: Stream) -> None:
-        self.enlist(stream, Registration())
-
-    def _begin_applicant(self, stream: Stream) -> None:
-        Applicant(self, stream)
-
-    def _begin_admin(self, stream: Stream) -> None:
-        Admin(self, stream)
 
     def greet(self, stream: Stream) -> None:
         """Counts a connection of which nothing is known yet; of too many the oldest goes."""
@@ -5559,7 +5550,7 @@ class Hub:
             assert isinstance(oldest, Handshaking | Applicant)
             oldest.leave()
 
-    def enlist(self, stream: Stream, registration: Registration) -> None:
+    def enlist(self, stream: Stream, registration: Registration = UNREGISTERED) -> None:
         """Has a stream wait as a slot."""
         slot = Slot(self, stream, registration)
         self.count_process(registration, 1)
@@ -5620,7 +5611,7 @@ class Hub:
     @property
     def needs_no_workers(self) -> bool:
         """Whether this hub is about to end, and nothing waits that a new slot could serve."""
-        return self.ports.is_left and not self.policy.waiting and not self.ports.has_successor
+        return self.refuses and not self.policy.waiting
 
     def complain(self, port: str, address: str, what: str) -> None:
         """Warns of a connection that was turned away: of each kind once in a while, whoever may call."""
@@ -5732,10 +5723,7 @@ class Hub:
     def estimate_start_s(self, claim: Claim) -> float:
         """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
         pool = self.policy.pool_of(claim.origin)
-        slots, ahead = (
-            self.policy.slots_of(pool),
-            self.policy.count_ahead(claim),
-        )
+        slots, ahead = self.policy.slots_of(pool), self.policy.count_ahead(claim)
         is_served_at_once = not ahead and self.policy.idle_of(pool)
         if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:
             return 0.0
@@ -5757,11 +5745,6 @@ class Hub:
         if exchange.wait_s is not None and exchange.wait_s < self.options.queue_timeout:
             return f"the consumer would wait for {exchange.wait_s:g} s"
         return ""
-
-    def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
-        """Puts a request that was sent and not answered back to its place in the queue."""
-        self.needy.add(ticket.item.consumer)
-        self.policy.put_back(ticket, away_s)
 
     def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
