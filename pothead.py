@@ -788,34 +788,32 @@ def _max_forwards(values: list[bytes]) -> int:
 # .. bodies ..
 
 
-class BodyReader(Protocol):
+class BodyReader:
     """Reads one message body out of the bytes of a stream (RFC 9112 §6.3)."""
 
+    __slots__ = ("done", "verbatim")
     done: bool
-
-    @property
-    def stopped(self) -> bool:
-        """Whether ``take`` has left more in the buffer that it could have taken, for the next turn."""
-
-    @property
-    def verbatim(self) -> int:
-        """How many of the next bytes are body as they stand, without any framing among them."""
+    verbatim: int  # so many of the next bytes are body as they stand, without any framing among them
+    stopped = False  # ``take`` has left more in the buffer that it could have taken, for the next turn
 
     def skip(self, size: int) -> None:
         """Counts ``size`` bytes (at most ``verbatim``) that were read without ``take``."""
+        self.verbatim -= size
 
     def take(self, buffer: Inbuf) -> bytes:
         """Removes from ``buffer`` what belongs to the body and returns the body bytes in it."""
+        data = buffer.take(min(self.verbatim, len(buffer)))
+        self.skip(len(data))
+        return data
 
     def on_eof(self) -> None:
         """The stream has ended; raises ``ProtocolError`` if the body may not end here."""
 
 
-class FixedBody:
+class FixedBody(BodyReader):
     """A body with a Content-Length."""
 
-    __slots__ = ("_status", "done", "verbatim")
-    stopped: Final = False
+    __slots__ = ("_status",)
 
     def __init__(self, length: int, status: int = 400) -> None:
         self.verbatim = length
@@ -826,31 +824,19 @@ class FixedBody:
         self.verbatim -= size
         self.done = self.verbatim == 0
 
-    def take(self, buffer: Inbuf) -> bytes:
-        data = buffer.take(min(self.verbatim, len(buffer)))
-        self.skip(len(data))
-        return data
-
     def on_eof(self) -> None:
         if not self.done:
             raise ProtocolError(self._status, f"the body ended {self.verbatim} bytes early")
 
 
-class UntilCloseBody:
+class UntilCloseBody(BodyReader):
     """A response body that ends with its connection."""
 
-    __slots__ = ("done", "verbatim")
-    stopped: Final = False
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.verbatim = sys.maxsize
         self.done = False
-
-    def skip(self, size: int) -> None:
-        """Nothing is counted: the end is told by the connection."""
-
-    def take(self, buffer: Inbuf) -> bytes:
-        return buffer.take(len(buffer))
 
     def on_eof(self) -> None:
         self.done = True
@@ -862,14 +848,14 @@ class _ChunkedPart(enum.Enum):
     TRAILER = enum.auto()
 
 
-class ChunkedBody:
+class ChunkedBody(BodyReader):
     """A body in chunks; extensions and trailer fields are checked and dropped (RFC 9112 §7.1).
 
     Chunks are bounded in two ways, since they can be as small as a byte: each ``take`` takes so many, and
     all of their framing together may not outweigh what is in them by too much.
     """
 
-    __slots__ = ("_allowance", "_excess", "_part", "_status", "done", "stopped", "verbatim")
+    __slots__ = ("_allowance", "_excess", "_part", "_status", "stopped")
 
     def __init__(self, status: int = 400) -> None:
         self._status = status
@@ -934,9 +920,7 @@ class ChunkedBody:
             return self._take_trailer(buffer)
         if not self.verbatim:
             return self._take_data_end(buffer)
-        data = buffer.take(min(self.verbatim, len(buffer)))
-        pieces.append(data)
-        self.skip(len(data))
+        pieces.append(super().take(buffer))
         return True
 
     def _take_size(self, buffer: Inbuf) -> bool:
