@@ -2926,6 +2926,11 @@ class EventLoop:
         """Asks to look at the wanted events and the deadline before the loop sleeps."""
         self._touched[watched] = None
 
+    def set_deadline(self, watched: Watched, delay_s: float) -> None:
+        """Has ``watched`` wait for so many seconds from now."""
+        watched.deadline = self.now + delay_s
+        self._touched[watched] = None
+
     def call_soon(self, function: Callable[[], None]) -> None:
         """Calls ``function`` before the loop sleeps next; if it asks for another call, then a turn later."""
         self._calls.append(function)
@@ -3586,6 +3591,10 @@ class Stream(Watched):
             self._loop.call_soon(lambda: self._loop.deliver(self, self._take_transports_rest))
         return events if self.outbuf is None else events | WRITE
 
+    def resume(self) -> None:
+        """What keeps bytes from being read may have changed, or who reads them."""
+        self._loop.touch(self)
+
     def take_rest_later(self) -> None:
         """Gives the others their turn: ``on_bytes`` is called in the next one, before more is received."""
         if not self._has_rest:
@@ -4050,7 +4059,7 @@ class Exchange:
             if attempt.is_chunked:
                 stream.write(LAST_CHUNK)
         if self._hub.options.stream_requests:
-            self.consumer.resume()
+            self.consumer.stream.resume()
 
     # .. from the slot ..
 
@@ -4065,18 +4074,17 @@ class Exchange:
             return True
         return self._absorbs and not outbuf.is_over(self._hub.options.response_spool)
 
-    def _wait_for_consumer(self, slot: Slot) -> None:
+    def _wait_for_consumer(self, stream: Stream) -> None:
         if self._absorbs:
             self._absorb()  # the outbuf may be another one
-        elif slot.stream.deadline == math.inf:
-            slot.stream.deadline = self._hub.loop.now + self._patience_s
-            slot.resume()
+        elif stream.deadline == math.inf:
+            self._hub.loop.set_deadline(stream, self._patience_s)
 
-    def _stop_waiting(self, slot: Slot) -> None:
-        if slot.stream.deadline != math.inf:
-            self._patience_s = slot.stream.deadline - self._hub.loop.now
-            slot.stream.deadline = math.inf
-        slot.resume()
+    def _stop_waiting(self, stream: Stream) -> None:
+        if stream.deadline != math.inf:
+            self._patience_s = stream.deadline - self._hub.loop.now
+            stream.deadline = math.inf
+        stream.resume()
 
     def _absorb(self) -> None:
         """The consumer is slow: from now on the response goes into the spool as fast as it comes."""
@@ -4165,20 +4173,20 @@ class Exchange:
 
     def on_consumer_drained(self) -> None:
         """The consumer has taken everything so far."""
-        if self.attempt is None:
-            if self.state is RESPONDING:
+        if self.state is RESPONDING:
+            if self.attempt is None:
                 self.finish(COMPLETED)
-        elif self.state is RESPONDING:
-            self._stop_waiting(self.attempt.slot)
+            else:
+                self._stop_waiting(self.attempt.slot.stream)
 
     def on_consumer_took(self) -> None:
         """The consumer has taken a piece; more is left."""
         if self.attempt is not None:
-            self.attempt.slot.resume()
+            self.attempt.slot.stream.resume()
 
     def _after_relay(self, *, is_last: bool) -> None:
         if self.consumer.stream.outbuf is not None and self.attempt is not None and not is_last:
-            self._wait_for_consumer(self.attempt.slot)
+            self._wait_for_consumer(self.attempt.slot.stream)
 
     # .. the ends ..
 
@@ -4470,10 +4478,6 @@ class Consumer(Role):
         elif self._reader.inbuf:
             self.stream.take_rest_later()
 
-    def resume(self) -> None:
-        """What keeps bytes from being read may have changed."""
-        self._hub.loop.touch(self.stream)
-
     def end_exchange(self, *, keep_alive: bool) -> None:
         """The response is on its way; the stream is kept for the next request, or closed."""
         exchange, self.exchange = self.exchange, None
@@ -4482,7 +4486,7 @@ class Consumer(Role):
         stream = self.stream
         if keep_alive:
             self._hub.needy.add(self)
-            self.resume()
+            stream.resume()
             if self._reader.inbuf:
                 stream.take_rest_later()
         elif not exchange.received or self._reader.inbuf or stream.outbuf is not None:
@@ -4504,7 +4508,7 @@ class Consumer(Role):
 
     def on_drain(self) -> None:
         """The hub drains: an idle stream is closed at once, or soon if its next request would be served."""
-        self.resume()
+        self.stream.resume()
         is_idle = self.exchange is None and self.stream.outbuf is None and not self._reader.inbuf
         if self._hub.refuses and is_idle and not self.stream.transport.has_news():
             self._close()  # one whose request has just come is refused in words
@@ -4567,7 +4571,7 @@ class Consumer(Role):
 
 
 class Farewell(Role):
-    """The role of a stream whose peer has got its last answer.
+    """The role of a stream whose peer gets its last ``answer``, or has got it.
 
     What still comes is read and dropped for a while: to close a socket with unread bytes would destroy
     the answer on its way (RFC 9112 §9.6).
@@ -4575,11 +4579,12 @@ class Farewell(Role):
 
     __slots__ = ("_stream",)
 
-    def __init__(self, loop: EventLoop, stream: Stream) -> None:
+    def __init__(self, loop: EventLoop, stream: Stream, answer: bytes = b"") -> None:
         self._stream = stream
         stream.role = self
-        stream.deadline = loop.now + LIMITS.lingering_s
-        loop.touch(stream)
+        loop.set_deadline(stream, LIMITS.lingering_s)
+        if answer:
+            stream.write(answer)
         if stream.outbuf is None:
             stream.transport.end_output()
 
@@ -4629,8 +4634,7 @@ class Handshaking(Role):
             self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
             self._stream.transport = self._transport.in_clear()
             text = b"This port speaks TLS: the address begins with https://\n"
-            self._stream.write(own_response(400, text, keep_alive=False))
-            Farewell(self._hub.loop, self._stream)
+            Farewell(self._hub.loop, self._stream, own_response(400, text, keep_alive=False))
         else:
             if self._transport.has_heard:  # and not one who only looks whether the port is open
                 why = describe_tls(self._transport.fault)
@@ -4717,8 +4721,8 @@ class Applicant(Role):
         if error.status == 503:
             fields.append((b"Retry-After", b"1"))  # there is room again, or the next hub, in a moment
         text = f"{error.status} {http.HTTPStatus(error.status).phrase}: {error.detail}.\n"
-        self._stream.write(own_response(error.status, text.encode(), fields=fields, keep_alive=False))
-        Farewell(self._hub.loop, self._stream)
+        answer = own_response(error.status, text.encode(), fields=fields, keep_alive=False)
+        Farewell(self._hub.loop, self._stream, answer)
 
     def on_hangup(self, *, reset: bool) -> None:
         self._leave()
@@ -4753,8 +4757,7 @@ class Rehearsal(Role):
         self.registration = registration
         self._inbuf: bytes | None = None  # once it has been asked
         stream.role = self
-        stream.deadline = hub.loop.now + LIMITS.envoy_pause_s
-        hub.loop.touch(stream)
+        hub.loop.set_deadline(stream, LIMITS.envoy_pause_s)
 
     def settle(self) -> int:
         return LIMITS.handshake_bytes
@@ -4870,10 +4873,6 @@ class Slot(Role):
         if self.registration.origins:
             description["origins"] = sorted(self.registration.origins)
         return description
-
-    def resume(self) -> None:
-        """What keeps the response from being read may have changed."""
-        self._hub.loop.touch(self.stream)
 
     def settle(self) -> int:
         if self.exchange is not None and not self.exchange.may_relay():
@@ -5040,7 +5039,8 @@ class Admin(Role):
                 self._take_next()
         except ProtocolError as error:
             detail = error.detail.encode() + b"\n"
-            self._end(own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False))
+            answer = own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False)
+            Farewell(self._hub.loop, self._stream, answer)
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
@@ -5054,16 +5054,12 @@ class Admin(Role):
         if head.keep_alive and head.minor_version == 1:
             self._stream.write(page)
         else:
-            self._end(page)
+            Farewell(self._hub.loop, self._stream, page)
 
     def _take_next(self) -> None:
         """Looks at what has come after a request: in the next turn, and when its answer has been taken."""
         if self._reader.inbuf and self._stream.outbuf is None:
             self._stream.take_rest_later()
-
-    def _end(self, page: bytes) -> None:
-        self._stream.write(page)
-        Farewell(self._hub.loop, self._stream)
 
     def _set_deadline(self) -> None:
         if self._stream.role is self:
@@ -5259,8 +5255,7 @@ class Ports:
             # is under way is this hub's, and would be reset if it closed at once.
             if "admin" in self.listeners:
                 self.listeners["admin"].leave_to_successor(True)
-            self._handover_timer.deadline = self._loop.now + LIMITS.handover_s
-            self._loop.touch(self._handover_timer)
+            self._loop.set_deadline(self._handover_timer, LIMITS.handover_s)
 
     @property
     def is_leaving(self) -> bool:
@@ -5297,8 +5292,7 @@ class Ports:
         self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
         if self.has_rival and not had_rival:
             log.warning("another hub listens on %s, too, and gets a part of the requests", listener.address)
-        self._neighbour_timer.deadline = self._loop.now + LIMITS.neighbour_check_s
-        self._loop.touch(self._neighbour_timer)
+        self._loop.set_deadline(self._neighbour_timer, LIMITS.neighbour_check_s)
 
 
 class Forwarding:
@@ -5650,8 +5644,7 @@ class Hub:
             and not self.processes
             and self._lonely_timer.deadline == math.inf
         ):
-            self._lonely_timer.deadline = self.loop.now + LIMITS.lonely_s
-            self.loop.touch(self._lonely_timer)
+            self.loop.set_deadline(self._lonely_timer, LIMITS.lonely_s)
 
     def _tell_of_loneliness(self) -> None:
         """Warns, once an episode, that requests wait and no worker is there."""
@@ -5897,8 +5890,7 @@ class Hub:
             log.error("the certificate has expired: nobody who checks it connects any more")
         elif left_s < LIMITS.expiry_warning_s:
             log.warning("the certificate expires in %d days", left_s // 86400)
-        self._expiry_timer.deadline = self.loop.now + LIMITS.expiry_check_s
-        self.loop.touch(self._expiry_timer)
+        self.loop.set_deadline(self._expiry_timer, LIMITS.expiry_check_s)
 
     def find(self, request_id: str) -> list[Exchange]:
         """Returns the requests with that id, which consumers may choose."""
@@ -5921,8 +5913,7 @@ class Hub:
         # Whoever deals out consumers has to see that first: what it sends until then would be refused.
         log.info("not ready any more: serving on for %g s, then draining", delay_s)
         self.notify(f"STOPPING=1\nSTATUS=not ready any more: serving on for {delay_s:g} s")
-        self._leave_timer.deadline = self.loop.now + delay_s
-        self.loop.touch(self._leave_timer)
+        self.loop.set_deadline(self._leave_timer, delay_s)
 
     def _leave(self) -> None:
         """Takes no more consumers, and ends when those who are here have what they came for."""
@@ -5932,8 +5923,7 @@ class Hub:
         self.ports.leave()
         for consumer in list(self.needy):
             consumer.on_drain()
-        self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
-        self.loop.touch(self._drain_timer)
+        self.loop.set_deadline(self._drain_timer, self.options.graceful_timeout)
         # Not before: who has read it may count on new connections going elsewhere.
         log.info("draining: %d requests to finish", len(self.exchanges))
         self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
