@@ -4711,7 +4711,7 @@ class Applicant(Role):
     def _leave(self) -> None:
         self._hub.newcomers.pop(self._stream, None)
         if self.registration is not None:
-            self._hub.count_process(self.registration, -1)
+            self._hub.count_connection(self.registration, -1)
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
@@ -5450,8 +5450,7 @@ class Hub:
         self.id = os.urandom(8).hex()  # so that workers know two addresses of one hub
         # Workers that claim requests, by their id: their slots, and how many connections they have.
         self.processes: dict[str, list[int]] = {}
-        self._announced = 0  # slots of these
-        self._claiming = 0  # connections of these that wait or run
+        self.total_slots = 0  # one for each connection; of workers that claim requests, what they announce
         self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
@@ -5531,8 +5530,7 @@ class Hub:
     def enlist(self, stream: Stream, registration: Registration = UNREGISTERED) -> None:
         """Has a stream wait as a slot."""
         slot = Slot(self, stream, registration)
-        self.count_process(registration, 1)
-        self._claiming += registration.process != ""
+        self.count_connection(registration, 1)
         self.slots.add(slot)
         self.policy.park(slot)
         self._is_lonely = False
@@ -5548,27 +5546,22 @@ class Hub:
             return
         self.slots.discard(slot)
         self.policy.leave(slot.machine, self.loop.now, slot.origins)
-        self._claiming -= 1
         Applicant(self, stream, slot.registration, received)
         if received:
             stream.take_rest_later()  # once the request that was turned away is back in the queue
 
-    def count_process(self, registration: Registration, change: int) -> None:
-        """Counts a connection more or less of a worker that claims requests."""
+    def count_connection(self, registration: Registration, change: int) -> None:
+        """Counts a connection of a worker more or less."""
         if not registration.process:
+            self.total_slots += change
             return
         process = self.processes.setdefault(registration.process, [0, 0])
-        self._announced += registration.slots - process[0]
+        self.total_slots += registration.slots - process[0]
         process[0] = registration.slots
         process[1] += change
         if not process[1]:
-            self._announced -= process[0]
+            self.total_slots -= process[0]
             del self.processes[registration.process]
-
-    @property
-    def total_slots(self) -> int:
-        """How many slots there are; of workers that claim requests, those that they have announced."""
-        return len(self.slots) - self._claiming + self._announced
 
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""
@@ -5738,8 +5731,7 @@ class Hub:
     def _forget(self, slot: Slot) -> None:
         if slot in self.slots:
             self.slots.remove(slot)
-            self.count_process(slot.registration, -1)
-            self._claiming -= slot.registration.process != ""
+            self.count_connection(slot.registration, -1)
             self.policy.leave(slot.machine, self.loop.now, slot.origins)
         slot.stream.close()
 
