@@ -58,6 +58,7 @@ import logging
 import math
 import os
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -269,17 +270,16 @@ class Options:
 
     def check_together(self) -> None:
         """Checks that what is said of TLS and workers has a use: a typing error would leave a port open."""
-        lacks = {"certfile": self.certfile is None, "ptth_port": self.ptth_port is None}
         needs = (
             ("tls", "certfile"), ("keyfile", "certfile"), ("workers_file", "ptth_port"),
             ("workers_ca", "ptth_port"), ("workers_ca", "certfile"), ("ptth_compat", "ptth_port"),
         )  # fmt: skip
         for name, needed in needs:
-            complaint = f"needs --{needed.replace('_', '-')}"
-            _check(not (getattr(self, name) and lacks[needed]), name, complaint)
-        is_off = {"ptth": self.ptth_port is None, "admin": self.admin_port is None}
+            has_it = getattr(self, needed) is not None
+            _check(has_it or not getattr(self, name), name, f"needs --{needed.replace('_', '-')}")
         for port in self.tls:
-            _check(not is_off.get(port, False), "tls", f"names a port that is off: --{port}-port")
+            is_on = getattr(self, f"{port}_port") is not None
+            _check(is_on, "tls", f"names a port that is off: --{port}-port")
         is_idle = self.certfile is not None and self.ptth_port is None and not self.tls
         _check(not is_idle, "certfile", "is for no port: --ptth-port is off; for others there is --tls")
         lacks_file = self.workers_ca is not None and self.workers_file is None
@@ -3156,14 +3156,14 @@ class Transport:
         """Returns how many bytes have come; 0 at the end, ``None`` if there is nothing yet."""
         try:
             return self._sock.recv_into(buffer)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return None
 
     def send(self, data: Bytes) -> int:
         """Returns how many bytes the network has taken; the others are to be offered again, and first."""
         try:
             return self._sock.send(data)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return 0
 
     def move_into(self, pipe: Pipe, limit: int) -> int | None:
@@ -3319,7 +3319,7 @@ class TlsTransport(Transport):
             raise ConnectionAbortedError("it does not read what TLS answers")
         try:
             data = self._sock.recv(LIMITS.receive_bytes)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return False
         if not data:
             self._incoming.write_eof()
@@ -3485,10 +3485,10 @@ def _describe_tls_files(exc: OSError, certfile: str, keyfile: str) -> str:
     reason = getattr(exc, "reason", None)
     if reason == "KEY_VALUES_MISMATCH":
         return f"--keyfile: the key in {keyfile} does not belong to the certificate in {certfile}"
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(certfile, encoding="latin-1") as file:
+    with contextlib.suppress(OSError), open(certfile, encoding="latin-1") as file:
         if "-----BEGIN CERTIFICATE-----" not in file.read():
             return f"--certfile: there is no certificate (PEM) in {certfile}"
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(keyfile, encoding="latin-1") as file:
+    with contextlib.suppress(OSError), open(keyfile, encoding="latin-1") as file:
         if "PRIVATE KEY-----" not in file.read():
             return f"--keyfile: there is no private key (PEM) in {keyfile}"
     return f"--certfile: {certfile} and {keyfile} cannot be used: {reason or exc}"
@@ -4162,8 +4162,7 @@ class Exchange:
 
     def on_response_end(self) -> None:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
-        if self._prefix:
-            self.on_response_body(b"", is_last=True)
+        self.flush()
         attempt = self._end_attempt(reusable=True)
         attempt.slot.served += 1
         attempt.slot.machine.served += 1
@@ -5120,7 +5119,7 @@ class Listener(Watched):
                 return
             try:
                 sock, peer = self._socket.accept()
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return
             except OSError as exc:
                 if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -6218,10 +6217,6 @@ def host_of(address: str) -> str:
 
 def descriptor_limit() -> int:
     """Raises the limit of open files as far as it may be and returns it: each connection takes one."""
-    try:
-        import resource
-    except ImportError:  # not on every platform
-        return 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
