@@ -402,17 +402,13 @@ KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
 class ProtocolError(http.client.HTTPException):
-    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why.
-
-    ``head`` is what was understood of a request before that, if anything was.
-    """
+    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why."""
 
     def __init__(self, status: int, detail: str, fields: Sequence[Field] = ()) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
         self.fields = fields  # of the answer
-        self.head: RequestHead | None = None
 
 
 class Inbuf(bytearray):
@@ -499,25 +495,23 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     """Removes a request head from the front of ``buffer``; ``None`` when more bytes are needed.
 
     A head that cannot become valid any more is refused at once and not at its end.  Raises
-    ``ProtocolError`` with the status to answer.  RFC 9112 §2 to §6.
+    ``ProtocolError`` with the status to answer; the head stays in the buffer then.  RFC 9112 §2 to §6.
     """
     if buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are skipped
         empty = _EMPTY_LINES.match(buffer)
         assert empty is not None
         del buffer[: empty.end()]
-    head = _take_head(buffer, 400)
+    head = _find_head(buffer, 400)
     if head is None:
         return None
-    lines = head.split(b"\r\n")
-    try:
-        return _request_head(_read_request_line(lines[0]), lines)
-    except ProtocolError as error:
-        error.head = head_of_refused(head)
-        raise
+    request = _request_head(head.split(b"\r\n"))
+    del buffer[: len(head) + 4]
+    buffer.searched = 0
+    return request
 
 
-def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
-    method, target, _, minor = line.groups()
+def _request_head(lines: list[bytes]) -> RequestHead:
+    method, target, _, minor = _read_request_line(lines[0]).groups()
     minor_version = 0 if minor == b"0" else 1  # HTTP/1.2 would be understood as 1.1
     known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
@@ -559,9 +553,11 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
 
     Raises ``ProtocolError(502)``: whatever is wrong with it is not the consumer's fault.
     """
-    head = _take_head(buffer, 502)
+    head = _find_head(buffer, 502)
     if head is None:
         return None
+    del buffer[: len(head) + 4]
+    buffer.searched = 0
     lines = head.split(b"\r\n")
     minor_version, status, reason = _read_status_line(lines[0])
     known, options, passed_on = _read_fields(lines[1:], 502, _RESPONSE_DROPS)
@@ -584,8 +580,8 @@ def _read_status_line(line: bytes) -> tuple[int, int, bytes]:
     return min(int(match[1]), 1), int(match[2]), match[3] or b""
 
 
-def _take_head(buffer: Inbuf, status: int) -> bytes | None:
-    """Removes a head and returns it without its last two line ends."""
+def _find_head(buffer: Inbuf, status: int) -> bytes | None:
+    """Returns a head without its last two line ends."""
     end = buffer.find(b"\r\n\r\n", buffer.searched)
     if end > LIMITS.head_bytes or (end < 0 and len(buffer) > LIMITS.head_bytes):
         if status == 400 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
@@ -595,10 +591,7 @@ def _take_head(buffer: Inbuf, status: int) -> bytes | None:
         _refuse_hopeless(buffer, status)
         buffer.searched = max(0, len(buffer) - 3)
         return None
-    head = bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
-    del buffer[: end + 4]
-    buffer.searched = 0
-    return head
+    return bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
 
 
 def _refuse_hopeless(buffer: Inbuf, status: int) -> None:
@@ -4461,8 +4454,7 @@ class Consumer(Role):
 
     def _refuse(self, error: ProtocolError) -> None:
         if self.exchange is None:
-            head = error.head or head_of_refused(self._reader.inbuf)
-            self.exchange = Exchange(self._hub, self, head)
+            self.exchange = Exchange(self._hub, self, head_of_refused(self._reader.inbuf))
         self.exchange.refuse(error.status, error.detail)
 
     # .. out ..
