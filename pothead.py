@@ -3917,7 +3917,7 @@ class Exchange:
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
         else:
             self._count_upload(head_bytes + LIMITS.upload_bytes)
-            self.spool = hub.new_spool(keep=not hub.options.stream_requests)
+            self.spool = hub.new_spool()
             if head.expects_continue:
                 self.consumer.stream.write(CONTINUE)
             if hub.options.stream_requests:
@@ -4611,10 +4611,10 @@ class Handshaking(Role):
         self._stream = hub.new_stream(address, self._transport)
         self._stream.role = self
         self._stream.deadline = hub.loop.now + hub.options.head_timeout
-        hub.greet(self._stream)
+        hub.greet(self)
 
     def _on_open(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
         self._begin(self._stream)
 
     def settle(self) -> int:
@@ -4631,18 +4631,18 @@ class Handshaking(Role):
                 why = describe_tls(self._transport.fault)
                 self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {why}")
             self._stream.close()
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
 
     def on_deadline(self) -> None:
         self.leave()
 
     def leave(self) -> None:
         """It has taken too long, or others need the room."""
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
         self._stream.close()
 
     def on_fault(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
 
 
 class Applicant(Role):
@@ -4663,7 +4663,7 @@ class Applicant(Role):
         stream.role = self
         hub.loop.touch(stream)
         if held is None:
-            hub.greet(stream)
+            hub.greet(self)
             if stream.deadline == math.inf:  # TLS has not begun it
                 stream.deadline = hub.loop.now + hub.options.head_timeout
 
@@ -4700,7 +4700,7 @@ class Applicant(Role):
             self._hub.enlist(self._stream, registration)
 
     def _leave(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
         if self.registration is not None:
             self._hub.count_connection(self.registration, -1)
 
@@ -5442,7 +5442,8 @@ class Hub:
         # Workers that claim requests, by their id: their slots, and how many connections they have.
         self.processes: dict[str, list[int]] = {}
         self.total_slots = 0  # one for each connection; of workers that claim requests, what they announce
-        self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
+        # Those who have not shown who they are, the oldest first.
+        self.newcomers: dict[Handshaking | Applicant, None] = {}
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
         self.history = History(self.loop.now)
@@ -5510,13 +5511,11 @@ class Hub:
         self.loop.add(stream)
         return stream
 
-    def greet(self, stream: Stream) -> None:
+    def greet(self, newcomer: Handshaking | Applicant) -> None:
         """Counts a connection of which nothing is known yet; of too many the oldest goes."""
-        self.newcomers[stream] = None
+        self.newcomers[newcomer] = None
         if len(self.newcomers) > min(LIMITS.newcomers, self._descriptor_limit // 4):
-            oldest = next(iter(self.newcomers)).role
-            assert isinstance(oldest, Handshaking | Applicant)
-            oldest.leave()
+            next(iter(self.newcomers)).leave()
 
     def enlist(self, stream: Stream, registration: Registration = UNREGISTERED) -> None:
         """Has a stream wait as a slot."""
@@ -5586,9 +5585,9 @@ class Hub:
         others = f" (and {more} others since the last such line)" if more else ""
         log.warning("%s: %s%s", address, what, others)
 
-    def new_spool(self, *, keep: bool) -> Spool:
-        """Returns an empty spool for the body of a request."""
-        options = self.options
+    def new_spool(self) -> Spool:
+        """Returns an empty spool for the body of a request, which is kept if it may be needed again."""
+        options, keep = self.options, not self.options.stream_requests
         return Spool(self.budget, options.spool_memory, options.spool_dir, keep, options.spool_memory)
 
     def _new_outbuf(self) -> Spool:
@@ -5930,7 +5929,7 @@ class Hub:
     def _expects_consumers(self) -> bool:
         """Whether some are connecting here still, and would lose their connection."""
         return self.ports.is_leaving or any(
-            isinstance(each.role, Handshaking) and each.role.port == "consumers" for each in self.newcomers
+            isinstance(each, Handshaking) and each.port == "consumers" for each in self.newcomers
         )
 
     def _has_unsent_bytes(self) -> bool:
