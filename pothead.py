@@ -480,8 +480,6 @@ class ResponseHead:
     """What a status line and its fields say."""
 
     status: int
-    reason: bytes
-    minor_version: int
     forwarded: bytes  # the lines for the consumer, without those of the hub's own
     content_length: int | None
     is_chunked: bool
@@ -566,7 +564,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     if length is not None and status not in (204, 103):
         forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
-        status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
+        status, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
         b"date" in known, known.get(b"x-request-id", NO_ID)[0], b"hold" in options,
     )  # fmt: skip
 
@@ -5621,12 +5619,7 @@ class Hub:
         if event < timer.deadline:
             self.loop.touch(timer)  # which need not know at once of a later one
         timer.deadline = event
-        if (
-            policy.waiting
-            and not self.slots
-            and not self.processes
-            and self._lonely_timer.deadline == math.inf
-        ):
+        if policy.waiting and not self.total_slots and self._lonely_timer.deadline == math.inf:
             self.loop.set_deadline(self._lonely_timer, LIMITS.lonely_s)
 
     def _tell_of_loneliness(self) -> None:

@@ -236,7 +236,7 @@ def test_fields_keep_their_order_their_case_and_their_repetitions() -> None:
 def test_response_head_keeps_status_reason_and_every_cookie() -> None:
     buffer = Inbuf(b"HTTP/1.0 404 Not here\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\nbody")
     head = take_response_head(buffer)
-    assert (head.status, head.reason, head.minor_version) == (404, b"Not here", 0)
+    assert head.status == 404
     assert head.forwarded == b"HTTP/1.1 404 Not here\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n"
     assert buffer == b"body"
 
@@ -751,7 +751,7 @@ def test_date_is_written_as_http_has_it(epoch_s: int, text: bytes) -> None:
 def test_response_of_the_hub_is_a_valid_response(keep_alive: bool) -> None:
     buffer = Inbuf(own_response(503, b"later\n", fields=((b"Retry-After", b"7"),), keep_alive=keep_alive))
     head = take_response_head(buffer)
-    assert (head.status, head.reason) == (503, b"Service Unavailable")
+    assert (head.status, head.forwarded[:34]) == (503, b"HTTP/1.1 503 Service Unavailable\r\n")
     assert (head.content_length, head.keep_alive) == (6, keep_alive)
     assert b"\r\nRetry-After: 7\r\n" in head.forwarded
     assert buffer == b"later\n"
