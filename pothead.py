@@ -2766,10 +2766,8 @@ class Spool:
     def _append_to_memory(self, data: Bytes) -> None:
         self._held += len(data)
         last = self._unread[-1] if self._unread else None
-        if (
-            isinstance(last, bytearray) and len(last) < 16 * KIB
-        ):  # many small pieces cost more than their bytes
-            last += data
+        if isinstance(last, bytearray) and len(last) < 16 * KIB:
+            last += data  # many small pieces cost more than their bytes
         else:
             self._unread.append(bytearray(data))
 
@@ -2952,15 +2950,13 @@ class EventLoop:
 
     def close(self) -> None:
         """Closes everything that is watched, and what is the loop's own."""
+        self._selector.close()
         for watched in list(self.watched):
-            if watched.registered:
-                self._register(watched, 0)
             self._release(watched)
         if self.pipe is not None:
             self.pipe.close()
         if self._hears_signals:
             signal.set_wakeup_fd(-1)
-        self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
 
@@ -3841,9 +3837,9 @@ class Attempt:
         self.body_sent = False
 
     @property
-    def was_seen(self) -> bool:
-        """Whether the network has taken a byte of it."""
-        return self.slot.stream.written != self.written_before
+    def bytes_taken(self) -> int:
+        """How many bytes of it the network has taken."""
+        return self.slot.stream.written - self.written_before
 
 
 class Exchange:
@@ -3909,7 +3905,7 @@ class Exchange:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not has_body:
             self.on_request_end()
-        elif not hub.has_room() and not hub.can_make_room(self):
+        elif not hub.has_room() and hub.policy.evicted_by(hub.claims.tenant_of(self)) is None:
             self.finish(Outcome.QUEUE_FULL)
         elif not hub.has_room_for_upload(head_bytes):
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
@@ -4222,8 +4218,7 @@ class Exchange:
         What has reached that machine may be claimed yet, so only what may run twice is taken back then.
         """
         slot = attempt.slot
-        sent = slot.stream.written - attempt.written_before
-        if slot.stream.transport.has_delivered(sent) and not self.head.is_idempotent:
+        if slot.stream.transport.has_delivered(attempt.bytes_taken) and not self.head.is_idempotent:
             slot.stream.deadline = attempt.since + self._hub.options.response_timeout
             return
         slot.stream.close(abort=True)
@@ -4233,14 +4228,14 @@ class Exchange:
     def _may_run_again(self, attempt: Attempt) -> bool:
         if attempt.progress is HEARD or not self._replayable:
             return False
-        if not attempt.was_seen:
+        if not attempt.bytes_taken:
             return True
         return self.head.is_idempotent and self.attempts < self._hub.options.max_attempts
 
     def _requeue(self, attempt: Attempt) -> None:
         request_id = self.request_id.decode()
         log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.slot_address)
-        if not attempt.was_seen:
+        if not attempt.bytes_taken:
             self.attempts -= 1  # as if it had not been made
         self._hub.counters.requeues += 1
         self._end_attempt(reusable=False)
@@ -5652,12 +5647,6 @@ class Hub:
         if self.policy.idle:
             self.dispatch()
         return not self.policy.is_full
-
-    def can_make_room(self, exchange: Exchange) -> bool:
-        """Whether another tenant's request would have to go for this one."""
-        if not self.claims.is_fair:
-            return False
-        return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
 
     def make_room(self, tenant: str) -> bool:
         """Makes room for a request of this tenant in a full queue, if need be at another tenant's expense.
