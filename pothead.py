@@ -6023,7 +6023,7 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._level: Levels = (0, 0, 0)
-        self._peak = list(self._level)  # of the step under way
+        self._peak = self._level  # of the step under way
         self._step = int(now / LIMITS.history_step_s)
         self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps)  # step, peak, end
 
@@ -6033,22 +6033,18 @@ class History:
             return
         step = int(now / LIMITS.history_step_s)
         if step != self._step:
-            self._rows.append(self._row())
-            self._step, self._peak = step, list(self._level)
+            self._rows.append((self._step, self._peak, self._level))
+            self._step, self._peak = step, self._level
         self._level = level
-        for place, number in enumerate(level):
-            if number > self._peak[place]:
-                self._peak[place] = number
-
-    def _row(self) -> tuple[int, Levels, Levels]:
         waiting, busy, slots = self._peak
-        return self._step, (waiting, busy, slots), self._level
+        if level[0] > waiting or level[1] > busy or level[2] > slots:
+            self._peak = max(level[0], waiting), max(level[1], busy), max(level[2], slots)
 
     def read(self, now: float) -> list[Levels]:
         """Returns the peaks since the start, oldest first, the step that is under way last."""
         end = int(now / LIMITS.history_step_s) + 1
         start = end - LIMITS.history_steps
-        rows = [*self._rows, self._row()]
+        rows = [*self._rows, (self._step, self._peak, self._level)]
         peaks: list[Levels] = []
         for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
             if step >= start:
