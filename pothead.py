@@ -3143,14 +3143,14 @@ class Transport:
         """Returns how many bytes have come; 0 at the end, ``None`` if there is nothing yet."""
         try:
             return self._sock.recv_into(buffer)
-        except BlockingIOError:
+        except (BlockingIOError, InterruptedError):
             return None
 
     def send(self, data: Bytes) -> int:
         """Returns how many bytes the network has taken; the others are to be offered again, and first."""
         try:
             return self._sock.send(data)
-        except BlockingIOError:
+        except (BlockingIOError, InterruptedError):
             return 0
 
     def move_into(self, pipe: Pipe, limit: int) -> int | None:
@@ -3306,7 +3306,7 @@ class TlsTransport(Transport):
             raise ConnectionAbortedError("it does not read what TLS answers")
         try:
             data = self._sock.recv(LIMITS.receive_bytes)
-        except BlockingIOError:
+        except (BlockingIOError, InterruptedError):
             return False
         if not data:
             self._incoming.write_eof()
@@ -5104,7 +5104,7 @@ class Listener(Watched):
                 return
             try:
                 sock, peer = self._socket.accept()
-            except BlockingIOError:
+            except (BlockingIOError, InterruptedError):
                 return
             except OSError as exc:
                 if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
