@@ -3698,8 +3698,7 @@ class Stream(Watched):
     def _flush(self) -> None:
         """Sends one piece of the outbuf: one, so that a fast reader does not starve the others."""
         outbuf = self.outbuf
-        if outbuf is None:
-            return
+        assert outbuf is not None  # it was waited for
         outbuf.advance(self._send(outbuf.peek(LIMITS.receive_bytes)))
         if not outbuf.size:
             outbuf.close()
@@ -4397,7 +4396,7 @@ FOR_TAKING, FOR_ROOM, FOR_REQUEST, FOR_HEAD, FOR_BODY, FOR_NOTHING = Wait
 class Consumer(Role):
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
-    __slots__ = ("_hub", "_reader", "_served", "_waits_for", "exchange", "host", "is_trusted", "stream")
+    __slots__ = ("_hub", "_reader", "_waits_for", "exchange", "host", "is_trusted", "stream")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
@@ -4407,7 +4406,6 @@ class Consumer(Role):
         self.host = host_of(stream.address).encode()
         self.is_trusted = hub.forwarding.trusts(stream.address)  # with what it says of those behind it
         self._reader = MessageReader(take_request_head, request_body)
-        self._served = 0
         self._waits_for: tuple[Wait, int, float] | None = None  # and progress, and time allowed
         hub.needy.add(self)
         stream.transport.set_unacknowledged_s(hub.options.stall_timeout)
@@ -4466,7 +4464,6 @@ class Consumer(Role):
         """The response is on its way; the stream is kept for the next request, or closed."""
         exchange, self.exchange = self.exchange, None
         assert exchange is not None
-        self._served += 1
         stream = self.stream
         if keep_alive:
             self._hub.needy.add(self)
@@ -4522,9 +4519,9 @@ class Consumer(Role):
         elif room <= 0:
             wait = FOR_ROOM, 0, LIMITS.gone_check_s
         elif exchange is None and self._reader.inbuf:
-            wait = FOR_HEAD, self._served, options.head_timeout
+            wait = FOR_HEAD, self.stream.written, options.head_timeout
         elif exchange is None:
-            wait = FOR_REQUEST, self._served, self._hub.keep_alive_s
+            wait = FOR_REQUEST, self.stream.written, self._hub.keep_alive_s
         elif body is not None:
             wait = FOR_BODY, exchange.bytes_in, options.stall_timeout
         else:
@@ -5409,9 +5406,7 @@ class Hub:
         self.claims = Claims(options)
         self.policy: Policy[Exchange, Slot] = Policy(
             options.max_queue,
-            no_worker_s=options.no_worker_timeout
-            if options.no_worker_timeout < options.queue_timeout
-            else math.inf,
+            no_worker_s=options.no_worker_timeout,
             is_fair=self.claims.is_fair,
             origins=[origin for _, origin in self.claims.routes],
         )
