@@ -4651,7 +4651,7 @@ class Applicant(Role):
         self.registration = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf(received)
         stream.role = self
-        hub.loop.touch(stream)
+        stream.resume()
         if held is None:
             hub.greet(self)
             if stream.deadline == math.inf:  # TLS has not begun it
