@@ -3506,15 +3506,17 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
 
 
 class Role:
-    """What the bytes of a stream mean; by itself, the role of a stream that has none."""
+    """What the bytes of a stream mean; by itself, nothing: the stream ends with its peer, or its time."""
 
-    __slots__ = ()
+    __slots__ = ("stream",)
+    stream: Stream
 
     def on_bytes(self, data: memoryview) -> None:
         """Bytes have come; ``data`` is valid only during the call."""
 
     def on_hangup(self, *, reset: bool) -> None:
         """The peer has closed the connection, or broken it, or it cannot be written to any more."""
+        self.stream.close()
 
     def on_taken(self) -> None:
         """The network has taken a piece of what was kept; more is left."""
@@ -3524,6 +3526,7 @@ class Role:
 
     def on_deadline(self) -> None:
         """The stream's deadline has passed."""
+        self.stream.close()
 
     def on_fault(self) -> None:
         """The hub itself failed while it served this stream, which is closed then."""
@@ -3536,7 +3539,7 @@ class Role:
         return 0
 
 
-NO_ROLE: Final = Role()
+NO_ROLE: Final = Role()  # of a stream to which nothing happens: it is closed, or has just been made
 
 
 class Stream(Watched):
@@ -4396,7 +4399,7 @@ FOR_TAKING, FOR_ROOM, FOR_REQUEST, FOR_HEAD, FOR_BODY, FOR_NOTHING = Wait
 class Consumer(Role):
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
-    __slots__ = ("_hub", "_reader", "_waits_for", "exchange", "host", "is_trusted", "stream")
+    __slots__ = ("_hub", "_reader", "_waits_for", "exchange", "host", "is_trusted")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
@@ -4558,10 +4561,10 @@ class Farewell(Role):
     the answer on its way (RFC 9112 §9.6).
     """
 
-    __slots__ = ("_stream",)
+    __slots__ = ()
 
     def __init__(self, loop: EventLoop, stream: Stream, answer: bytes = b"") -> None:
-        self._stream = stream
+        self.stream = stream
         stream.role = self
         loop.set_deadline(stream, LIMITS.lingering_s)
         if answer:
@@ -4573,13 +4576,7 @@ class Farewell(Role):
         return LIMITS.receive_bytes
 
     def on_drained(self) -> None:
-        self._stream.transport.end_output()
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
-
-    def on_deadline(self) -> None:
-        self._stream.close()
+        self.stream.transport.end_output()
 
 
 class Handshaking(Role):
@@ -4588,7 +4585,7 @@ class Handshaking(Role):
     Until then nothing is known of who is there, and there may be many.
     """
 
-    __slots__ = ("_begin", "_hub", "_stream", "_transport", "port")
+    __slots__ = ("_begin", "_hub", "_transport", "port")
 
     def __init__(
         self, hub: Hub, port: str, sock: socket.socket, address: str, begin: Callable[[Stream], object]
@@ -4598,29 +4595,29 @@ class Handshaking(Role):
         self._begin = begin
         assert hub.certificate is not None
         self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
-        self._stream = hub.new_stream(address, self._transport)
-        self._stream.role = self
-        self._stream.deadline = hub.loop.now + hub.options.head_timeout
+        self.stream = hub.new_stream(address, self._transport)
+        self.stream.role = self
+        self.stream.deadline = hub.loop.now + hub.options.head_timeout
         hub.greet(self)
 
     def _on_open(self) -> None:
         self._hub.newcomers.pop(self, None)
-        self._begin(self._stream)
+        self._begin(self.stream)
 
     def settle(self) -> int:
         return LIMITS.handshake_bytes
 
     def on_hangup(self, *, reset: bool) -> None:
         if self._transport.spoke_in_clear:
-            self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
-            self._stream.transport = self._transport.in_clear()
+            self._hub.complain(self.port, self.stream.address, "spoke without TLS on a port that wants it")
+            self.stream.transport = self._transport.in_clear()
             text = b"This port speaks TLS: the address begins with https://\n"
-            Farewell(self._hub.loop, self._stream, own_response(400, text, keep_alive=False))
+            Farewell(self._hub.loop, self.stream, own_response(400, text, keep_alive=False))
         else:
             if self._transport.has_heard:  # and not one who only looks whether the port is open
                 why = describe_tls(self._transport.fault)
-                self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {why}")
-            self._stream.close()
+                self._hub.complain(self.port, self.stream.address, f"no TLS handshake: {why}")
+            self.stream.close()
         self._hub.newcomers.pop(self, None)
 
     def on_deadline(self) -> None:
@@ -4629,7 +4626,7 @@ class Handshaking(Role):
     def leave(self) -> None:
         """It has taken too long, or others need the room."""
         self._hub.newcomers.pop(self, None)
-        self._stream.close()
+        self.stream.close()
 
     def on_fault(self) -> None:
         self._hub.newcomers.pop(self, None)
@@ -4641,13 +4638,13 @@ class Applicant(Role):
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
+    __slots__ = ("_hub", "_inbuf", "registration")
 
     def __init__(
         self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self.registration = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf(received)
         stream.role = self
@@ -4675,19 +4672,19 @@ class Applicant(Role):
         application = read_application(head, self._hub.options.ptth_compat)
         if self._inbuf:
             raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
-        transport = self._stream.transport
+        transport = self.stream.transport
         names = transport.names() if isinstance(transport, TlsTransport) else None
         registration = register(head, application, names, self._hub.permits)
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
         self._leave()
-        self._stream.deadline = math.inf
+        self.stream.deadline = math.inf
         extra = self._hub.claim_fields() if application.process else b""
-        self._stream.write(SWITCHING % (application.protocol, extra))
+        self.stream.write(SWITCHING % (application.protocol, extra))
         if application.is_envoy:
-            Rehearsal(self._hub, self._stream, registration)
+            Rehearsal(self._hub, self.stream, registration)
         else:
-            self._hub.enlist(self._stream, registration)
+            self._hub.enlist(self.stream, registration)
 
     def _leave(self) -> None:
         self._hub.newcomers.pop(self, None)
@@ -4696,18 +4693,18 @@ class Applicant(Role):
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
-        self._hub.complain("ptth", self._stream.address, f"refused as a worker with {error}")
+        self._hub.complain("ptth", self.stream.address, f"refused as a worker with {error}")
         self._hub.counters.refused_workers[error.status] += 1
         fields = [*error.fields]
         if error.status == 503:
             fields.append((b"Retry-After", b"1"))  # there is room again, or the next hub, in a moment
         text = f"{error.status} {http.HTTPStatus(error.status).phrase}: {error.detail}.\n"
         answer = own_response(error.status, text.encode(), fields=fields, keep_alive=False)
-        Farewell(self._hub.loop, self._stream, answer)
+        Farewell(self._hub.loop, self.stream, answer)
 
     def on_hangup(self, *, reset: bool) -> None:
         self._leave()
-        self._stream.close()
+        self.stream.close()
 
     def on_deadline(self) -> None:
         limit_s = self._hub.options.head_timeout
@@ -4728,13 +4725,13 @@ class Rehearsal(Role):
     is given a moment, and then has to echo a word of its own protocol.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
+    __slots__ = ("_hub", "_inbuf", "registration")
 
     PING: Final = b"RPING"
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self.registration = registration
         self._inbuf: bytes | None = None  # once it has been asked
         stream.role = self
@@ -4746,24 +4743,19 @@ class Rehearsal(Role):
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf = None if self._inbuf is None else self._inbuf + bytes(data)
         if self._inbuf == self.PING:
-            self._stream.deadline = math.inf
-            self._hub.enlist(self._stream, self.registration)
+            self.stream.deadline = math.inf
+            self._hub.enlist(self.stream, self.registration)
         elif self._inbuf is None or not self.PING.startswith(self._inbuf):
-            self._stream.close()
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
+            self.stream.close()
 
     def on_deadline(self) -> None:
         if self._inbuf is None:
             self._inbuf = b""
-            self._stream.write(self.PING)
-            self._stream.deadline = self._hub.loop.now + LIMITS.envoy_echo_s
+            self.stream.write(self.PING)
+            self.stream.deadline = self._hub.loop.now + LIMITS.envoy_echo_s
         else:
-            self._hub.complain(
-                "ptth", self._stream.address, "an Envoy that does not echo; it will come again"
-            )
-            self._stream.close()
+            self._hub.complain("ptth", self.stream.address, "an Envoy that does not echo; it will come again")
+            self.stream.close()
 
 
 SWITCHING: Final = (
@@ -4779,7 +4771,7 @@ class Slot(Role):
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "origins", "registration", "served", "since", "stream",
+        "name", "origins", "registration", "served", "since",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -4999,17 +4991,17 @@ class Slot(Role):
 class Admin(Role):
     """The role of a stream on the admin port: the hub itself answers, at once."""
 
-    __slots__ = ("_hub", "_reader", "_stream")
+    __slots__ = ("_hub", "_reader")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self._reader = MessageReader(take_request_head, request_body)
         stream.role = self
         self._set_deadline()
 
     def settle(self) -> int:
-        return 0 if self._stream.outbuf is not None else LIMITS.pipelined_bytes
+        return 0 if self.stream.outbuf is not None else LIMITS.pipelined_bytes
 
     def on_bytes(self, data: memoryview) -> None:
         self._reader.feed(data)
@@ -5021,7 +5013,7 @@ class Admin(Role):
         except ProtocolError as error:
             detail = error.detail.encode() + b"\n"
             answer = own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False)
-            Farewell(self._hub.loop, self._stream, answer)
+            Farewell(self._hub.loop, self.stream, answer)
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
@@ -5033,28 +5025,22 @@ class Admin(Role):
             keep_alive=head.keep_alive, with_body=head.method != b"HEAD",
         )  # fmt: skip
         if head.keep_alive and head.minor_version == 1:
-            self._stream.write(page)
+            self.stream.write(page)
         else:
-            Farewell(self._hub.loop, self._stream, page)
+            Farewell(self._hub.loop, self.stream, page)
 
     def _take_next(self) -> None:
         """Looks at what has come after a request: in the next turn, and when its answer has been taken."""
-        if self._reader.inbuf and self._stream.outbuf is None:
-            self._stream.take_rest_later()
+        if self._reader.inbuf and self.stream.outbuf is None:
+            self.stream.take_rest_later()
 
     def _set_deadline(self) -> None:
-        if self._stream.role is self:
-            self._stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
+        if self.stream.role is self:
+            self.stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
 
     def on_drained(self) -> None:
         self._take_next()
         self._set_deadline()
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
-
-    def on_deadline(self) -> None:
-        self._stream.close()
 
 
 # ---- The hub ----------------------------------------------------------------------------------------------
