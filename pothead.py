@@ -41,6 +41,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import enum
 import errno
 import fcntl
@@ -57,6 +58,7 @@ import logging
 import math
 import os
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -141,7 +143,6 @@ class Limits:
     keepalive_probes: int = 3  # ... so many times: a dead machine is found within 30 s
     unacknowledged_s: float = 30.0  # sent bytes without an acknowledgement, before the peer is held for dead
     worker_full_s: float = 900.0  # the same while a slot is sent a large body: it may compute before it reads
-    large_body_bytes: int = 64 * KIB  # up to here a body fits a peer's first receive window
     slow_turn_s: float = 0.5  # of the event loop, from where on it is worth a warning ...
     slow_turn_pause_s: float = 60.0  # ... and how long until the next one
     log_backlog_bytes: int = 1 * MIB  # log lines kept while the log's reader does not read ...
@@ -270,17 +271,16 @@ class Options:
 
     def check_together(self) -> None:
         """Checks that what is said of TLS and workers has a use: a typing error would leave a port open."""
-        lacks = {"certfile": self.certfile is None, "ptth_port": self.ptth_port is None}
         needs = (
             ("tls", "certfile"), ("keyfile", "certfile"), ("workers_file", "ptth_port"),
             ("workers_ca", "ptth_port"), ("workers_ca", "certfile"), ("ptth_compat", "ptth_port"),
         )  # fmt: skip
         for name, needed in needs:
-            complaint = f"needs --{needed.replace('_', '-')}"
-            _check(not (getattr(self, name) and lacks[needed]), name, complaint)
-        is_off = {"ptth": self.ptth_port is None, "admin": self.admin_port is None}
+            has_it = getattr(self, needed) is not None
+            _check(has_it or not getattr(self, name), name, f"needs --{needed.replace('_', '-')}")
         for port in self.tls:
-            _check(not is_off.get(port, False), "tls", f"names a port that is off: --{port}-port")
+            is_on = getattr(self, f"{port}_port") is not None
+            _check(is_on, "tls", f"names a port that is off: --{port}-port")
         is_idle = self.certfile is not None and self.ptth_port is None and not self.tls
         _check(not is_idle, "certfile", "is for no port: --ptth-port is off; for others there is --tls")
         lacks_file = self.workers_ca is not None and self.workers_file is None
@@ -403,17 +403,13 @@ KnownFields = Mapping[bytes, list[bytes]]  # lower-case name -> values
 
 
 class ProtocolError(http.client.HTTPException):
-    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why.
-
-    ``head`` is what was understood of a request before that, if anything was.
-    """
+    """The peer broke the protocol; ``status`` is the answer it deserves, ``detail`` says why."""
 
     def __init__(self, status: int, detail: str, fields: Sequence[Field] = ()) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
         self.fields = fields  # of the answer
-        self.head: RequestHead | None = None
 
 
 class Inbuf(bytearray):
@@ -485,8 +481,6 @@ class ResponseHead:
     """What a status line and its fields say."""
 
     status: int
-    reason: bytes
-    minor_version: int
     forwarded: bytes  # the lines for the consumer, without those of the hub's own
     content_length: int | None
     is_chunked: bool
@@ -500,30 +494,23 @@ def take_request_head(buffer: Inbuf) -> RequestHead | None:
     """Removes a request head from the front of ``buffer``; ``None`` when more bytes are needed.
 
     A head that cannot become valid any more is refused at once and not at its end.  Raises
-    ``ProtocolError`` with the status to answer.  RFC 9112 §2 to §6.
+    ``ProtocolError`` with the status to answer; the head stays in the buffer then.  RFC 9112 §2 to §6.
     """
     if buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are skipped
         empty = _EMPTY_LINES.match(buffer)
         assert empty is not None
         del buffer[: empty.end()]
-    head = _take_head(buffer, 431)
+    head = _find_head(buffer, 400)
     if head is None:
         return None
-    lines = head.split(b"\r\n")
-    line = _REQUEST_LINE.fullmatch(lines[0])
-    if line is None or len(lines[0]) + 2 > LIMITS.request_line_bytes:
-        raise _request_line_error(lines[0])
-    try:
-        return _request_head(line, lines)
-    except ProtocolError as error:
-        error.head = head_of_refused(head)
-        raise
+    request = _request_head(head.split(b"\r\n"))
+    del buffer[: len(head) + 4]
+    buffer.searched = 0
+    return request
 
 
-def _request_head(line: re.Match[bytes], lines: list[bytes]) -> RequestHead:
-    method, target, major, minor = line.groups()
-    if major != b"1":
-        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+def _request_head(lines: list[bytes]) -> RequestHead:
+    method, target, _, minor = _read_request_line(lines[0]).groups()
     minor_version = 0 if minor == b"0" else 1  # HTTP/1.2 would be understood as 1.1
     known, options, passed_on = _read_fields(lines[1:], 400, _REQUEST_DROPS)
     length, is_chunked = _framing(known, minor_version, 400)
@@ -565,9 +552,11 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
 
     Raises ``ProtocolError(502)``: whatever is wrong with it is not the consumer's fault.
     """
-    head = _take_head(buffer, 502)
+    head = _find_head(buffer, 502)
     if head is None:
         return None
+    del buffer[: len(head) + 4]
+    buffer.searched = 0
     lines = head.split(b"\r\n")
     minor_version, status, reason = _read_status_line(lines[0])
     known, options, passed_on = _read_fields(lines[1:], 502, _RESPONSE_DROPS)
@@ -576,7 +565,7 @@ def take_response_head(buffer: Inbuf) -> ResponseHead | None:
     if length is not None and status not in (204, 103):
         forwarded += b"Content-Length: %d\r\n" % length
     return ResponseHead(
-        status, reason, minor_version, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
+        status, forwarded, length, is_chunked, _keeps_alive(options, minor_version),
         b"date" in known, known.get(b"x-request-id", NO_ID)[0], b"hold" in options,
     )  # fmt: skip
 
@@ -590,27 +579,23 @@ def _read_status_line(line: bytes) -> tuple[int, int, bytes]:
     return min(int(match[1]), 1), int(match[2]), match[3] or b""
 
 
-def _take_head(buffer: Inbuf, too_large: int) -> bytes | None:
-    """Removes a head and returns it without its last two line ends."""
+def _find_head(buffer: Inbuf, status: int) -> bytes | None:
+    """Returns a head without its last two line ends."""
     end = buffer.find(b"\r\n\r\n", buffer.searched)
     if end > LIMITS.head_bytes or (end < 0 and len(buffer) > LIMITS.head_bytes):
-        if too_large == 431 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
+        if status == 400 and buffer.find(b"\r\n", 0, LIMITS.request_line_bytes) < 0:
             raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
-        raise ProtocolError(too_large, f"the head is over {LIMITS.head_bytes} bytes")
+        raise ProtocolError(431 if status == 400 else status, f"the head is over {LIMITS.head_bytes} bytes")
     if end < 0:
-        _refuse_hopeless(buffer, too_large)
+        _refuse_hopeless(buffer, status)
         buffer.searched = max(0, len(buffer) - 3)
         return None
-    head = bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
-    del buffer[: end + 4]
-    buffer.searched = 0
-    return head
+    return bytes(buffer[:end])  # of a few bytes a second copy is cheaper than a view
 
 
-def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
+def _refuse_hopeless(buffer: Inbuf, status: int) -> None:
     """Raises ``ProtocolError`` if what has come of a head cannot be the beginning of a valid one."""
-    is_request = too_large == 431
-    status = 400 if is_request else 502
+    is_request = status == 400
     if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
         if buffer.startswith(b"\x16\x03"):  # the beginning of a handshake
             raise ProtocolError(status, "this is TLS, which is not spoken on this port")
@@ -624,24 +609,20 @@ def _refuse_hopeless(buffer: Inbuf, too_large: int) -> None:
         if not is_request and not buffer.startswith(b"HTTP/1."[: len(buffer)]):
             raise ProtocolError(502, "this is not HTTP/1.x")
     elif line_end + 2 > buffer.searched:  # the line has just become complete
-        line = bytes(buffer[:line_end])
-        if not is_request and not _STATUS_LINE.fullmatch(line):
-            raise ProtocolError(502, "no status line of HTTP/1.x")
-        if is_request and not _is_request_line(line):
-            raise _request_line_error(line)
+        read = _read_request_line if is_request else _read_status_line
+        read(bytes(buffer[:line_end]))
 
 
-def _is_request_line(line: bytes) -> bool:
-    match = _REQUEST_LINE.fullmatch(line)
-    return match is not None and match[3] == b"1" and len(line) + 2 <= LIMITS.request_line_bytes
-
-
-def _request_line_error(line: bytes) -> ProtocolError:
+def _read_request_line(line: bytes) -> re.Match[bytes]:
+    """Returns the method, the target and the two numbers of the version, of which the first is 1."""
     if len(line) + 2 > LIMITS.request_line_bytes:
-        return ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
-    if re.fullmatch(_TOKEN + rb" [!\"$-~]+ HTTP/[0-9]\.[0-9]", line):
-        return ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-    return ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
+        raise ProtocolError(414, f"the request line is over {LIMITS.request_line_bytes} bytes")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(400, "no request line: method, target and HTTP/1.1, parted by one space each")
+    if match[3] != b"1":
+        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    return match
 
 
 def _read_fields(
@@ -799,34 +780,32 @@ def _max_forwards(values: list[bytes]) -> int:
 # .. bodies ..
 
 
-class BodyReader(Protocol):
+class BodyReader:
     """Reads one message body out of the bytes of a stream (RFC 9112 §6.3)."""
 
+    __slots__ = ("done", "verbatim")
     done: bool
-
-    @property
-    def stopped(self) -> bool:
-        """Whether ``take`` has left more in the buffer that it could have taken, for the next turn."""
-
-    @property
-    def verbatim(self) -> int:
-        """How many of the next bytes are body as they stand, without any framing among them."""
+    verbatim: int  # so many of the next bytes are body as they stand, without any framing among them
+    stopped = False  # ``take`` has left more in the buffer that it could have taken, for the next turn
 
     def skip(self, size: int) -> None:
         """Counts ``size`` bytes (at most ``verbatim``) that were read without ``take``."""
+        self.verbatim -= size
 
     def take(self, buffer: Inbuf) -> bytes:
         """Removes from ``buffer`` what belongs to the body and returns the body bytes in it."""
+        data = buffer.take(min(self.verbatim, len(buffer)))
+        self.skip(len(data))
+        return data
 
     def on_eof(self) -> None:
         """The stream has ended; raises ``ProtocolError`` if the body may not end here."""
 
 
-class FixedBody:
+class FixedBody(BodyReader):
     """A body with a Content-Length."""
 
-    __slots__ = ("_status", "done", "verbatim")
-    stopped: Final = False
+    __slots__ = ("_status",)
 
     def __init__(self, length: int, status: int = 400) -> None:
         self.verbatim = length
@@ -837,31 +816,19 @@ class FixedBody:
         self.verbatim -= size
         self.done = self.verbatim == 0
 
-    def take(self, buffer: Inbuf) -> bytes:
-        data = buffer.take(min(self.verbatim, len(buffer)))
-        self.skip(len(data))
-        return data
-
     def on_eof(self) -> None:
         if not self.done:
             raise ProtocolError(self._status, f"the body ended {self.verbatim} bytes early")
 
 
-class UntilCloseBody:
+class UntilCloseBody(BodyReader):
     """A response body that ends with its connection."""
 
-    __slots__ = ("done", "verbatim")
-    stopped: Final = False
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.verbatim = sys.maxsize
         self.done = False
-
-    def skip(self, size: int) -> None:
-        """Nothing is counted: the end is told by the connection."""
-
-    def take(self, buffer: Inbuf) -> bytes:
-        return buffer.take(len(buffer))
 
     def on_eof(self) -> None:
         self.done = True
@@ -869,20 +836,18 @@ class UntilCloseBody:
 
 class _ChunkedPart(enum.Enum):
     SIZE = enum.auto()
-    DATA = enum.auto()
-    DATA_END = enum.auto()
+    DATA = enum.auto()  # and the line end behind it
     TRAILER = enum.auto()
-    END = enum.auto()
 
 
-class ChunkedBody:
+class ChunkedBody(BodyReader):
     """A body in chunks; extensions and trailer fields are checked and dropped (RFC 9112 §7.1).
 
     Chunks are bounded in two ways, since they can be as small as a byte: each ``take`` takes so many, and
     all of their framing together may not outweigh what is in them by too much.
     """
 
-    __slots__ = ("_allowance", "_excess", "_part", "_status", "done", "stopped", "verbatim")
+    __slots__ = ("_allowance", "_excess", "_part", "_status", "stopped")
 
     def __init__(self, status: int = 400) -> None:
         self._status = status
@@ -898,8 +863,6 @@ class ChunkedBody:
     def skip(self, size: int) -> None:
         self.verbatim -= size
         self._excess -= self._allowance * size
-        if self.verbatim == 0:
-            self._part = _ChunkedPart.DATA_END
 
     def take(self, buffer: Inbuf) -> bytes:
         pieces: list[bytes | bytearray] = []
@@ -943,19 +906,14 @@ class ChunkedBody:
 
     def _take_part(self, buffer: Inbuf, pieces: list[bytes | bytearray]) -> bool:
         """Takes the next part of the framing; false when the body has ended or needs more bytes."""
-        part = self._part
-        if part is _ChunkedPart.SIZE:
+        if self._part is _ChunkedPart.SIZE:
             return self._take_size(buffer)
-        if part is _ChunkedPart.DATA:
-            data = buffer.take(min(self.verbatim, len(buffer)))
-            pieces.append(data)
-            self.skip(len(data))
-            return True
-        if part is _ChunkedPart.DATA_END:
-            return self._take_data_end(buffer)
-        if part is _ChunkedPart.TRAILER:
+        if self._part is _ChunkedPart.TRAILER:
             return self._take_trailer(buffer)
-        return False
+        if not self.verbatim:
+            return self._take_data_end(buffer)
+        pieces.append(super().take(buffer))
+        return True
 
     def _take_size(self, buffer: Inbuf) -> bool:
         end = buffer.find(b"\r\n", 0, LIMITS.chunk_line_bytes + 2)
@@ -981,11 +939,10 @@ class ChunkedBody:
 
     def _take_trailer(self, buffer: Inbuf) -> bool:
         if buffer.startswith(b"\r\n"):
-            end = 0
             del buffer[:2]
         else:
             end = buffer.find(b"\r\n\r\n", buffer.searched)
-            if max(end, 0 if end >= 0 else len(buffer)) > LIMITS.trailer_bytes:
+            if (len(buffer) if end < 0 else end) > LIMITS.trailer_bytes:
                 raise ProtocolError(431 if self._status == 400 else self._status, "too many trailer fields")
             if end < 0:
                 if _HOPELESS.search(buffer, max(0, buffer.searched - 1)):
@@ -993,7 +950,6 @@ class ChunkedBody:
                 buffer.searched = max(0, len(buffer) - 3)
                 return False
             _read_fields(buffer.take(end + 4)[:-4].split(b"\r\n"), self._status, NO_OPTIONS)
-        self._part = _ChunkedPart.END
         self.done = True
         return False
 
@@ -1121,19 +1077,6 @@ _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
 _RESPONSE_DROPS: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 
 
-class Framing(enum.Enum):
-    """How the end of a forwarded body is told."""
-
-    NONE = enum.auto()
-    LENGTH = enum.auto()
-    CHUNKED = enum.auto()
-    CLOSE = enum.auto()
-
-
-# By names of their own here and below: up to Python 3.11 a look-up in an enumeration costs as much as a call.
-NO_BODY, BY_LENGTH, IN_CHUNKS, BY_CLOSE = Framing
-
-
 def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) -> bytes:
     """Returns the head to send to a worker.
 
@@ -1149,17 +1092,17 @@ def forwarded_request(head: RequestHead, length: int | None, hub_fields: bytes) 
 
 
 def forwarded_response(
-    head: ResponseHead, framing: Framing, connection: bytes, now: float, request_id: bytes = b"",
-    hub_fields: bytes = b"",
+    head: ResponseHead, connection: bytes, now: float, request_id: bytes = b"", hub_fields: bytes = b"",
+    *, in_chunks: bool = False,
 ) -> bytes:  # fmt: skip
-    """Returns the head to send to a consumer.
+    """Returns the head to send to a consumer; ``in_chunks`` tells how the body follows.
 
     ``connection`` is the value of the Connection field (empty: none); ``now``, in seconds since the
     epoch, makes the Date where the worker sent none (RFC 9110 §6.6.1), and ``request_id`` the X-Request-Id.
     ``hub_fields`` are ready field lines.
     """
     parts = [head.forwarded, hub_fields]
-    if framing is IN_CHUNKS:
+    if in_chunks:
         parts.append(b"Transfer-Encoding: chunked\r\n")
     if request_id := head.request_id or request_id:
         parts.append(b"X-Request-Id: %b\r\n" % request_id)
@@ -1174,17 +1117,7 @@ def forwarded_response(
 @functools.lru_cache(maxsize=4)
 def http_date(epoch_s: int) -> bytes:
     """Returns the time as the fields of HTTP have it (RFC 9110 §5.6.7)."""
-    day = time.gmtime(epoch_s)
-    return b"%b, %02d %b %d %02d:%02d:%02d GMT" % (
-        _DAYS[day.tm_wday], day.tm_mday, _MONTHS[day.tm_mon - 1], day.tm_year,
-        day.tm_hour, day.tm_min, day.tm_sec,
-    )  # fmt: skip
-
-
-_DAYS: Final = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
-_MONTHS: Final = (
-    b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec",
-)  # fmt: skip
+    return email.utils.formatdate(epoch_s, usegmt=True).encode()
 
 
 def chunk(data: Bytes) -> bytes:
@@ -1200,7 +1133,7 @@ def own_response(
     *, keep_alive: bool, with_body: bool = True,
 ) -> bytes:  # fmt: skip
     """Returns a whole response of the hub's own."""
-    parts = [b"HTTP/1.1 %d %b\r\n" % (status, _reason(status))]
+    parts = [b"HTTP/1.1 %d %b\r\n" % (status, http.HTTPStatus(status).phrase.encode())]
     parts += [b"%b: %b\r\n" % field for field in fields]
     parts.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type.encode(), len(body)))
     parts.append(b"Date: %b\r\n" % http_date(int(time.time())))
@@ -1208,10 +1141,6 @@ def own_response(
     if with_body:
         parts.append(body)
     return b"".join(parts)
-
-
-def _reason(status: int) -> bytes:
-    return http.HTTPStatus(status).phrase.encode()
 
 
 # ---- Who may do what (pure) -------------------------------------------------------------------------------
@@ -2711,30 +2640,11 @@ class SpoolBudget:
         self.memory_used += size
         return True
 
-    def give_back_memory(self, size: int) -> None:
-        self.memory_used -= size
-
     def take_disk(self, size: int) -> None:
         """Claims ``size`` bytes of the disk; raises ``OSError`` as a full disk does."""
         if self.disk_used + size > self.disk_limit:
             raise OSError(errno.ENOSPC, "the disk budget is used up")
         self.disk_used += size
-
-    def give_back_disk(self, size: int) -> None:
-        self.disk_used -= size
-
-
-class _Extent:
-    """A stretch of a spool's file."""
-
-    __slots__ = ("length", "offset")
-
-    def __init__(self, offset: int, length: int) -> None:
-        self.offset = offset
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
 
 
 class Spool:
@@ -2760,8 +2670,8 @@ class Spool:
         self._memory_limit = memory_limit
         self._directory = directory
         self._keep = keep
-        self._unread: deque[bytearray | _Extent] = deque()
-        self._read: list[bytearray | _Extent] = []
+        self._unread: deque[bytearray | range] = deque()  # a range of the file
+        self._read: list[bytearray | range] = []
         self._offset = 0  # of the first unread byte in the first unread part
         self._held = 0  # bytes of memory, as the budget counts them
         self._file: BinaryIO | None = None
@@ -2798,7 +2708,7 @@ class Spool:
         tail: list[memoryview] = []
         while self._held > memory_limit and self._unread:
             last = self._unread[-1]
-            if isinstance(last, _Extent):
+            if isinstance(last, range):
                 break
             tail.append(memoryview(last))
             self._unread.pop()
@@ -2818,10 +2728,10 @@ class Spool:
         if not self._unread:
             return b""
         part = self._unread[0]
-        if isinstance(part, _Extent):
+        if isinstance(part, range):
             assert self._file is not None
-            length = min(limit, part.length - self._offset)
-            return os.pread(self._file.fileno(), length, part.offset + self._offset)
+            length = min(limit, len(part) - self._offset)
+            return os.pread(self._file.fileno(), length, part.start + self._offset)
         if self._offset == 0 and len(part) <= limit:
             return part
         return part[self._offset : self._offset + limit]
@@ -2858,10 +2768,8 @@ class Spool:
     def _append_to_memory(self, data: Bytes) -> None:
         self._held += len(data)
         last = self._unread[-1] if self._unread else None
-        if (
-            isinstance(last, bytearray) and len(last) < 16 * KIB
-        ):  # many small pieces cost more than their bytes
-            last += data
+        if isinstance(last, bytearray) and len(last) < 16 * KIB:
+            last += data  # many small pieces cost more than their bytes
         else:
             self._unread.append(bytearray(data))
 
@@ -2875,11 +2783,11 @@ class Spool:
         while written < len(data):
             written += os.pwrite(fd, data[written:], place + written)
         last = self._unread[-1] if self._unread else None
-        if isinstance(last, _Extent) and last.offset + last.length == place:
-            last.length += written
-        else:
-            self._unread.append(_Extent(place, written))
         self._file_end = place + written
+        if isinstance(last, range) and last.stop == place:
+            self._unread[-1] = range(last.start, self._file_end)
+        else:
+            self._unread.append(range(place, self._file_end))
         return True
 
     def _claim(self, end: int) -> None:
@@ -2910,8 +2818,8 @@ class Spool:
     def _first_unread(self) -> int | None:
         offset = self._offset
         for part in self._unread:
-            if isinstance(part, _Extent):
-                return part.offset + offset
+            if isinstance(part, range):
+                return part.start + offset
             offset = 0
         return None
 
@@ -2920,13 +2828,13 @@ class Spool:
             self._file.close()
             self._budget.files -= 1
             self._file = None
-        self._budget.give_back_disk(self._file_size)
+        self._budget.disk_used -= self._file_size
         self._file_end = self._file_size = 0
         self.disk_error = None
 
     def _forget(self, size: int) -> None:
         self._held -= size
-        self._budget.give_back_memory(size)
+        self._budget.memory_used -= size
 
 
 # ---- The event loop ---------------------------------------------------------------------------------------
@@ -3009,6 +2917,11 @@ class EventLoop:
         """Asks to look at the wanted events and the deadline before the loop sleeps."""
         self._touched[watched] = None
 
+    def set_deadline(self, watched: Watched, delay_s: float) -> None:
+        """Has ``watched`` wait for so many seconds from now."""
+        watched.deadline = self.now + delay_s
+        self._touched[watched] = None
+
     def call_soon(self, function: Callable[[], None]) -> None:
         """Calls ``function`` before the loop sleeps next; if it asks for another call, then a turn later."""
         self._calls.append(function)
@@ -3039,15 +2952,13 @@ class EventLoop:
 
     def close(self) -> None:
         """Closes everything that is watched, and what is the loop's own."""
+        self._selector.close()
         for watched in list(self.watched):
-            if watched.registered:
-                self._register(watched, 0)
             self._release(watched)
         if self.pipe is not None:
             self.pipe.close()
         if self._hears_signals:
             signal.set_wakeup_fd(-1)
-        self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
 
@@ -3294,7 +3205,8 @@ class Transport:
         if sys.platform != "linux":
             return 0.0
         info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-        return min(struct.unpack_from("=II", info, 52)) / 1000  # tcpi_last_data_recv, tcpi_last_ack_recv
+        data_ms, ack_ms = struct.unpack_from("=II", info, 52)  # tcpi_last_data_recv, tcpi_last_ack_recv
+        return float(min(data_ms, ack_ms) / 1000)
 
     def set_unacknowledged_s(self, seconds: float) -> None:
         """Sets how long sent bytes may go without an acknowledgement, or the peer without reading."""
@@ -3581,10 +3493,10 @@ def _describe_tls_files(exc: OSError, certfile: str, keyfile: str) -> str:
     reason = getattr(exc, "reason", None)
     if reason == "KEY_VALUES_MISMATCH":
         return f"--keyfile: the key in {keyfile} does not belong to the certificate in {certfile}"
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(certfile, encoding="latin-1") as file:
+    with contextlib.suppress(OSError), open(certfile, encoding="latin-1") as file:
         if "-----BEGIN CERTIFICATE-----" not in file.read():
             return f"--certfile: there is no certificate (PEM) in {certfile}"
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(keyfile, encoding="latin-1") as file:
+    with contextlib.suppress(OSError), open(keyfile, encoding="latin-1") as file:
         if "PRIVATE KEY-----" not in file.read():
             return f"--keyfile: there is no private key (PEM) in {keyfile}"
     return f"--certfile: {certfile} and {keyfile} cannot be used: {reason or exc}"
@@ -3614,14 +3526,18 @@ def _expiry(context: ssl.SSLContext, certfile: str) -> float:
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
-class Role(Protocol):
-    """What the bytes of a stream mean."""
+class Role:
+    """What the bytes of a stream mean; by itself, nothing: the stream ends with its peer, or its time."""
+
+    __slots__ = ("stream",)
+    stream: Stream
 
     def on_bytes(self, data: memoryview) -> None:
         """Bytes have come; ``data`` is valid only during the call."""
 
     def on_hangup(self, *, reset: bool) -> None:
         """The peer has closed the connection, or broken it, or it cannot be written to any more."""
+        self.stream.close()
 
     def on_taken(self) -> None:
         """The network has taken a piece of what was kept; more is left."""
@@ -3631,15 +3547,20 @@ class Role(Protocol):
 
     def on_deadline(self) -> None:
         """The stream's deadline has passed."""
+        self.stream.close()
 
     def on_fault(self) -> None:
-        """The hub itself failed while it served this stream."""
+        """The hub itself failed while it served this stream, which is closed then."""
 
     def settle(self) -> int:
         """Returns how many bytes are welcome; may set the stream's deadline.
 
         Called before the loop sleeps, once for a stream that something has happened to.
         """
+        return 0
+
+
+NO_ROLE: Final = Role()  # of a stream to which nothing happens: it is closed, or has just been made
 
 
 class Stream(Watched):
@@ -3680,6 +3601,10 @@ class Stream(Watched):
             self._fills_soon = True
             self._loop.call_soon(lambda: self._loop.deliver(self, self._take_transports_rest))
         return events if self.outbuf is None else events | WRITE
+
+    def resume(self) -> None:
+        """What keeps bytes from being read may have changed, or who reads them."""
+        self._loop.touch(self)
 
     def take_rest_later(self) -> None:
         """Gives the others their turn: ``on_bytes`` is called in the next one, before more is received."""
@@ -3797,8 +3722,7 @@ class Stream(Watched):
     def _flush(self) -> None:
         """Sends one piece of the outbuf: one, so that a fast reader does not starve the others."""
         outbuf = self.outbuf
-        if outbuf is None:
-            return
+        assert outbuf is not None  # it was waited for
         outbuf.advance(self._send(outbuf.peek(LIMITS.receive_bytes)))
         if not outbuf.size:
             outbuf.close()
@@ -3850,21 +3774,6 @@ class Shortcut(NamedTuple):
     on_moved: Callable[[int], None]
 
 
-class _NoRole:
-    """The role of a stream that has none yet."""
-
-    def on_bytes(self, data: memoryview) -> None: ...
-    def on_hangup(self, *, reset: bool) -> None: ...
-    def on_taken(self) -> None: ...
-    def on_drained(self) -> None: ...
-    def on_deadline(self) -> None: ...
-    def on_fault(self) -> None: ...
-    def settle(self) -> int:
-        return 0
-
-
-NO_ROLE: Final = _NoRole()
-
 # ---- Exchanges --------------------------------------------------------------------------------------------
 
 
@@ -3887,6 +3796,7 @@ TRANSITIONS: Final = {
     State.RESPONDING: (State.FINISHED,),
     State.FINISHED: (),
 }
+# By names of their own here and below: up to Python 3.11 a look-up in an enumeration costs as much as a call.
 RECEIVING, QUEUED, SENT, RESPONDING, FINISHED = State
 
 
@@ -3942,21 +3852,24 @@ CLAIM: Final = b"HTTP/1.1 102 Processing\r\n\r\n"
 class Attempt:
     """One try of an exchange with one slot; it is thrown away with the try."""
 
-    __slots__ = ("body_sent", "interims", "is_chunked", "progress", "since", "slot", "written_before")
+    __slots__ = (
+        "body_sent", "interims", "is_chunked", "is_in_doubt", "progress", "since", "slot", "written_before"
+    )  # fmt: skip
 
     def __init__(self, slot: Slot, now: float) -> None:
         self.slot = slot
         self.since = now
         self.written_before = slot.stream.written  # bytes
         self.progress = OFFERED if slot.registration.process else UNHEARD
+        self.is_in_doubt = False  # it may have been claimed, which could not be heard
         self.interims = 0  # interim responses
         self.is_chunked = False  # the body of the request, as it is sent
         self.body_sent = False
 
     @property
-    def was_seen(self) -> bool:
-        """Whether the network has taken a byte of it."""
-        return self.slot.stream.written != self.written_before
+    def bytes_taken(self) -> int:
+        """How many bytes of it the network has taken."""
+        return self.slot.stream.written - self.written_before
 
 
 class Exchange:
@@ -3967,7 +3880,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_absorbs", "_framing", "_hub", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
+        "_absorbs", "_hub", "_in_chunks", "_keeps_consumer", "_patience_s", "_prefix", "_replayable",
         "_upload_bytes", "attempt", "attempts", "bytes_in", "bytes_out", "claim", "consumer", "detail",
         "head", "outcome", "queued_s", "received", "received_at", "request_id", "since", "slot_address",
         "spool", "state", "status", "ticket", "worker_name", "worker_s",
@@ -3997,7 +3910,7 @@ class Exchange:
         self._upload_bytes = 0  # of memory, as the hub counts it while the body is coming
         self._replayable = True  # nothing of the body has been sent and dropped
         self._prefix = b""  # the response's head, until it is sent with what follows
-        self._framing = NO_BODY  # of the response
+        self._in_chunks = False  # the body of the response, as it is sent
         self._keeps_consumer = False  # as the head of the response has told it
         self._patience_s = LIMITS.patience_s  # left
         self._absorbs = False  # the response, whatever the consumer takes
@@ -4022,13 +3935,13 @@ class Exchange:
             self.refuse(413, f"a body of {length} bytes; the limit is {hub.options.max_request_body}")
         elif not has_body:
             self.on_request_end()
-        elif not hub.has_room() and not hub.can_make_room(self):
+        elif not hub.has_room() and hub.policy.evicted_by(hub.claims.tenant_of(self)) is None:
             self.finish(Outcome.QUEUE_FULL)
         elif not hub.has_room_for_upload(head_bytes):
             self.finish(Outcome.QUEUE_FULL, "too many bodies are on their way")
         else:
             self._count_upload(head_bytes + LIMITS.upload_bytes)
-            self.spool = hub.new_spool(keep=not hub.options.stream_requests)
+            self.spool = hub.new_spool()
             if head.expects_continue:
                 self.consumer.stream.write(CONTINUE)
             if hub.options.stream_requests:
@@ -4165,7 +4078,7 @@ class Exchange:
             if attempt.is_chunked:
                 stream.write(LAST_CHUNK)
         if self._hub.options.stream_requests:
-            self.consumer.resume()
+            self.consumer.stream.resume()
 
     # .. from the slot ..
 
@@ -4180,18 +4093,17 @@ class Exchange:
             return True
         return self._absorbs and not outbuf.is_over(self._hub.options.response_spool)
 
-    def _wait_for_consumer(self, slot: Slot) -> None:
+    def _wait_for_consumer(self, stream: Stream) -> None:
         if self._absorbs:
             self._absorb()  # the outbuf may be another one
-        elif slot.stream.deadline == math.inf:
-            slot.stream.deadline = self._hub.loop.now + self._patience_s
-            slot.resume()
+        elif stream.deadline == math.inf:
+            self._hub.loop.set_deadline(stream, self._patience_s)
 
-    def _stop_waiting(self, slot: Slot) -> None:
-        if slot.stream.deadline != math.inf:
-            self._patience_s = slot.stream.deadline - self._hub.loop.now
-            slot.stream.deadline = math.inf
-        slot.resume()
+    def _stop_waiting(self, stream: Stream) -> None:
+        if stream.deadline != math.inf:
+            self._patience_s = stream.deadline - self._hub.loop.now
+            stream.deadline = math.inf
+        stream.resume()
 
     def _absorb(self) -> None:
         """The consumer is slow: from now on the response goes into the spool as fast as it comes."""
@@ -4222,28 +4134,30 @@ class Exchange:
         if self.attempt.interims > LIMITS.interim_responses:
             raise ProtocolError(502, f"more than {LIMITS.interim_responses} interim responses")
         if head.status == 103 and self.head.minor_version == 1:
-            self.consumer.stream.write(forwarded_response(head, NO_BODY, b"", time.time()))
+            self.consumer.stream.write(forwarded_response(head, b"", time.time()))
 
     def on_response(self, head: ResponseHead, body: BodyReader) -> None:
         """The head of the response.  It is sent with the first piece of the body, or by ``flush``."""
         self._to(RESPONDING)
         self.status = head.status
-        self._framing = self._framing_for_consumer(body)
-        self._keeps_consumer = self._framing is not BY_CLOSE and self.keeps_consumer
+        has_length = isinstance(body, FixedBody)
+        self._in_chunks = not has_length and self.head.minor_version == 1
+        # HTTP/1.0 knows no chunks: there the end of the connection tells the end of the body.
+        self._keeps_consumer = (has_length or self._in_chunks) and self.keeps_consumer
         if not self._keeps_consumer:
             connection = b"close"
         else:
             connection = b"" if self.head.minor_version else b"keep-alive"
         applied = b"" if self.claim is None or self.claim.wait_s is None else PREFERENCE_APPLIED
         self._prefix = forwarded_response(
-            head, self._framing, connection, time.time(), self.request_id, applied
+            head, connection, time.time(), self.request_id, applied, in_chunks=self._in_chunks
         )
 
     def on_response_body(self, data: Bytes, *, is_last: bool) -> None:
         """A piece of the response's body."""
         self.bytes_out += len(data)
         prefix, self._prefix = self._prefix, b""
-        if self._framing is IN_CHUNKS:
+        if self._in_chunks:
             data = b"".join((prefix, chunk(data) if data else b"", LAST_CHUNK if is_last else b""))
         elif prefix:
             data = prefix + bytes(data)
@@ -4258,18 +4172,17 @@ class Exchange:
 
     def shortcut(self) -> Stream | None:
         """Returns where the body of the response may go as it stands; ``None`` if it is put into chunks."""
-        return None if self._framing is IN_CHUNKS else self.consumer.stream
+        return None if self._in_chunks else self.consumer.stream
 
     def on_response_moved(self, size: int, *, is_last: bool) -> None:
         """``size`` bytes of the body have taken the shortcut."""
         self.bytes_out += size
         self._after_relay(is_last=is_last)
 
-    def on_response_end(self, *, reusable: bool) -> None:
+    def on_response_end(self) -> None:
         """The response is whole: the slot is free, even if the consumer has not taken everything yet."""
-        if self._prefix:
-            self.on_response_body(b"", is_last=True)
-        attempt = self._end_attempt(reusable=reusable)
+        self.flush()
+        attempt = self._end_attempt(reusable=True)
         attempt.slot.served += 1
         attempt.slot.machine.served += 1
         self._hub.counters.on_served(self.worker_s)
@@ -4278,25 +4191,20 @@ class Exchange:
 
     def on_consumer_drained(self) -> None:
         """The consumer has taken everything so far."""
-        if self.attempt is None:
-            if self.state is RESPONDING:
+        if self.state is RESPONDING:
+            if self.attempt is None:
                 self.finish(COMPLETED)
-        elif self.state is RESPONDING:
-            self._stop_waiting(self.attempt.slot)
+            else:
+                self._stop_waiting(self.attempt.slot.stream)
 
     def on_consumer_took(self) -> None:
         """The consumer has taken a piece; more is left."""
         if self.attempt is not None:
-            self.attempt.slot.resume()
-
-    def _framing_for_consumer(self, body: BodyReader) -> Framing:
-        if isinstance(body, FixedBody):
-            return BY_LENGTH
-        return IN_CHUNKS if self.head.minor_version else BY_CLOSE
+            self.attempt.slot.stream.resume()
 
     def _after_relay(self, *, is_last: bool) -> None:
         if self.consumer.stream.outbuf is not None and self.attempt is not None and not is_last:
-            self._wait_for_consumer(self.attempt.slot)
+            self._wait_for_consumer(self.attempt.slot.stream)
 
     # .. the ends ..
 
@@ -4313,7 +4221,7 @@ class Exchange:
     def on_worker_gone(self, detail: str) -> None:
         """The connection of the slot has ended before the response did."""
         assert self.attempt is not None
-        if self.attempt.progress is OFFERED:
+        if self.attempt.progress is OFFERED and not self.attempt.is_in_doubt:
             self.on_turned_away()
             return
         self.attempt.slot.machine.failures += 1
@@ -4341,19 +4249,18 @@ class Exchange:
 
         What has reached that machine may be claimed yet, so only what may run twice is taken back then.  If
         the machine was there when it was sent, and nothing has come since, the network may have been cut just
-        behind it: it counts as claimed.
+        behind it, and have hidden the claim.
         """
         slot = attempt.slot
+        process, once = slot.registration.process, not self.head.is_idempotent
         slot.stream.transport.set_least(1)
         if slot.stream.transport.has_news():  # the claim, most likely
             slot.stream.deadline = self._hub.loop.now + LIMITS.unclaimed_s
-            return
-        sent = slot.stream.written - attempt.written_before
-        process, once = slot.registration.process, not self.head.is_idempotent
-        if once and slot.stream.transport.has_delivered(sent):
+        elif once and slot.stream.transport.has_delivered(attempt.bytes_taken):
             slot.stream.deadline = attempt.since + self._hub.options.response_timeout
         elif once and self._hub.has_heard(process, attempt.since - LIMITS.heard_s):
-            self.on_claimed()
+            attempt.is_in_doubt = True
+            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
         else:
             slot.stream.close(abort=True)
             self.on_turned_away()
@@ -4362,14 +4269,14 @@ class Exchange:
     def _may_run_again(self, attempt: Attempt) -> bool:
         if attempt.progress is HEARD or not self._replayable:
             return False
-        if not attempt.was_seen:
+        if not attempt.bytes_taken:
             return True
         return self.head.is_idempotent and self.attempts < self._hub.options.max_attempts
 
     def _requeue(self, attempt: Attempt) -> None:
         request_id = self.request_id.decode()
         log.info("%s: worker %s was lost; back to the head of the queue", request_id, self.slot_address)
-        if not attempt.was_seen:
+        if not attempt.bytes_taken:
             self.attempts -= 1  # as if it had not been made
         self._hub.counters.requeues += 1
         self._end_attempt(reusable=False)
@@ -4382,7 +4289,8 @@ class Exchange:
         self._to(QUEUED)
         self.since = since
         assert self.ticket is not None
-        self._hub.requeue(self.ticket, away_s)
+        self._hub.needy.add(self.consumer)
+        self._hub.policy.put_back(self.ticket, away_s)
 
     def on_worker_garbage(self, error: ProtocolError) -> None:
         """The worker broke the protocol."""
@@ -4527,10 +4435,10 @@ class Wait(enum.Enum):
 FOR_TAKING, FOR_ROOM, FOR_REQUEST, FOR_HEAD, FOR_BODY, FOR_NOTHING = Wait
 
 
-class Consumer:
+class Consumer(Role):
     """The role of a stream from a consumer: requests in, responses out, one after the other."""
 
-    __slots__ = ("_hub", "_reader", "_served", "_waits_for", "exchange", "host", "is_trusted", "stream")
+    __slots__ = ("_hub", "_reader", "_waits_for", "exchange", "host", "is_trusted")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
@@ -4540,8 +4448,8 @@ class Consumer:
         self.host = host_of(stream.address).encode()
         self.is_trusted = hub.forwarding.trusts(stream.address)  # with what it says of those behind it
         self._reader = MessageReader(take_request_head, request_body)
-        self._served = 0
         self._waits_for: tuple[Wait, int, float] | None = None  # and progress, and time allowed
+        hub.needy.add(self)
         stream.transport.set_unacknowledged_s(hub.options.stall_timeout)
         self.settle()
 
@@ -4579,8 +4487,7 @@ class Consumer:
 
     def _refuse(self, error: ProtocolError) -> None:
         if self.exchange is None:
-            head = error.head or head_of_refused(self._reader.inbuf)
-            self.exchange = Exchange(self._hub, self, head)
+            self.exchange = Exchange(self._hub, self, head_of_refused(self._reader.inbuf))
         self.exchange.refuse(error.status, error.detail)
 
     # .. out ..
@@ -4595,19 +4502,14 @@ class Consumer:
         elif self._reader.inbuf:
             self.stream.take_rest_later()
 
-    def resume(self) -> None:
-        """What keeps bytes from being read may have changed."""
-        self._hub.loop.touch(self.stream)
-
     def end_exchange(self, *, keep_alive: bool) -> None:
         """The response is on its way; the stream is kept for the next request, or closed."""
         exchange, self.exchange = self.exchange, None
         assert exchange is not None
-        self._served += 1
         stream = self.stream
         if keep_alive:
             self._hub.needy.add(self)
-            self.resume()
+            stream.resume()
             if self._reader.inbuf:
                 stream.take_rest_later()
         elif not exchange.received or self._reader.inbuf or stream.outbuf is not None:
@@ -4629,7 +4531,7 @@ class Consumer:
 
     def on_drain(self) -> None:
         """The hub drains: an idle stream is closed at once, or soon if its next request would be served."""
-        self.resume()
+        self.stream.resume()
         is_idle = self.exchange is None and self.stream.outbuf is None and not self._reader.inbuf
         if self._hub.refuses and is_idle and not self.stream.transport.has_news():
             self._close()  # one whose request has just come is refused in words
@@ -4659,9 +4561,9 @@ class Consumer:
         elif room <= 0:
             wait = FOR_ROOM, 0, LIMITS.gone_check_s
         elif exchange is None and self._reader.inbuf:
-            wait = FOR_HEAD, self._served, options.head_timeout
+            wait = FOR_HEAD, self.stream.written, options.head_timeout
         elif exchange is None:
-            wait = FOR_REQUEST, self._served, self._hub.keep_alive_s
+            wait = FOR_REQUEST, self.stream.written, self._hub.keep_alive_s
         elif body is not None:
             wait = FOR_BODY, exchange.bytes_in, options.stall_timeout
         else:
@@ -4691,122 +4593,103 @@ class Consumer:
             self._close()
 
 
-class Farewell:
-    """The role of a stream whose peer has got its last answer.
+class Farewell(Role):
+    """The role of a stream whose peer gets its last ``answer``, or has got it.
 
     What still comes is read and dropped for a while: to close a socket with unread bytes would destroy
     the answer on its way (RFC 9112 §9.6).
     """
 
-    __slots__ = ("_stream",)
+    __slots__ = ()
 
-    def __init__(self, loop: EventLoop, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, loop: EventLoop, stream: Stream, answer: bytes = b"") -> None:
+        self.stream = stream
         stream.role = self
-        stream.deadline = loop.now + LIMITS.lingering_s
-        loop.touch(stream)
+        loop.set_deadline(stream, LIMITS.lingering_s)
+        if answer:
+            stream.write(answer)
         if stream.outbuf is None:
             stream.transport.end_output()
 
     def settle(self) -> int:
         return LIMITS.receive_bytes
 
-    def on_bytes(self, data: memoryview) -> None: ...
-
-    def on_taken(self) -> None: ...
-
     def on_drained(self) -> None:
-        self._stream.transport.end_output()
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
-
-    def on_deadline(self) -> None:
-        self._stream.close()
-
-    def on_fault(self) -> None: ...
+        self.stream.transport.end_output()
 
 
-class Handshaking:
+class Handshaking(Role):
     """The role of a stream until TLS stands: ``begin`` gives it the next one.
 
     Until then nothing is known of who is there, and there may be many.
     """
 
-    __slots__ = ("_begin", "_hub", "_stream", "_transport", "port")
+    __slots__ = ("_begin", "_hub", "_transport", "port")
 
     def __init__(
-        self, hub: Hub, port: str, stream_of: Callable[[Transport], Stream], sock: socket.socket,
-        begin: Callable[[Stream], None],
-    ) -> None:  # fmt: skip
+        self, hub: Hub, port: str, sock: socket.socket, address: str, begin: Callable[[Stream], object]
+    ) -> None:
         self._hub = hub
         self.port = port
         self._begin = begin
         assert hub.certificate is not None
         self._transport = TlsTransport(sock, hub.certificate.context(port), self._on_open)
-        self._stream = stream_of(self._transport)
-        self._stream.role = self
-        self._stream.deadline = hub.loop.now + hub.options.head_timeout
-        hub.greet(self._stream)
+        self.stream = hub.new_stream(address, self._transport)
+        self.stream.role = self
+        self.stream.deadline = hub.loop.now + hub.options.head_timeout
+        hub.greet(self)
 
     def _on_open(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
-        self._begin(self._stream)
+        self._hub.newcomers.pop(self, None)
+        self._begin(self.stream)
 
     def settle(self) -> int:
         return LIMITS.handshake_bytes
 
-    def on_bytes(self, data: memoryview) -> None: ...
-
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
-
     def on_hangup(self, *, reset: bool) -> None:
         if self._transport.spoke_in_clear:
-            self._hub.complain(self.port, self._stream.address, "spoke without TLS on a port that wants it")
-            self._stream.transport = self._transport.in_clear()
+            self._hub.complain(self.port, self.stream.address, "spoke without TLS on a port that wants it")
+            self.stream.transport = self._transport.in_clear()
             text = b"This port speaks TLS: the address begins with https://\n"
-            self._stream.write(own_response(400, text, keep_alive=False))
-            Farewell(self._hub.loop, self._stream)
+            Farewell(self._hub.loop, self.stream, own_response(400, text, keep_alive=False))
         else:
             if self._transport.has_heard:  # and not one who only looks whether the port is open
                 why = describe_tls(self._transport.fault)
-                self._hub.complain(self.port, self._stream.address, f"no TLS handshake: {why}")
-            self._stream.close()
-        self._hub.newcomers.pop(self._stream, None)
+                self._hub.complain(self.port, self.stream.address, f"no TLS handshake: {why}")
+            self.stream.close()
+        self._hub.newcomers.pop(self, None)
 
     def on_deadline(self) -> None:
         self.leave()
 
     def leave(self) -> None:
         """It has taken too long, or others need the room."""
-        self._hub.newcomers.pop(self._stream, None)
-        self._stream.close()
+        self._hub.newcomers.pop(self, None)
+        self.stream.close()
 
     def on_fault(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
 
 
-class Applicant:
+class Applicant(Role):
     """The role of a stream on the PTTH port until it has shown that it may have requests.
 
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
+    __slots__ = ("_hub", "_inbuf", "registration")
 
     def __init__(
         self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
     ) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self.registration = held  # what a worker had joined with that holds the connection now
         self._inbuf = Inbuf(received)
         stream.role = self
-        hub.loop.touch(stream)
+        stream.resume()
         if held is None:
-            hub.greet(stream)
+            hub.greet(self)
             if stream.deadline == math.inf:  # TLS has not begun it
                 stream.deadline = hub.loop.now + hub.options.head_timeout
 
@@ -4830,7 +4713,7 @@ class Applicant:
         application = read_application(head, self._hub.options.ptth_compat)
         if self._inbuf:
             raise ProtocolError(400, "bytes behind the head of a handshake: nobody has asked anything yet")
-        transport = self._stream.transport
+        transport = self.stream.transport
         names = transport.names() if isinstance(transport, TlsTransport) else None
         registration = register(head, application, names, self._hub.permits)
         if application.process and application.protocol == b"ptth":
@@ -4841,37 +4724,33 @@ class Applicant:
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
         self._leave()
-        self._stream.deadline = math.inf
+        self.stream.deadline = math.inf
         extra = self._hub.claim_fields() if registration.process else b""
-        self._stream.write(SWITCHING % (protocol, extra))
+        self.stream.write(SWITCHING % (protocol, extra))
         if is_envoy:
-            Rehearsal(self._hub, self._stream, registration)
+            Rehearsal(self._hub, self.stream, registration)
         else:
-            self._hub.enlist(self._stream, registration)
+            self._hub.enlist(self.stream, registration)
 
     def _leave(self) -> None:
-        self._hub.newcomers.pop(self._stream, None)
+        self._hub.newcomers.pop(self, None)
         if self.registration is not None:
-            self._hub.count_process(self.registration, -1)
+            self._hub.count_connection(self.registration, -1)
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
-        self._hub.complain("ptth", self._stream.address, f"refused as a worker with {error}")
+        self._hub.complain("ptth", self.stream.address, f"refused as a worker with {error}")
         self._hub.counters.refused_workers[error.status] += 1
         fields = [*error.fields]
         if error.status == 503:
             fields.append((b"Retry-After", b"1"))  # there is room again, or the next hub, in a moment
         text = f"{error.status} {http.HTTPStatus(error.status).phrase}: {error.detail}.\n"
-        self._stream.write(own_response(error.status, text.encode(), fields=fields, keep_alive=False))
-        Farewell(self._hub.loop, self._stream)
-
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
+        answer = own_response(error.status, text.encode(), fields=fields, keep_alive=False)
+        Farewell(self._hub.loop, self.stream, answer)
 
     def on_hangup(self, *, reset: bool) -> None:
         self._leave()
-        self._stream.close()
+        self.stream.close()
 
     def on_deadline(self) -> None:
         limit_s = self._hub.options.head_timeout
@@ -4885,25 +4764,24 @@ class Applicant:
         self._leave()
 
 
-class Rehearsal:
+class Rehearsal(Role):
     """The role of a stream from an Envoy between its 101 and its first request.
 
     Envoy (1.40) loses what comes together with the 101, and the connection is of no use after that.  So it
     is given a moment, and then has to echo a word of its own protocol.
     """
 
-    __slots__ = ("_hub", "_inbuf", "_stream", "registration")
+    __slots__ = ("_hub", "_inbuf", "registration")
 
     PING: Final = b"RPING"
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self.registration = registration
         self._inbuf: bytes | None = None  # once it has been asked
         stream.role = self
-        stream.deadline = hub.loop.now + LIMITS.envoy_pause_s
-        hub.loop.touch(stream)
+        hub.loop.set_deadline(stream, LIMITS.envoy_pause_s)
 
     def settle(self) -> int:
         return LIMITS.handshake_bytes
@@ -4911,30 +4789,19 @@ class Rehearsal:
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf = None if self._inbuf is None else self._inbuf + bytes(data)
         if self._inbuf == self.PING:
-            self._stream.deadline = math.inf
-            self._hub.enlist(self._stream, self.registration)
+            self.stream.deadline = math.inf
+            self._hub.enlist(self.stream, self.registration)
         elif self._inbuf is None or not self.PING.startswith(self._inbuf):
-            self._stream.close()
-
-    def on_taken(self) -> None: ...
-
-    def on_drained(self) -> None: ...
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
+            self.stream.close()
 
     def on_deadline(self) -> None:
         if self._inbuf is None:
             self._inbuf = b""
-            self._stream.write(self.PING)
-            self._stream.deadline = self._hub.loop.now + LIMITS.envoy_echo_s
+            self.stream.write(self.PING)
+            self.stream.deadline = self._hub.loop.now + LIMITS.envoy_echo_s
         else:
-            self._hub.complain(
-                "ptth", self._stream.address, "an Envoy that does not echo; it will come again"
-            )
-            self._stream.close()
-
-    def on_fault(self) -> None: ...
+            self._hub.complain("ptth", self.stream.address, "an Envoy that does not echo; it will come again")
+            self.stream.close()
 
 
 SWITCHING: Final = (
@@ -4942,12 +4809,15 @@ SWITCHING: Final = (
 )
 
 
-class Slot:
+UNREGISTERED: Final = Registration()  # of a slot that came by the silent worker port
+
+
+class Slot(Role):
     """The role of a stream from a worker: one slot, waiting or busy."""
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "origins", "parked_at", "registration", "served", "since", "stream",
+        "name", "origins", "registration", "served", "since",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -4963,7 +4833,7 @@ class Slot:
         name = f"{self.name}@{machine}" if self.name else machine
         self.machine: Machine[Slot] = hub.join(name, self.origins)
         self.exchange: Exchange | None = None
-        self.since = self.parked_at = hub.loop.now
+        self.since = hub.loop.now
         self.served = 0
         self._reader = MessageReader(take_response_head, self._body_of)
         self._has_old_body = False  # still to be sent, of a request that was answered before it was read
@@ -4987,7 +4857,6 @@ class Slot:
         self.exchange = self.stream.shortcut = None
         self.stream.transport.set_unacknowledged_s(LIMITS.unacknowledged_s)
         self.stream.deadline = math.inf
-        self.parked_at = self._hub.loop.now
         if reusable and self._holds:
             self._hub.policy.release(self, self._hub.loop.now)
             self._hub.hold(self, self._reader.inbuf)
@@ -5024,10 +4893,6 @@ class Slot:
             description["origins"] = sorted(self.registration.origins)
         return description
 
-    def resume(self) -> None:
-        """What keeps the response from being read may have changed."""
-        self._hub.loop.touch(self.stream)
-
     def settle(self) -> int:
         if self.exchange is not None and not self.exchange.may_relay():
             return 0
@@ -5049,7 +4914,7 @@ class Slot:
             while (event := reader.next()) is not None:
                 if event is END:
                     if exchange.state is RESPONDING:  # and not an interim response
-                        exchange.on_response_end(reusable=True)
+                        exchange.on_response_end()
                         return
                 elif isinstance(event, ResponseHead):
                     self._on_head(exchange, event)
@@ -5124,8 +4989,6 @@ class Slot:
         if body.done:
             self.on_bytes(NO_BYTES)
 
-    def on_taken(self) -> None: ...
-
     def on_drained(self) -> None:
         if self.exchange is not None:
             self.exchange.pump()
@@ -5142,6 +5005,8 @@ class Slot:
             if self._reader.inbuf:  # it may have been about to claim it
                 exchange.on_claimed()
                 exchange.on_heard()
+            if exchange.attempt is not None and not reset:
+                exchange.attempt.is_in_doubt = False  # a claim would have come before
             exchange.on_worker_gone("it reset the connection" if reset else "it closed the connection")
         else:
             self._end_body(exchange)
@@ -5155,7 +5020,7 @@ class Slot:
             exchange.on_worker_gone(error.detail)
             return
         exchange.on_response_body(b"", is_last=True)
-        exchange.on_response_end(reusable=False)
+        exchange.on_response_end()
 
     def on_deadline(self) -> None:
         if self.exchange is not None:
@@ -5172,20 +5037,20 @@ class Slot:
             self._hub.on_worker_left(self)
 
 
-class Admin:
+class Admin(Role):
     """The role of a stream on the admin port: the hub itself answers, at once."""
 
-    __slots__ = ("_hub", "_reader", "_stream")
+    __slots__ = ("_hub", "_reader")
 
     def __init__(self, hub: Hub, stream: Stream) -> None:
         self._hub = hub
-        self._stream = stream
+        self.stream = stream
         self._reader = MessageReader(take_request_head, request_body)
         stream.role = self
         self._set_deadline()
 
     def settle(self) -> int:
-        return 0 if self._stream.outbuf is not None else LIMITS.pipelined_bytes
+        return 0 if self.stream.outbuf is not None else LIMITS.pipelined_bytes
 
     def on_bytes(self, data: memoryview) -> None:
         self._reader.feed(data)
@@ -5196,7 +5061,8 @@ class Admin:
                 self._take_next()
         except ProtocolError as error:
             detail = error.detail.encode() + b"\n"
-            self._end(own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False))
+            answer = own_response(error.status, detail, fields=ADMIN_FIELDS, keep_alive=False)
+            Farewell(self._hub.loop, self.stream, answer)
         self._set_deadline()
 
     def _answer(self, head: RequestHead) -> None:
@@ -5208,36 +5074,22 @@ class Admin:
             keep_alive=head.keep_alive, with_body=head.method != b"HEAD",
         )  # fmt: skip
         if head.keep_alive and head.minor_version == 1:
-            self._stream.write(page)
+            self.stream.write(page)
         else:
-            self._end(page)
+            Farewell(self._hub.loop, self.stream, page)
 
     def _take_next(self) -> None:
         """Looks at what has come after a request: in the next turn, and when its answer has been taken."""
-        if self._reader.inbuf and self._stream.outbuf is None:
-            self._stream.take_rest_later()
-
-    def _end(self, page: bytes) -> None:
-        self._stream.write(page)
-        Farewell(self._hub.loop, self._stream)
+        if self._reader.inbuf and self.stream.outbuf is None:
+            self.stream.take_rest_later()
 
     def _set_deadline(self) -> None:
-        if self._stream.role is self:
-            self._stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
-
-    def on_taken(self) -> None: ...
+        if self.stream.role is self:
+            self.stream.deadline = self._hub.loop.now + self._hub.options.keep_alive
 
     def on_drained(self) -> None:
         self._take_next()
         self._set_deadline()
-
-    def on_hangup(self, *, reset: bool) -> None:
-        self._stream.close()
-
-    def on_deadline(self) -> None:
-        self._stream.close()
-
-    def on_fault(self) -> None: ...
 
 
 # ---- The hub ----------------------------------------------------------------------------------------------
@@ -5407,10 +5259,6 @@ class Ports:
         self._loop.add(listener)
         refuse_open_port(what, sock, self._options)
 
-    def address(self, what: str) -> str | None:
-        """Returns ``host:port``, ``None`` if there is no such port."""
-        return self.listeners[what].address if what in self.listeners else None
-
     def leave(self) -> None:
         """Takes no more consumers: these are for the hub that takes over, if one does."""
         self.is_left = True
@@ -5423,8 +5271,7 @@ class Ports:
             # is under way is this hub's, and would be reset if it closed at once.
             if "admin" in self.listeners:
                 self.listeners["admin"].leave_to_successor(True)
-            self._handover_timer.deadline = self._loop.now + LIMITS.handover_s
-            self._loop.touch(self._handover_timer)
+            self._loop.set_deadline(self._handover_timer, LIMITS.handover_s)
 
     @property
     def is_leaving(self) -> bool:
@@ -5461,8 +5308,7 @@ class Ports:
         self._neighbour_seen = 0 if is_alone else self._neighbour_seen + 1
         if self.has_rival and not had_rival:
             log.warning("another hub listens on %s, too, and gets a part of the requests", listener.address)
-        self._neighbour_timer.deadline = self._loop.now + LIMITS.neighbour_check_s
-        self._loop.touch(self._neighbour_timer)
+        self._loop.set_deadline(self._neighbour_timer, LIMITS.neighbour_check_s)
 
 
 class Forwarding:
@@ -5595,9 +5441,7 @@ class Hub:
         self.claims = Claims(options)
         self.policy: Policy[Exchange, Slot] = Policy(
             options.max_queue,
-            no_worker_s=options.no_worker_timeout
-            if options.no_worker_timeout < options.queue_timeout
-            else math.inf,
+            no_worker_s=options.no_worker_timeout,
             is_fair=self.claims.is_fair,
             origins=[origin for _, origin in self.claims.routes],
         )
@@ -5620,9 +5464,9 @@ class Hub:
         self.id = os.urandom(8).hex()  # so that workers know two addresses of one hub
         # Workers that claim requests, by their id: their slots, and how many connections they have.
         self.processes: dict[str, list[int]] = {}
-        self._announced = 0  # slots of these
-        self._claiming = 0  # connections of these that wait or run
-        self.newcomers: dict[Stream, None] = {}  # that have not shown who they are, the oldest first
+        self.total_slots = 0  # one for each connection; of workers that claim requests, what they announce
+        # Those who have not shown who they are, the oldest first.
+        self.newcomers: dict[Handshaking | Applicant, None] = {}
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # of what: when, and how often since
         self.counters = Counters()
         self.history = History(self.loop.now)
@@ -5642,9 +5486,9 @@ class Hub:
         self.started = self.loop.now
         self.at_end: list[Callable[[], None]] = []  # called between the end of the work and that of the ports
         self._expiry_timer = Timer(self._watch_expiry)
-        begin: dict[str, Callable[[Stream], None]] = {
-            "consumers": self._begin_consumer, "workers": self._begin_worker, "admin": self._begin_admin,
-            "ptth": self._begin_applicant,
+        begin: dict[str, Callable[[Stream], object]] = {
+            "consumers": functools.partial(Consumer, self), "workers": self.enlist,
+            "admin": functools.partial(Admin, self), "ptth": functools.partial(Applicant, self),
         }  # fmt: skip
         accept = {name: functools.partial(self._accept, name, begin[name]) for name in begin}
         try:
@@ -5659,7 +5503,8 @@ class Hub:
             for sock in (sockets or {}).values():
                 sock.close()
             raise
-        self.addresses = {name: self.ports.address(name) for name in accept}  # each host:port
+        self.addresses: dict[str, str | None] = dict.fromkeys(accept)  # each host:port, None: no such port
+        self.addresses |= {name: listener.address for name, listener in self.ports.listeners.items()}
         self.loop.before_sleep += [self.dispatch, self._note]
         if self.certificate is not None:
             self._watch_expiry()
@@ -5676,42 +5521,29 @@ class Hub:
     def _free_descriptors(self) -> int:
         return self._descriptor_limit - len(self.loop.watched) - self.budget.files
 
-    def _accept(self, port: str, begin: Callable[[Stream], None], sock: socket.socket, address: str) -> None:
+    def _accept(
+        self, port: str, begin: Callable[[Stream], object], sock: socket.socket, address: str
+    ) -> None:
         if PORT_OPTIONS[port].removesuffix("-port") in self.options.tls_ports:
-            Handshaking(self, port, functools.partial(self._new_stream, address), sock, begin)
+            Handshaking(self, port, sock, address, begin)
         else:
-            begin(self._new_stream(address, Transport(sock)))
+            begin(self.new_stream(address, Transport(sock)))
 
-    def _new_stream(self, address: str, transport: Transport) -> Stream:
+    def new_stream(self, address: str, transport: Transport) -> Stream:
         stream = Stream(self.loop, transport, address, self._new_outbuf)
         self.loop.add(stream)
         return stream
 
-    def _begin_consumer(self, stream: Stream) -> None:
-        self.needy.add(Consumer(self, stream))
-
-    def _begin_worker(self, stream: Stream) -> None:
-        self.enlist(stream, Registration())
-
-    def _begin_applicant(self, stream: Stream) -> None:
-        Applicant(self, stream)
-
-    def _begin_admin(self, stream: Stream) -> None:
-        Admin(self, stream)
-
-    def greet(self, stream: Stream) -> None:
+    def greet(self, newcomer: Handshaking | Applicant) -> None:
         """Counts a connection of which nothing is known yet; of too many the oldest goes."""
-        self.newcomers[stream] = None
+        self.newcomers[newcomer] = None
         if len(self.newcomers) > min(LIMITS.newcomers, self._descriptor_limit // 4):
-            oldest = next(iter(self.newcomers)).role
-            assert isinstance(oldest, Handshaking | Applicant)
-            oldest.leave()
+            next(iter(self.newcomers)).leave()
 
-    def enlist(self, stream: Stream, registration: Registration) -> None:
+    def enlist(self, stream: Stream, registration: Registration = UNREGISTERED) -> None:
         """Has a stream wait as a slot."""
         slot = Slot(self, stream, registration)
-        self.count_process(registration, 1)
-        self._claiming += registration.process != ""
+        self.count_connection(registration, 1)
         self.slots.add(slot)
         self.policy.park(slot)
         self._is_lonely = False
@@ -5727,27 +5559,22 @@ class Hub:
             return
         self.slots.discard(slot)
         self.policy.leave(slot.machine, self.loop.now, slot.origins)
-        self._claiming -= 1
         Applicant(self, stream, slot.registration, received)
         if received:
             stream.take_rest_later()  # once the request that was turned away is back in the queue
 
-    def count_process(self, registration: Registration, change: int) -> None:
-        """Counts a connection more or less of a worker that claims requests."""
+    def count_connection(self, registration: Registration, change: int) -> None:
+        """Counts a connection of a worker more or less."""
         if not registration.process:
+            self.total_slots += change
             return
         process = self.processes.setdefault(registration.process, [0, 0])
-        self._announced += registration.slots - process[0]
+        self.total_slots += registration.slots - process[0]
         process[0] = registration.slots
         process[1] += change
         if not process[1]:
-            self._announced -= process[0]
+            self.total_slots -= process[0]
             del self.processes[registration.process]
-
-    @property
-    def total_slots(self) -> int:
-        """How many slots there are; of workers that claim requests, those that they have announced."""
-        return len(self.slots) - self._claiming + self._announced
 
     def has_heard(self, process: str, since: float) -> bool:
         """Whether a worker's machine has said something since then, if only that it has got something."""
@@ -5773,7 +5600,7 @@ class Hub:
     @property
     def needs_no_workers(self) -> bool:
         """Whether this hub is about to end, and nothing waits that a new slot could serve."""
-        return self.ports.is_left and not self.policy.waiting and not self.ports.has_successor
+        return self.refuses and not self.policy.waiting
 
     def complain(self, port: str, address: str, what: str) -> None:
         """Warns of a connection that was turned away: of each kind once in a while, whoever may call."""
@@ -5786,9 +5613,9 @@ class Hub:
         others = f" (and {more} others since the last such line)" if more else ""
         log.warning("%s: %s%s", address, what, others)
 
-    def new_spool(self, *, keep: bool) -> Spool:
-        """Returns an empty spool for the body of a request."""
-        options = self.options
+    def new_spool(self) -> Spool:
+        """Returns an empty spool for the body of a request, which is kept if it may be needed again."""
+        options, keep = self.options, not self.options.stream_requests
         return Spool(self.budget, options.spool_memory, options.spool_dir, keep, options.spool_memory)
 
     def _new_outbuf(self) -> Spool:
@@ -5822,14 +5649,8 @@ class Hub:
         if event < timer.deadline:
             self.loop.touch(timer)  # which need not know at once of a later one
         timer.deadline = event
-        if (
-            policy.waiting
-            and not self.slots
-            and not self.processes
-            and self._lonely_timer.deadline == math.inf
-        ):
-            self._lonely_timer.deadline = self.loop.now + LIMITS.lonely_s
-            self.loop.touch(self._lonely_timer)
+        if policy.waiting and not self.total_slots and self._lonely_timer.deadline == math.inf:
+            self.loop.set_deadline(self._lonely_timer, LIMITS.lonely_s)
 
     def _tell_of_loneliness(self) -> None:
         """Warns, once an episode, that requests wait and no worker is there."""
@@ -5862,12 +5683,6 @@ class Hub:
             self.dispatch()
         return not self.policy.is_full
 
-    def can_make_room(self, exchange: Exchange) -> bool:
-        """Whether another tenant's request would have to go for this one."""
-        if not self.claims.is_fair:
-            return False
-        return self.policy.evicted_by(self.claims.tenant_of(exchange)) is not None
-
     def make_room(self, tenant: str) -> bool:
         """Makes room for a request of this tenant in a full queue, if need be at another tenant's expense.
 
@@ -5885,10 +5700,7 @@ class Hub:
     def estimate_start_s(self, claim: Claim) -> float:
         """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
         pool = self.policy.pool_of(claim.origin)
-        slots, ahead = (
-            self.policy.slots_of(pool),
-            self.policy.count_ahead(claim),
-        )
+        slots, ahead = self.policy.slots_of(pool), self.policy.count_ahead(claim)
         is_served_at_once = not ahead and self.policy.idle_of(pool)
         if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:
             return 0.0
@@ -5911,11 +5723,6 @@ class Hub:
             return f"the consumer would wait for {exchange.wait_s:g} s"
         return ""
 
-    def requeue(self, ticket: Ticket[Exchange], away_s: float) -> None:
-        """Puts a request that was sent and not answered back to its place in the queue."""
-        self.needy.add(ticket.item.consumer)
-        self.policy.put_back(ticket, away_s)
-
     def release(self, slot: Slot, *, reusable: bool) -> None:
         """The slot is not running any more: it waits again, or its connection is closed."""
         reusable = reusable and slot.is_welcome and not slot.stream.closed
@@ -5931,8 +5738,7 @@ class Hub:
     def _forget(self, slot: Slot) -> None:
         if slot in self.slots:
             self.slots.remove(slot)
-            self.count_process(slot.registration, -1)
-            self._claiming -= slot.registration.process != ""
+            self.count_connection(slot.registration, -1)
             self.policy.leave(slot.machine, self.loop.now, slot.origins)
         slot.stream.close()
 
@@ -6083,8 +5889,7 @@ class Hub:
             log.error("the certificate has expired: nobody who checks it connects any more")
         elif left_s < LIMITS.expiry_warning_s:
             log.warning("the certificate expires in %d days", left_s // 86400)
-        self._expiry_timer.deadline = self.loop.now + LIMITS.expiry_check_s
-        self.loop.touch(self._expiry_timer)
+        self.loop.set_deadline(self._expiry_timer, LIMITS.expiry_check_s)
 
     def find(self, request_id: str) -> list[Exchange]:
         """Returns the requests with that id, which consumers may choose."""
@@ -6107,8 +5912,7 @@ class Hub:
         # Whoever deals out consumers has to see that first: what it sends until then would be refused.
         log.info("not ready any more: serving on for %g s, then draining", delay_s)
         self.notify(f"STOPPING=1\nSTATUS=not ready any more: serving on for {delay_s:g} s")
-        self._leave_timer.deadline = self.loop.now + delay_s
-        self.loop.touch(self._leave_timer)
+        self.loop.set_deadline(self._leave_timer, delay_s)
 
     def _leave(self) -> None:
         """Takes no more consumers, and ends when those who are here have what they came for."""
@@ -6118,8 +5922,7 @@ class Hub:
         self.ports.leave()
         for consumer in list(self.needy):
             consumer.on_drain()
-        self._drain_timer.deadline = self.loop.now + self.options.graceful_timeout
-        self.loop.touch(self._drain_timer)
+        self.loop.set_deadline(self._drain_timer, self.options.graceful_timeout)
         # Not before: who has read it may count on new connections going elsewhere.
         log.info("draining: %d requests to finish", len(self.exchanges))
         self.notify(f"STOPPING=1\nSTATUS=draining: {len(self.exchanges)} requests to finish")
@@ -6143,7 +5946,7 @@ class Hub:
     def _expects_consumers(self) -> bool:
         """Whether some are connecting here still, and would lose their connection."""
         return self.ports.is_leaving or any(
-            isinstance(each.role, Handshaking) and each.role.port == "consumers" for each in self.newcomers
+            isinstance(each, Handshaking) and each.port == "consumers" for each in self.newcomers
         )
 
     def _has_unsent_bytes(self) -> bool:
@@ -6255,7 +6058,7 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._level: Levels = (0, 0, 0)
-        self._peak = list(self._level)  # of the step under way
+        self._peak = self._level  # of the step under way
         self._step = int(now / LIMITS.history_step_s)
         self._rows: deque[tuple[int, Levels, Levels]] = deque(maxlen=LIMITS.history_steps)  # step, peak, end
 
@@ -6265,22 +6068,18 @@ class History:
             return
         step = int(now / LIMITS.history_step_s)
         if step != self._step:
-            self._rows.append(self._row())
-            self._step, self._peak = step, list(self._level)
+            self._rows.append((self._step, self._peak, self._level))
+            self._step, self._peak = step, self._level
         self._level = level
-        for place, number in enumerate(level):
-            if number > self._peak[place]:
-                self._peak[place] = number
-
-    def _row(self) -> tuple[int, Levels, Levels]:
         waiting, busy, slots = self._peak
-        return self._step, (waiting, busy, slots), self._level
+        if level[0] > waiting or level[1] > busy or level[2] > slots:
+            self._peak = max(level[0], waiting), max(level[1], busy), max(level[2], slots)
 
     def read(self, now: float) -> list[Levels]:
         """Returns the peaks since the start, oldest first, the step that is under way last."""
         end = int(now / LIMITS.history_step_s) + 1
         start = end - LIMITS.history_steps
-        rows = [*self._rows, self._row()]
+        rows = [*self._rows, (self._step, self._peak, self._level)]
         peaks: list[Levels] = []
         for (step, peak, level), after in itertools.zip_longest(rows, (row[0] for row in rows[1:])):
             if step >= start:
@@ -6422,10 +6221,6 @@ def host_of(address: str) -> str:
 
 def descriptor_limit() -> int:
     """Raises the limit of open files as far as it may be and returns it: each connection takes one."""
-    try:
-        import resource
-    except ImportError:  # not on every platform
-        return 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

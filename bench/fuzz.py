@@ -151,11 +151,10 @@ def check_response(case: Case, reading: Reading) -> None:
     reader = pothead.response_body(head, case.request_method)
     body = reading["body"]
     assert isinstance(body, bytes)
-    framing = pothead.Framing.LENGTH
-    if isinstance(reader, pothead.ChunkedBody | pothead.UntilCloseBody):
-        framing = pothead.Framing.CHUNKED
+    in_chunks = isinstance(reader, pothead.ChunkedBody | pothead.UntilCloseBody)
+    if in_chunks:
         body = (pothead.chunk(body) if body else b"") + pothead.LAST_CHUNK
-    consumer = Recorded(pothead.forwarded_response(head, framing, b"", 0) + body)
+    consumer = Recorded(pothead.forwarded_response(head, b"", 0, in_chunks=in_chunks) + body)
     response = consumer.read_response(case.request_method)
     wanted = (int(str(reading["status"])), reading["body"])
     if (response.status, response.body) != wanted or consumer.received:

@@ -929,9 +929,9 @@ def test_slot_that_is_sent_an_old_body_is_not_taken_for_an_idle_one(
         worker.registration = pothead.Registration(permit)
         rig.hub.reload()
     else:
+        rig.hub.count_connection(worker.registration, -1)
         worker.registration = pothead.Registration(process="one", slots=1)
-        rig.hub.count_process(worker.registration, 1)
-        rig.hub._claiming += 1
+        rig.hub.count_connection(worker.registration, 1)
         if event == "withdraws":
             slot.send(b"HTTP/1.1 503 Full\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n")
         else:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_claim import CLAIM, bell, shake
+from test_claim import AWAY, CLAIM, bell, shake
 from test_exchange import Rig
 
 import pothead
@@ -392,19 +392,27 @@ class Cable:
                 end.ip(f"neigh del 192.0.2.{3 - number} dev near")
 
 
+def serve(consumer: Peer, path: bytes, slot: Peer) -> None:
+    """Have one request claimed and answered."""
+    consumer.send(get(path))
+    assert slot.read_request().target == path
+    slot.send(CLAIM + OK)
+    assert consumer.read_response().status == 200
+
+
 @pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")
 @linux_only
-@pytest.mark.parametrize("heard_s", [0.0, 60.0])
-def test_post_that_a_cut_may_have_hidden_the_claim_of_is_not_sent_twice(heard_s: float) -> None:
+@pytest.mark.parametrize("what", ["was dead", "claims it", "turns it away", "leaves", "is gone"])
+def test_post_that_a_cut_may_have_hidden_the_claim_of_is_not_sent_twice(what: str) -> None:
     """It was delivered, but neither that nor the claim is heard of. Nor would it be if it had been lost."""
     way_back = "pref 0 from 127.0.0.2 to 127.0.0.1 blackhole"
+    limits = {"unclaimed_s": 0.3, "heard_s": 0.0 if what == "was dead" else 60.0}
     with contextlib.ExitStack() as stack:
         here = Namespace()
         stack.callback(here.close)
         stack.enter_context(here)
         here.ip("rule add pref 1 lookup local")
         here.ip("rule del pref 0")
-        limits = {"unclaimed_s": 0.3, "heard_s": heard_s}
         hub = stack.enter_context(hub_process("--ptth-port", "0", limits=limits))
         sock = socket.create_connection(hub.ptth, wire.DEADLINE_S, source_address=("127.0.0.2", 0))
         slot = stack.enter_context(Peer(sock))
@@ -414,19 +422,23 @@ def test_post_that_a_cut_may_have_hidden_the_claim_of_is_not_sent_twice(heard_s:
         consumer.send(post(b"/once", b"body"))
         assert slot.read_request().target == b"/once"
         other = stack.enter_context(bell(hub, b"two"))
-        if heard_s:
+        if what != "was dead":
             with Peer.connect(hub.main) as another:
                 time.sleep(0.5)  # there is nothing to wait for: that is what is tested
-                another.send(get(b"/behind"))
-                assert other.read_request().target == b"/behind"
-                other.send(CLAIM + OK)
-                assert another.read_response().status == 200
+                serve(another, b"/behind", other)
             here.ip(f"rule del {way_back}")
+        if what == "claims it":
             slot.send(CLAIM + OK)
+        elif what == "is gone":
+            slot.reset()
         else:
+            if what == "turns it away":
+                slot.send(AWAY)
+            elif what == "leaves":
+                slot.close()
             assert other.read_request().target == b"/once"
             other.send(CLAIM + OK)
-        assert consumer.read_response().status == 200
+        assert consumer.read_response().status == (502 if what == "is gone" else 200)
 
 
 @pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")

@@ -769,6 +769,7 @@ def test_refused_request_gets_its_status_and_no_worker_sees_anything(
         (get(b"name:secret@h:443", method=b"CONNECT"), "CONNECT", "-"),
         (get(b"/" + b"x" * 9000), "-", "-"),
         (b"GET /a\r\n\r\n", "-", "-"),
+        (b"GET /a\r\n\r\n" + get(b"/next"), "-", "-"),
     ],
 )
 def test_refused_request_is_logged_with_what_could_be_read_of_it(

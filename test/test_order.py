@@ -38,7 +38,7 @@ def slot_of(rig: Rig, *origins: str) -> Peer:
         peer = rig.connect(f"127.0.0.1:{listener.getsockname()[1]}")
         sock, address = listener.accept()
     sock.setblocking(False)
-    stream = rig.hub._new_stream(pothead.address_text(address), pothead.Transport(sock))
+    stream = rig.hub.new_stream(pothead.address_text(address), pothead.Transport(sock))
     rig.hub.enlist(stream, pothead.Registration(None, frozenset(origins)))
     rig.turn()
     return peer
