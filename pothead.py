@@ -1538,6 +1538,15 @@ class Ranking(Generic[RankedT]):
         return None
 
 
+def least(things: Iterable[RankedT], rank: Callable[[RankedT], Rank | None]) -> RankedT | None:
+    """Returns the thing with the least rank, of those that are to be had."""
+    best, lowest = None, None
+    for thing in things:
+        if (its := rank(thing)) is not None and (lowest is None or its < lowest):
+            best, lowest = thing, its
+    return best
+
+
 class Claim(NamedTuple):
     """What decides when a request is served, beside its arrival."""
 
@@ -1760,11 +1769,7 @@ class Tenant:
         """Returns the line with the request that is next, of those that these slots serve."""
         if not scope.origins:
             return self.order.first()
-        best, least = None, None
-        for line in filter(None, map(self.lines.get, scope.served)):
-            if (rank := line.rank()) is not None and (least is None or rank < least):
-                best, least = line, rank
-        return best
+        return least(filter(None, map(self.lines.get, scope.served)), Line.rank)
 
     def activity(self) -> Rank | None:
         """Returns its rank among those that wait or run."""
@@ -1854,17 +1859,16 @@ def _last(piece: list[tuple[float, int, Tenant]]) -> tuple[float, int, Tenant]:
 class Pool:
     """The requests that the same slots may serve."""
 
-    __slots__ = ("idle_since", "is_kept", "mask", "members", "origin", "scopes", "slots", "waiting")
+    __slots__ = ("alone_since", "is_kept", "mask", "members", "origin", "scopes", "waiting")
 
-    def __init__(self, origin: str, mask: int, everything: Scope[Any]) -> None:
+    def __init__(self, origin: str, mask: int, everything: Scope[Any], alone_since: float) -> None:
         self.origin = origin  # none: all origins that have no pool of their own
         self.mask = mask  # a bit of its own
         self.is_kept = False
         self.waiting = 0
-        self.slots = 0  # that have named it
-        self.idle_since = -math.inf  # without such a slot
+        self.alone_since = alone_since  # when the last slot went that served it, if none does now
         self.members: dict[Tenant, Line[Any]] = {}
-        self.scopes: list[Scope[Any]] = [everything]  # that serve it
+        self.scopes: list[Scope[Any]] = [everything]  # that serve it; the others have slots
 
 
 class Scope(Generic[SlotT]):
@@ -1968,8 +1972,7 @@ class Policy(Generic[ItemT, SlotT]):
         self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
         self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
         self._anything = self._scopes[ANYTHING]
-        self._idle_since = -math.inf  # without a slot that serves everything
-        self._others = Pool("", 1, self._anything)
+        self._others = Pool("", 1, self._anything, -math.inf)
         self._mask = 0  # the pools that somebody waits in
         self._everybody = Tenant("", 0)
         self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
@@ -2004,29 +2007,20 @@ class Policy(Generic[ItemT, SlotT]):
 
     def tickets(self) -> Iterator[Ticket[ItemT]]:
         """Yields what waits, as it will be served if all take equally long and any slot serves any pool."""
-        if self._is_plain:
-            yield from self._line
-            return
-        heap: list[tuple[Rank, float, int, Ticket[ItemT], Iterator[Ticket[ItemT]]]] = []
-        ranks: dict[Tenant, Rank] = {}
         turns = itertools.count(next(self._numbers))
-        for line in self._lines():
-            rest = iter(line)
-            for ticket in itertools.islice(rest, 1):
-                heap.append((line.tenant.rank, ticket.place, ticket.number, ticket, rest))
+        heap: list[tuple[Rank, int, Iterator[Ticket[ItemT]]]] = []
+        for tenant in {line.tenant for line in self._lines()}:
+            by_place = heapq.merge(*tenant.lines.values(), key=lambda each: (each.place, each.number))
+            heap.append((tenant.rank, tenant.number, by_place))
         heapq.heapify(heap)
         while heap:
-            rank, place, number, ticket, rest = heap[0]
-            tenant = ticket.line.tenant
-            if rank != (due := ranks.get(tenant, rank)):
-                heapq.heapreplace(heap, (due, place, number, ticket, rest))
+            rank, number, rest = heap[0]
+            ticket = next(rest, None)
+            if ticket is None:
+                heapq.heappop(heap)
                 continue
-            heapq.heappop(heap)
             yield ticket
-            if self.is_fair:
-                rank = ranks[tenant] = (rank[0] + self.typical_s, next(turns))
-            for ticket in itertools.islice(rest, 1):
-                heapq.heappush(heap, (rank, ticket.place, ticket.number, ticket, rest))
+            heapq.heapreplace(heap, ((rank[0] + self.typical_s, next(turns)), number, rest))
 
     def _lines(self) -> Iterator[Line[ItemT]]:
         for pool in self.all_pools():
@@ -2104,7 +2098,7 @@ class Policy(Generic[ItemT, SlotT]):
 
     def slots_of(self, pool: Pool) -> int:
         """Returns how many slots serve it, idle or busy."""
-        return pool.slots + self._anything.slots
+        return sum(scope.slots for scope in pool.scopes)
 
     def idle_of(self, pool: Pool) -> int:
         """Returns how many of these are idle."""
@@ -2120,18 +2114,12 @@ class Policy(Generic[ItemT, SlotT]):
             at = min(at, self._orphaned[0][0])
         return at
 
-    def next_expiry(self) -> float:
-        """Returns when the time of the next request is over, infinity if there is none."""
-        following = self._next_to_expire()
-        return math.inf if following is None else following[0]
-
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
         expired = []
         while self._orphaned and self._orphaned[0][0] <= now:
             pool = self._orphaned.popleft()[1]
-            left_at = max(pool.idle_since, self._idle_since)
-            if self.slots_of(pool) or left_at + self._no_worker_s > now:
+            if self.slots_of(pool) or pool.alone_since + self._no_worker_s > now:
                 continue  # somebody has come, if only for a while
             for line in list(pool.members.values()):
                 for ticket in [each for each in line if self._due(each) <= now]:
@@ -2153,8 +2141,7 @@ class Policy(Generic[ItemT, SlotT]):
         pool = ticket.line.pool
         if self.slots_of(pool):
             return ticket.expires_at
-        alone_since = max(ticket.since, pool.idle_since, self._idle_since)
-        return min(ticket.expires_at, alone_since + self._no_worker_s)
+        return min(ticket.expires_at, max(ticket.since, pool.alone_since) + self._no_worker_s)
 
     def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
         """Returns what expires first, and when: the first in the line, if it is not one of those filed.
@@ -2266,7 +2253,8 @@ class Policy(Generic[ItemT, SlotT]):
             if len(self.pools) >= LIMITS.remembered_pools:
                 self._forget_a_pool()
             used = functools.reduce(lambda mask, each: mask | each.mask, self.all_pools(), 0)
-            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything)
+            alone_since = self._others.alone_since
+            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything, alone_since)
             self._end_plainness()
             for line in list(self._others.members.values()):
                 self._move(line, pool)
@@ -2307,7 +2295,7 @@ class Policy(Generic[ItemT, SlotT]):
     def _forget_a_pool(self) -> None:
         """Forgets the first pool that nobody has, serves or waits for."""
         for pool in self.pools.values():
-            if not (pool.is_kept or pool.slots or pool.waiting):
+            if not (pool.is_kept or pool.waiting or len(pool.scopes) > 1):
                 for line in list(pool.members.values()):
                     self._drop_line(line)
                 del self.pools[pool.origin]
@@ -2441,8 +2429,6 @@ class Policy(Generic[ItemT, SlotT]):
             offer = machine.offers[origins] = Offer(machine, self._scope_of(origins))
         offer.slots += 1
         offer.scope.slots += 1
-        for pool in offer.scope.served:
-            pool.slots += 1
         return machine
 
     def _scope_of(self, origins: frozenset[str]) -> Scope[SlotT]:
@@ -2451,12 +2437,9 @@ class Policy(Generic[ItemT, SlotT]):
             scope = self._scopes[origins] = Scope(origins)
             for origin in sorted(origins):
                 pool = self._name(origin)
-                pool.slots += 1  # so that it is not forgotten for the next one
                 scope.served.append(pool)
                 scope.mask |= pool.mask
-                pool.scopes.append(scope)
-            for pool in scope.served:
-                pool.slots -= 1
+                pool.scopes.append(scope)  # so it is not forgotten for the next one
         return scope
 
     def leave(self, machine: Machine[SlotT], now: float, origins: frozenset[str] = ANYTHING) -> None:
@@ -2476,26 +2459,17 @@ class Policy(Generic[ItemT, SlotT]):
 
     def _count_off(self, scope: Scope[SlotT], now: float) -> None:
         scope.slots -= 1
-        for pool in scope.served:
-            pool.slots -= 1
-            if not pool.slots:
-                pool.idle_since = now
-                self._orphan(pool, now)
         if scope.slots:
             return
-        if scope is self._anything:
-            self._idle_since = now
-            for pool in self.all_pools():
-                self._orphan(pool, now)
-        else:
+        if scope is not self._anything:
             del self._scopes[scope.origins]
             for pool in scope.served:
                 pool.scopes.remove(scope)
-
-    def _orphan(self, pool: Pool, now: float) -> None:
-        """Notes when the requests of a pool give up, if it has no slots any more."""
-        if self._gives_up and not self.slots_of(pool):
-            self._orphaned.append((now + self._no_worker_s, pool))
+        for pool in scope.served or self.all_pools():
+            if not self.slots_of(pool):
+                pool.alone_since = now
+                if self._gives_up:
+                    self._orphaned.append((now + self._no_worker_s, pool))
 
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
@@ -2534,14 +2508,6 @@ class Policy(Generic[ItemT, SlotT]):
             if scope.idle > needed and (slot := self._take_slot(scope)) is not None:
                 return slot
         return None
-
-    def _best(self, scopes: Iterable[Scope[SlotT]]) -> Scope[SlotT] | None:
-        """Returns the scope whose slot is next."""
-        best, least = None, None
-        for scope in scopes:
-            if scope.idle and (rank := scope.rank()) is not None and (least is None or rank < least):
-                best, least = scope, rank
-        return best
 
     def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
         """Returns the slot that is next, and counts it as running."""
@@ -2596,7 +2562,7 @@ class Policy(Generic[ItemT, SlotT]):
             self.waiting -= 1
             return self._line.take(), slot
         line = self._next_line()
-        scope = None if line is None else self._best(line.pool.scopes)
+        scope = None if line is None else least(line.pool.scopes, Scope.rank)
         slot = None if scope is None else self._take_slot(scope)
         if line is None or slot is None:
             return None
@@ -2611,16 +2577,13 @@ class Policy(Generic[ItemT, SlotT]):
 
     def _next_line(self) -> Line[ItemT] | None:
         """Returns the line whose first request is next, of those that a waiting slot serves."""
-        best, least = None, None
+        lines = []
         for scope in self._scopes.values():
             mask = scope.mask & self._mask
-            if not mask or not scope.idle or scope.offers.first() is None:
-                continue
-            tenant = self._standings.first(mask) if self.is_fair else self._everybody
-            line = None if tenant is None else tenant.first_line(scope)
-            if line is not None and (least is None or (line.tenant.rank, line.rank()) < least):
-                best, least = line, (line.tenant.rank, line.rank())
-        return best
+            if mask and scope.idle and scope.offers.first() is not None:
+                tenant = self._standings.first(mask) if self.is_fair else self._everybody
+                lines.append(None if tenant is None else tenant.first_line(scope))
+        return least(filter(None, lines), lambda line: (line.tenant.rank, line.rank()))
 
 
 def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:

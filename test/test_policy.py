@@ -63,8 +63,8 @@ class Line:
     def expire(self, now: float) -> list[object]:
         return self.policy.expire(now)
 
-    def next_expiry(self) -> float:
-        return self.policy.next_expiry()
+    def next_event(self) -> float:
+        return self.policy.next_event()
 
     def oldest_wait(self, now: float) -> float:
         return self.policy.oldest_wait(now)
@@ -217,10 +217,10 @@ def test_putting_many_requests_back_costs_linear_time() -> None:
     began = time.process_time()
     for item in range(19_999, -1, -1):
         queue.put_back(item, 0.0)
-        assert queue.next_expiry() == item + 60.0
+        assert queue.next_event() == item + 60.0
     for item in range(20_000):
         assert queue.take() == item
-        assert queue.next_expiry() == (item + 61.0 if item < 19_999 else math.inf)
+        assert queue.next_event() == (item + 61.0 if item < 19_999 else math.inf)
     assert time.process_time() - began < 2.0
 
 
@@ -253,20 +253,20 @@ def test_requests_expire_when_they_have_waited_for_the_timeout() -> None:
 
 def test_next_expiry_is_that_of_the_oldest_request() -> None:
     queue = filled("a", "b", timeout_s=10.0)
-    assert queue.next_expiry() == 10.0
+    assert queue.next_event() == 10.0
     queue.take()
-    assert queue.next_expiry() == 11.0
+    assert queue.next_event() == 11.0
     queue.cancel("b")
-    assert queue.next_expiry() == math.inf
+    assert queue.next_event() == math.inf
 
 
 def test_time_away_from_the_queue_does_not_count_as_waiting() -> None:
     queue = filled("a", "b", timeout_s=10.0)
     queue.take()
     queue.put_back("a", 100.0)
-    assert queue.next_expiry() == 11.0
+    assert queue.next_event() == 11.0
     assert queue.expire(109.0) == ["b"]
-    assert (list(queue), queue.next_expiry(), queue.oldest_wait(104.0)) == (["a"], 110.0, 4.0)
+    assert (list(queue), queue.next_event(), queue.oldest_wait(104.0)) == (["a"], 110.0, 4.0)
     assert queue.expire(110.0) == ["a"]
 
 
@@ -295,21 +295,21 @@ def test_each_request_has_a_time_limit_of_its_own() -> None:
     policy: Policy[str, Slot] = Policy(10)
     for item, limit_s in (("patient", 60.0), ("hurried", 1.0), ("endless", math.inf), ("usual", 10.0)):
         policy.put(item, 0.0, limit_s)
-    assert policy.next_expiry() == 1.0
+    assert policy.next_event() == 1.0
     assert policy.expire(10.0) == ["hurried", "usual"]
-    assert (list(policy), policy.next_expiry()) == (["patient", "endless"], 60.0)
+    assert (list(policy), policy.next_event()) == (["patient", "endless"], 60.0)
 
 
 def test_requests_never_expire_without_a_timeout() -> None:
     queue = filled("a", timeout_s=math.inf)
-    assert queue.next_expiry() == math.inf
+    assert queue.next_event() == math.inf
     assert queue.expire(1e12) == []
     assert list(queue) == ["a"]
 
 
 def test_empty_queue_has_no_oldest_wait_and_no_expiry() -> None:
     queue = filled()
-    assert (queue.oldest_wait(5.0), queue.next_expiry(), queue.expire(5.0)) == (0.0, math.inf, [])
+    assert (queue.oldest_wait(5.0), queue.next_event(), queue.expire(5.0)) == (0.0, math.inf, [])
 
 
 def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
@@ -349,7 +349,7 @@ def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> N
             assert sorted(queue.expire(float(now))) == late
             waiting = [item for item in waiting if now - since[item] < 10]
         assert (len(queue), list(queue)) == (len(waiting), waiting)
-        assert queue.next_expiry() == min((since[item] for item in waiting), default=math.inf) + 10.0
+        assert queue.next_event() == min((since[item] for item in waiting), default=math.inf) + 10.0
 
 
 # ---- The estimate of the wait ------------------------------------------------------------------------
