@@ -1561,8 +1561,7 @@ class Ticket(Generic[ItemT]):
     """A request's place in the line.  One that does not wait may come back to it."""
 
     __slots__ = (
-        "expires_at", "filed", "item", "line", "number", "origin", "place", "run", "since", "urgency",
-        "waits",
+        "expires_at", "item", "line", "number", "origin", "place", "run", "since", "urgency", "waits",
     )  # fmt: skip
 
     def __init__(
@@ -1581,7 +1580,6 @@ class Ticket(Generic[ItemT]):
             self.origin = claim.origin
         self.line: Line[ItemT]  # where it waits, or has waited last
         self.run: Run | None = None  # the last one, if its tenant is charged for it
-        self.filed = 0  # the number of its entry among the expiries
         self.waits = True
 
 
@@ -1596,29 +1594,20 @@ class Line(Generic[ItemT]):
         self.waiting = 0
         self._late: deque[Ticket[ItemT]] = deque()  # by place, as they came; with some that do not wait
         self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
-        self._odd: dict[int, int] = {}  # how many wait with another urgency than the normal one
+        self._odd: Counter[int] = Counter()  # how many wait with another urgency than the normal one
 
     def put(self, ticket: Ticket[ItemT]) -> bool:
-        """Takes up one that came after all others; returns whether it is behind them, too."""
+        """Takes one up; returns whether it is behind all others."""
         late = self._late
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        if late and ticket.place < late[-1].place:
+            self._odd[ticket.urgency] += 1
+        if late and (ticket.place < late[-1].place or ticket.number < late[-1].number):
             heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
             return False
         late.append(ticket)
         return True
-
-    def put_back(self, ticket: Ticket[ItemT]) -> None:
-        """Takes up one that has been here before."""
-        ticket.line = self
-        self.waiting += 1
-        if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
-        self._sweep()
 
     def first_to_come(self) -> Ticket[ItemT] | None:
         """Returns the first of those that wait as they came."""
@@ -1634,33 +1623,19 @@ class Line(Generic[ItemT]):
             late.popleft()
         while early and not early[0][2].waits:
             heapq.heappop(early)
-        if not early:
-            return late[0] if late else None
-        if not late or early[0][:2] < (late[0].place, late[0].number):
+        if early and (not late or early[0][:2] < (late[0].place, late[0].number)):
             return early[0][2]
-        return late[0]
+        return late[0] if late else None
 
     def take(self) -> Ticket[ItemT]:
         """Removes and returns the one that is next; there must be one."""
-        if self._early:
-            return self._take_between()
-        late = self._late
-        ticket = late.popleft()
-        while not ticket.waits:
-            ticket = late.popleft()
-        ticket.waits = False
-        self.waiting -= 1
-        if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] -= 1
-        return ticket
-
-    def _take_between(self) -> Ticket[ItemT]:
-        ticket = self.first()
+        late, early = self._late, self._early
+        ticket = late[0] if late and late[0].waits and not early else self.first()
         assert ticket is not None
-        if self._late and self._late[0] is ticket:
-            self._late.popleft()
+        if late and late[0] is ticket:
+            late.popleft()
         else:
-            heapq.heappop(self._early)
+            heapq.heappop(early)
         self._count_off(ticket)
         return ticket
 
@@ -1741,7 +1716,7 @@ class Tenant:
     """One of those who share the slots, and what it has had of them."""
 
     __slots__ = (
-        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order", "rank",
+        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order",
         "running", "turn", "waiting", "worked_s",
     )  # fmt: skip
 
@@ -1755,15 +1730,14 @@ class Tenant:
         self.waiting = 0
         self.running = 0
         self.turn = number  # when it last got a slot, or began to wait for one; a running number
-        self.rank: Rank = (0.0, 0)  # charge and turn; of the only one: the same for ever
         self.lines: dict[Pool, Line[Any]] = {}
         self.mask = 0  # the pools that it waits in
         self.order: Ranking[Line[Any]] = Ranking(Line.rank)  # its lines, by place
         self.newest: list[tuple[int, Ticket[Any]]] = []  # heap, with some that do not wait
 
-    def set_rank(self) -> None:
-        """Has the rank say what has changed."""
-        self.rank = (self.charge_s, self.turn)
+    def rank(self) -> Rank:
+        """Returns what it is charged, then its turn."""
+        return self.charge_s, self.turn
 
     def first_line(self, scope: Scope[Any]) -> Line[Any] | None:
         """Returns the line with the request that is next, of those that these slots serve."""
@@ -1809,7 +1783,7 @@ class Standings:
         self._filed: dict[Tenant, tuple[float, int, Tenant]] = {}
 
     def file(self, tenant: Tenant) -> None:
-        """Takes a tenant up, or its new rank."""
+        """Takes a tenant up, or its new rank, or another pool that it waits in."""
         self.drop(tenant)
         entry = self._filed[tenant] = (tenant.charge_s, tenant.turn, tenant)
         number = self._find(entry)
@@ -1819,10 +1793,6 @@ class Standings:
         if len(piece) > 2 * self.LENGTH:
             self._pieces[number : number + 1] = [piece[: self.LENGTH], piece[self.LENGTH :]]
             self._masks.insert(number, self._masks[number])
-
-    def note(self, tenant: Tenant) -> None:
-        """The tenant waits in another pool, too."""
-        self._masks[self._find(self._filed[tenant])] |= tenant.mask
 
     def drop(self, tenant: Tenant) -> None:
         """Forgets the tenant."""
@@ -1866,7 +1836,7 @@ class Pool:
         self.mask = mask  # a bit of its own
         self.is_kept = False
         self.waiting = 0
-        self.alone_since = alone_since  # when the last slot went that served it, if none does now
+        self.alone_since = alone_since  # when the last slot for it went; infinity while there are some
         self.members: dict[Tenant, Line[Any]] = {}
         self.scopes: list[Scope[Any]] = [everything]  # that serve it; the others have slots
 
@@ -1965,15 +1935,14 @@ class Policy(Generic[ItemT, SlotT]):
         self._gives_up = no_worker_s < math.inf  # before its time is over
         self.is_fair = is_fair
         self._numbers = itertools.count(1)
-        # Most expire in the order of the line.  Filed are the others: those that came back, or may wait less
-        # long than who came before, and all where there are more lines than one.
+        # Most expire in the order of the line.  Filed are the others: those that have another place, or may
+        # wait less long than who came before, and all where there are more lines than one.
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
         self._last_expiry = -math.inf  # of those in the line that are not filed
         self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
         self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
         self._anything = self._scopes[ANYTHING]
         self._others = Pool("", 1, self._anything, -math.inf)
-        self._mask = 0  # the pools that somebody waits in
         self._everybody = Tenant("", 0)
         self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
         self._others.members[self._everybody] = self._everybody.lines[self._others] = self._line
@@ -2011,7 +1980,7 @@ class Policy(Generic[ItemT, SlotT]):
         heap: list[tuple[Rank, int, Iterator[Ticket[ItemT]]]] = []
         for tenant in {line.tenant for line in self._lines()}:
             by_place = heapq.merge(*tenant.lines.values(), key=lambda each: (each.place, each.number))
-            heap.append((tenant.rank, tenant.number, by_place))
+            heap.append((tenant.rank(), tenant.number, by_place))
         heapq.heapify(heap)
         while heap:
             rank, number, rest = heap[0]
@@ -2039,16 +2008,13 @@ class Policy(Generic[ItemT, SlotT]):
     def put(self, item: ItemT, now: float, limit_s: float, claim: Claim | None = None) -> Ticket[ItemT]:
         """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
         ticket = Ticket(item, next(self._numbers), now, now + limit_s, claim)
-        if self._is_plain:
-            is_last = self._line.put(ticket)
-            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
-                self._last_expiry = ticket.expires_at
-            else:
-                self._file_expiry(ticket)
-        else:
-            self._put(ticket, self._find_tenant("" if claim is None else claim.tenant))
-            self._file_expiry(ticket)
-        self.waiting += 1
+        tenant = self._everybody
+        if self.is_fair:
+            tenant = self._find_tenant("" if claim is None else claim.tenant)
+            if not tenant.waiting:
+                self._enter(tenant)
+                self._lift(tenant)
+        self._put(ticket, tenant)
         return ticket
 
     def put_back(self, ticket: Ticket[ItemT], away_s: float) -> None:
@@ -2059,13 +2025,29 @@ class Policy(Generic[ItemT, SlotT]):
         ticket.since += away_s
         ticket.expires_at += away_s
         ticket.waits = True
+        tenant = ticket.line.tenant
+        if self.is_fair:
+            self.tenants[tenant.name] = tenant  # it may have been forgotten
+            if ticket.run is not None:
+                self._refund(ticket.run)
+                ticket.run = None
+            if not tenant.waiting:
+                self._enter(tenant)
+        self._put(ticket, tenant)
+        self._sweep()
+
+    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
         self.waiting += 1
         if self._is_plain:
-            self._line.put_back(ticket)
+            is_last = self._line.put(ticket)
+            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = ticket.expires_at
+                return
         else:
-            self._put_back(ticket)
+            line = self._line_of(self.pool_of(ticket.origin), tenant)
+            line.put(ticket)
+            self._after_arrival(line, ticket)
         self._file_expiry(ticket)
-        self._sweep()
 
     def withdraw(self, ticket: Ticket[ItemT]) -> None:
         """Has a request not wait any more; does nothing if it does not."""
@@ -2106,8 +2088,7 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        following = self._next_to_expire() if self.waiting else None
-        at = math.inf if following is None else following[0]
+        at = self._next_to_expire()[0] if self.waiting else math.inf
         if self._resting:
             at = min(at, self._resting[0].rests_until)
         if self._orphaned and self.waiting:
@@ -2119,16 +2100,17 @@ class Policy(Generic[ItemT, SlotT]):
         expired = []
         while self._orphaned and self._orphaned[0][0] <= now:
             pool = self._orphaned.popleft()[1]
-            if self.slots_of(pool) or pool.alone_since + self._no_worker_s > now:
+            if pool.alone_since + self._no_worker_s > now:
                 continue  # somebody has come, if only for a while
             for line in list(pool.members.values()):
                 for ticket in [each for each in line if self._due(each) <= now]:
                     self.withdraw(ticket)
                     expired.append(ticket.item)
-        while (following := self._next_to_expire()) is not None and following[0] <= now:
-            ticket = following[1]
-            self.withdraw(ticket)
-            expired.append(ticket.item)
+        at, first = self._next_to_expire()
+        while first is not None and at <= now:
+            self.withdraw(first)
+            expired.append(first.item)
+            at, first = self._next_to_expire()
         return expired
 
     def oldest_wait(self, now: float) -> float:
@@ -2139,44 +2121,38 @@ class Policy(Generic[ItemT, SlotT]):
     def _due(self, ticket: Ticket[ItemT]) -> float:
         """Returns when its time is over, as things stand."""
         pool = ticket.line.pool
-        if self.slots_of(pool):
+        if pool.alone_since == math.inf:
             return ticket.expires_at
         return min(ticket.expires_at, max(ticket.since, pool.alone_since) + self._no_worker_s)
 
-    def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
-        """Returns what expires first, and when: the first in the line, if it is not one of those filed.
+    def _next_to_expire(self) -> tuple[float, Ticket[ItemT] | None]:
+        """Returns when the first expires, infinity if none does: the first in the line, or one that is filed.
 
         Where all are filed, it is one of those, and what it is filed for is not later.
         """
-        first = self._line.first_to_come()
-        filed = self._first_filed() if self._expiries else None
-        if filed is not None and (first is None or filed[0] < first.expires_at):
-            return filed
-        return None if first is None else (first.expires_at, first)
-
-    def _first_filed(self) -> tuple[float, Ticket[ItemT]] | None:
         filed = self._expiries
-        while filed:
-            at, number, ticket = filed[0]
-            is_of_now = ticket.waits and ticket.filed == number
-            if is_of_now and not (self._gives_up and at < self._due(ticket)):
-                return at, ticket
-            heapq.heappop(filed)
-            if is_of_now:  # meanwhile there is somebody to serve it
-                self._file_expiry(ticket)
-        return None
+        first = self._line.first_to_come()
+        at = math.inf if first is None else first.expires_at
+        while filed and filed[0][0] < at:
+            filed_at, number, ticket = filed[0]
+            if not ticket.waits:
+                heapq.heappop(filed)
+            elif filed_at < (due := self._due(ticket)):  # it was away, or there is somebody to serve it now
+                heapq.heapreplace(filed, (due, number, ticket))
+            else:
+                return filed_at, ticket
+        return at, first
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
-        ticket.filed = next(self._numbers)
-        due = self._due(ticket) if self._gives_up else ticket.expires_at
+        due = self._due(ticket)
         if due < math.inf:
-            heapq.heappush(self._expiries, (due, ticket.filed, ticket))
+            heapq.heappush(self._expiries, (due, ticket.number, ticket))
 
     def _sweep(self) -> None:
         """Drops expiries of what does not wait any more, when they are more than the others."""
         if len(self._expiries) > 4 * self.waiting + 64:
-            self._expiries = [each for each in self._expiries if _is_of_now(each)]
-            heapq.heapify(self._expiries)
+            waiting = {each[2] for each in self._expiries if each[2].waits}
+            self._expiries = sorted((self._due(each), each.number, each) for each in waiting)
 
     # .. lines and pools ..
 
@@ -2186,31 +2162,9 @@ class Policy(Generic[ItemT, SlotT]):
             line = pool.members[tenant] = tenant.lines[pool] = Line(pool, tenant)
         return line
 
-    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
-        line = self._line_of(self.pool_of(ticket.origin), tenant)
-        if self.is_fair and not tenant.waiting:
-            self._enter(tenant)
-            self._lift(tenant)
-        line.put(ticket)
-        self._after_arrival(line, ticket)
-
-    def _put_back(self, ticket: Ticket[ItemT]) -> None:
-        tenant = ticket.line.tenant
-        if self.is_fair:
-            self.tenants[tenant.name] = tenant  # it may have been forgotten
-            if ticket.run is not None:
-                self._refund(ticket.run)
-                ticket.run = None
-            if not tenant.waiting:
-                self._enter(tenant)
-        line = self._line_of(self.pool_of(ticket.origin), tenant)
-        line.put_back(ticket)
-        self._after_arrival(line, ticket)
-
     def _after_arrival(self, line: Line[ItemT], ticket: Ticket[ItemT]) -> None:
         pool, tenant = line.pool, line.tenant
         pool.waiting += 1
-        self._mask |= pool.mask
         tenant.mask |= pool.mask
         if line.first() is ticket:
             tenant.order.file(line)
@@ -2221,15 +2175,12 @@ class Policy(Generic[ItemT, SlotT]):
         self._largest.file(tenant)
         if tenant.waiting == 1:
             self._active.file(tenant)
+        if line.waiting == 1:
             self._standings.file(tenant)
-        elif line.waiting == 1:
-            self._standings.note(tenant)
 
     def _after_removal(self, line: Line[ItemT]) -> None:
         pool, tenant = line.pool, line.tenant
         pool.waiting -= 1
-        if not pool.waiting:
-            self._mask &= ~pool.mask
         if not self.is_fair:
             return
         if not line.waiting:
@@ -2264,10 +2215,8 @@ class Policy(Generic[ItemT, SlotT]):
         if self._is_plain:
             self._is_plain = False
             for ticket in self._line:
-                if not ticket.filed:
-                    self._file_expiry(ticket)
+                self._file_expiry(ticket)
             self._others.waiting = self.waiting
-            self._mask = self._others.mask if self.waiting else 0
             self._everybody.order.file(self._line)
 
     def _move(self, line: Line[ItemT], pool: Pool) -> None:
@@ -2279,16 +2228,13 @@ class Policy(Generic[ItemT, SlotT]):
         target = self._line_of(pool, tenant)
         for ticket in found:
             ticket.waits = True
-            target.put_back(ticket)
+            target.put(ticket)
         pool.waiting += len(found)
-        self._mask |= pool.mask
         tenant.mask |= pool.mask
         tenant.order.file(target)
         line.pool.waiting -= len(found)
-        if not line.pool.waiting:
-            self._mask &= ~line.pool.mask
         if self.is_fair:
-            self._standings.note(tenant)
+            self._standings.file(tenant)
             if not line.waiting:
                 self._drop_line(line)
 
@@ -2316,8 +2262,6 @@ class Policy(Generic[ItemT, SlotT]):
         return tenant.charge_s if tenant.epoch == self._epoch else 0.0
 
     def _find_tenant(self, name: str) -> Tenant:
-        if not self.is_fair:
-            return self._everybody
         tenant = self.tenants.get(name)
         if tenant is None:
             tenant = self.tenants[name] = Tenant(name, next(self._numbers))
@@ -2328,7 +2272,6 @@ class Policy(Generic[ItemT, SlotT]):
         self._away.pop(tenant, None)
         if tenant.epoch != self._epoch:
             tenant.epoch, tenant.charge_s, tenant.had_s = self._epoch, 0.0, 0.0
-        tenant.set_rank()
 
     def _lift(self, tenant: Tenant) -> None:
         """Has a tenant that had nothing waiting begin at the least that the other active ones have had."""
@@ -2338,7 +2281,6 @@ class Policy(Generic[ItemT, SlotT]):
             tenant.charge_s += least.had_s - tenant.had_s
             tenant.had_s = least.had_s
         tenant.turn = next(self._numbers)
-        tenant.set_rank()
 
     def _exit(self, tenant: Tenant) -> None:
         """Forgets a tenant, sooner or later, if it neither waits nor runs."""
@@ -2351,7 +2293,7 @@ class Policy(Generic[ItemT, SlotT]):
             oldest = next(iter(self._away))
             del self._away[oldest]
             del self.tenants[oldest.name]
-        if self._active.first() is None:
+        if not self.waiting and not self._runs:
             self._epoch += 1
 
     def _charge(self, slot: SlotT, ticket: Ticket[ItemT]) -> None:
@@ -2361,7 +2303,6 @@ class Policy(Generic[ItemT, SlotT]):
         tenant.running += 1
         tenant.charge_s += run.counted_s
         tenant.turn = next(self._numbers)
-        tenant.set_rank()
         heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
         if len(self._growing) > 4 * len(self._runs) + 64:
             running = set(self._runs.values())
@@ -2411,7 +2352,6 @@ class Policy(Generic[ItemT, SlotT]):
 
     def _file_tenant(self, tenant: Tenant) -> None:
         """What a tenant has had is not what it was."""
-        tenant.set_rank()
         self._active.file(tenant)
         if tenant.waiting:
             self._standings.file(tenant)
@@ -2428,6 +2368,9 @@ class Policy(Generic[ItemT, SlotT]):
         if offer is None:
             offer = machine.offers[origins] = Offer(machine, self._scope_of(origins))
         offer.slots += 1
+        if not offer.scope.slots:
+            for pool in offer.scope.served or self.all_pools():
+                pool.alone_since = math.inf
         offer.scope.slots += 1
         return machine
 
@@ -2555,41 +2498,31 @@ class Policy(Generic[ItemT, SlotT]):
         """
         if not self.waiting:
             return None
-        if self._is_plain:
-            slot = self._take_slot(self._anything)
-            if slot is None:
-                return None
-            self.waiting -= 1
-            return self._line.take(), slot
-        line = self._next_line()
-        scope = None if line is None else least(line.pool.scopes, Scope.rank)
+        line = self._line if self._is_plain else self._next_line()
+        if line is None:
+            return None
+        scope = self._anything if self._is_plain else least(line.pool.scopes, Scope.rank)
         slot = None if scope is None else self._take_slot(scope)
-        if line is None or slot is None:
+        if slot is None:
             return None
         ticket = line.take()
         self.waiting -= 1
-        if self.is_fair:
-            self._charge(slot, ticket)
-        self._after_removal(line)
-        if line.tenant.waiting:
-            self._standings.file(line.tenant)
+        if not self._is_plain:
+            if self.is_fair:
+                self._charge(slot, ticket)
+            self._after_removal(line)
+            if line.tenant.waiting:
+                self._standings.file(line.tenant)
         return ticket, slot
 
     def _next_line(self) -> Line[ItemT] | None:
         """Returns the line whose first request is next, of those that a waiting slot serves."""
         lines = []
         for scope in self._scopes.values():
-            mask = scope.mask & self._mask
-            if mask and scope.idle and scope.offers.first() is not None:
-                tenant = self._standings.first(mask) if self.is_fair else self._everybody
+            if scope.idle and scope.offers.first() is not None:
+                tenant = self._standings.first(scope.mask) if self.is_fair else self._everybody
                 lines.append(None if tenant is None else tenant.first_line(scope))
-        return least(filter(None, lines), lambda line: (line.tenant.rank, line.rank()))
-
-
-def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:
-    """Whether the request waits, and has not been away since."""
-    _, filed, ticket = expiry
-    return ticket.waits and ticket.filed == filed
+        return least(filter(None, lines), lambda line: (line.tenant.rank(), line.rank()))
 
 
 # Structured fields (RFC 9651), as far as a dictionary of them needs to be understood.
