@@ -2034,7 +2034,6 @@ class Policy(Generic[ItemT, SlotT]):
             if not tenant.waiting:
                 self._enter(tenant)
         self._put(ticket, tenant)
-        self._sweep()
 
     def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
         self.waiting += 1
@@ -2147,6 +2146,7 @@ class Policy(Generic[ItemT, SlotT]):
         due = self._due(ticket)
         if due < math.inf:
             heapq.heappush(self._expiries, (due, ticket.number, ticket))
+            self._sweep()
 
     def _sweep(self) -> None:
         """Drops expiries of what does not wait any more, when they are more than the others."""

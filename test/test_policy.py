@@ -732,6 +732,22 @@ def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
     assert site.policy.next_event() == 72.0
 
 
+def test_request_that_nobody_serves_does_not_keep_those_that_came_after_it() -> None:
+    site = Site()
+    slot = site.add("a", A)
+    site.policy.join("b", frozenset((B,)))
+    site.put("waits", origin=B, limit_s=10.0)
+    tracemalloc.start()
+    for _ in range(10_000):
+        site.put("x", origin=A, limit_s=60.0)
+        assert site.policy.next_event() == 10.0
+        assert site.pairs() == [("x", "a")]
+        site.finish(slot)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 100_000
+
+
 def test_head_start_is_worth_that_much_waiting() -> None:
     """u=0 with steps of 30 s: ahead of all u=3 of the last 90 s, and behind those before."""
     site = Site()
