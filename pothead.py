@@ -1301,7 +1301,8 @@ def read_application(head: RequestHead, compatible: Sequence[str] = ()) -> Appli
     scope = _SCOPE.fullmatch(head.target)
     if scope is None and head.target != b"/ptth" and not is_old:
         raise ProtocolError(404, "workers ask for /.well-known/ptth/ORIGINS/, or for /ptth")
-    if not is_old and b"http%2F1.1" not in _members(known.get(b"alpn", ())):
+    offered = b",".join(known.get(b"alpn", ())).split(b",")
+    if not is_old and b"http%2F1.1" not in map(bytes.strip, offered):
         raise ProtocolError(400, "the field ALPN must offer http%2F1.1")
     origins = frozenset(_origins(scope[1])) if scope else frozenset[str]()
     is_envoy = len(_ENVOY_FIELD.findall(head.forwarded)) > 1
@@ -1315,11 +1316,6 @@ def _claimant(known: KnownFields) -> tuple[str, int]:
     if match is None:
         raise ProtocolError(400, "with Pothead-Claim there is one Pothead-Worker: ID; slots=N")
     return match[1].decode(), int(match[2])
-
-
-def _members(values: Iterable[bytes]) -> list[bytes]:
-    """The same as ``_list_of``, as they are written."""
-    return [member.strip(b" \t") for value in values for member in value.split(b",")]
 
 
 def _origins(scope: bytes) -> list[str]:
@@ -1839,6 +1835,11 @@ class Pool:
         self.alone_since = alone_since  # when the last slot for it went; infinity while there are some
         self.members: dict[Tenant, Line[Any]] = {}
         self.scopes: list[Scope[Any]] = [everything]  # that serve it; the others have slots
+
+    @property
+    def name(self) -> str:
+        """Its origin, for people."""
+        return self.origin or "other"
 
 
 class Scope(Generic[SlotT]):
@@ -6533,7 +6534,7 @@ def describe_pools(policy: Policy[Exchange, Slot]) -> list[dict[str, object]]:
     """Returns what waits, and which slots serve it, by pool; the last are all that have no name."""
     return [
         {
-            "pool": pool.origin or "other",
+            "pool": pool.name,
             "waiting": pool.waiting,
             "slots": policy.slots_of(pool),
             "idle": policy.idle_of(pool),
@@ -6703,10 +6704,6 @@ class MetricsCollector:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
 
-    def describe(self) -> Iterable[Metric]:
-        """Names nothing in advance: to be registered must cost nothing."""
-        return ()
-
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics as they are now."""
         yield from self._gauges()
@@ -6744,15 +6741,16 @@ class MetricsCollector:
         """Yields what there is by pool, if there are any; their names are the operator's and the workers'."""
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
+        policy = self._hub.policy
         if not self._hub.claims.uses_pools:
             return
         queues = Gauge("pothead_hub_pool_queue_length", "Requests that wait, by pool.", labels=["pool"])
         slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
-        for row in describe_pools(self._hub.policy):
-            pool, idle, count = str(row["pool"]), int(str(row["idle"])), int(str(row["slots"]))
-            queues.add_metric([pool], int(str(row["waiting"])))
-            slots.add_metric([pool, "idle"], idle)
-            slots.add_metric([pool, "busy"], count - idle)
+        for pool in policy.all_pools():
+            name, idle = pool.name, policy.idle_of(pool)
+            queues.add_metric([name], pool.waiting)
+            slots.add_metric([name, "idle"], idle)
+            slots.add_metric([name, "busy"], policy.slots_of(pool) - idle)
         yield queues
         yield slots
 
@@ -7461,7 +7459,7 @@ def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
 
 # .. the service manager, such as systemd ..
 
-SOCKET_NAMES: Final = ("consumers", "workers", "admin", "ptth")
+SOCKET_NAMES: Final = tuple(PORT_OPTIONS)
 _FIRST_PASSED_FD: Final = 3  # SD_LISTEN_FDS_START
 
 
@@ -7555,7 +7553,7 @@ class Companion:
         self._name = command[0]
         self._hub = hub
         self._status = 0
-        self._is_hurried = False
+        self._has_been_asked = self._is_hurried = False  # to end
         connect = {"POTHEAD_CONNECT": str(hub.addresses["workers"])}
         self._process = subprocess.Popen(command, env={**os.environ, **connect})
 
@@ -7570,15 +7568,14 @@ class Companion:
 
     def terminate(self) -> None:
         """Asks the command to end."""
+        self._has_been_asked = True
         self._process.terminate()
 
     def hurry(self) -> None:
-        """The hub ends at once, and so shall the command."""
+        """The hub ends at once, and so shall the command; if it has been asked already it is killed."""
         self._is_hurried = True
-
-    def kill(self) -> None:
-        """Ends the command."""
-        self._process.kill()
+        if self._has_been_asked:
+            self._process.kill()
 
     def wait(self) -> int:
         """Waits for its end; returns its exit status if it ended by itself, else 0."""
@@ -7640,10 +7637,9 @@ def _serve(given: Given, passed: Mapping[str, socket.socket], err: Output) -> in
     companion = _start_companion(command, hub) if command else None
     # 2. Ready.
     if companion is not None:
-        signals.on_child = companion.check
-        signals.on_impatience = [companion.hurry, hub.stop]
+        signals.companion = companion
         hub.loop.call_soon(companion.check)  # it may have ended already
-        hub.at_end += [companion.terminate, lambda: signals.on_impatience.append(companion.kill)]
+        hub.at_end.append(companion.terminate)
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(_listening_line(name, address, options.log_format))
@@ -7686,8 +7682,7 @@ class SignalHandler:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._terms = 0
-        self.on_child: Callable[[], None] | None = None
-        self.on_impatience: list[Callable[[], None]] = [hub.stop]
+        self.companion: Companion | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
         hub.loop.wake_on_signals()
@@ -7695,14 +7690,15 @@ class SignalHandler:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM
         if number == signal.SIGINT or self._terms > 1:
-            for function in self.on_impatience:
-                function()
+            if self.companion is not None:
+                self.companion.hurry()
+            self._hub.stop()
         elif number == signal.SIGTERM:
             self._hub.drain()
         elif number == signal.SIGHUP:
             self._hub.reload()
-        elif number == signal.SIGCHLD and self.on_child is not None:
-            self._hub.loop.call_from_thread(self.on_child)
+        elif number == signal.SIGCHLD and self.companion is not None:
+            self._hub.loop.call_from_thread(self.companion.check)
 
 
 # ---- The status page --------------------------------------------------------------------------------------
