@@ -1582,56 +1582,56 @@ class Ticket(Generic[ItemT]):
 class Line(Generic[ItemT]):
     """The requests of one tenant in one pool, by place."""
 
-    __slots__ = ("_early", "_late", "_odd", "pool", "tenant", "waiting")
+    __slots__ = ("_by_arrival", "_by_place", "_odd", "pool", "tenant", "waiting")
 
     def __init__(self, pool: Pool, tenant: Tenant) -> None:
         self.pool = pool
         self.tenant = tenant
         self.waiting = 0
-        self._late: deque[Ticket[ItemT]] = deque()  # by place, as they came; with some that do not wait
-        self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
+        self._by_arrival: deque[Ticket[ItemT]] = deque()  # as they came; with some that do not wait
+        self._by_place: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those with another place
         self._odd: Counter[int] = Counter()  # how many wait with another urgency than the normal one
 
     def put(self, ticket: Ticket[ItemT]) -> bool:
-        """Takes one up; returns whether it is behind all others."""
-        late = self._late
+        """Takes one up; returns whether it stands where it came, behind all who did."""
+        arrived = self._by_arrival
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
             self._odd[ticket.urgency] += 1
-        if late and (ticket.place < late[-1].place or ticket.number < late[-1].number):
-            heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+        if ticket.place != ticket.since or (arrived and ticket.number < arrived[-1].number):
+            heapq.heappush(self._by_place, (ticket.place, ticket.number, ticket))
             return False
-        late.append(ticket)
+        arrived.append(ticket)
         return True
 
     def first_to_come(self) -> Ticket[ItemT] | None:
         """Returns the first of those that wait as they came."""
-        late = self._late
-        while late and not late[0].waits:
-            late.popleft()
-        return late[0] if late else None
+        arrived = self._by_arrival
+        while arrived and not arrived[0].waits:
+            arrived.popleft()
+        return arrived[0] if arrived else None
 
     def first(self) -> Ticket[ItemT] | None:
         """Returns the one that is next."""
-        late, early = self._late, self._early
-        while late and not late[0].waits:
-            late.popleft()
-        while early and not early[0][2].waits:
-            heapq.heappop(early)
-        if early and (not late or early[0][:2] < (late[0].place, late[0].number)):
-            return early[0][2]
-        return late[0] if late else None
+        arrived, placed = self._by_arrival, self._by_place
+        while arrived and not arrived[0].waits:
+            arrived.popleft()
+        while placed and not placed[0][2].waits:
+            heapq.heappop(placed)
+        if placed and (not arrived or placed[0][:2] < (arrived[0].place, arrived[0].number)):
+            return placed[0][2]
+        return arrived[0] if arrived else None
 
     def take(self) -> Ticket[ItemT]:
         """Removes and returns the one that is next; there must be one."""
-        late, early = self._late, self._early
-        ticket = late[0] if late and late[0].waits and not early else self.first()
+        arrived, placed = self._by_arrival, self._by_place
+        ticket = arrived[0] if arrived and arrived[0].waits and not placed else self.first()
         assert ticket is not None
-        if late and late[0] is ticket:
-            late.popleft()
+        if arrived and arrived[0] is ticket:
+            arrived.popleft()
         else:
-            heapq.heappop(early)
+            heapq.heappop(placed)
         self._count_off(ticket)
         return ticket
 
@@ -1648,13 +1648,13 @@ class Line(Generic[ItemT]):
 
     def _sweep(self) -> None:
         """Drops what does not wait any more, when it is more than what does."""
-        if len(self._late) + len(self._early) > 2 * self.waiting + 8:
+        if len(self._by_arrival) + len(self._by_place) > 2 * self.waiting + 8:
             self._drop_gone()
 
     def _drop_gone(self) -> None:
-        self._late = deque(ticket for ticket in self._late if ticket.waits)
-        self._early = [each for each in self._early if each[2].waits]
-        heapq.heapify(self._early)
+        self._by_arrival = deque(ticket for ticket in self._by_arrival if ticket.waits)
+        self._by_place = [each for each in self._by_place if each[2].waits]
+        heapq.heapify(self._by_place)
 
     def rank(self) -> Rank | None:
         """Returns the place of the request that is next."""
@@ -1670,17 +1670,16 @@ class Line(Generic[ItemT]):
 
     def __iter__(self) -> Iterator[Ticket[ItemT]]:
         """Yields what waits, by place."""
-        late = ((ticket.place, ticket.number, ticket) for ticket in self._late)
-        for _, _, ticket in heapq.merge(late, sorted(self._early)):
+        arrived = ((ticket.place, ticket.number, ticket) for ticket in self._by_arrival)
+        for _, _, ticket in heapq.merge(arrived, sorted(self._by_place)):
             if ticket.waits:
                 yield ticket
 
     def oldest(self) -> float:
         """Returns since when the oldest waits, infinity without one."""
-        if any(self._odd.values()):
-            return min((ticket.since for ticket in self), default=math.inf)
-        late = itertools.islice((ticket.since for ticket in self._late if ticket.waits), 1)
-        return min([*late, *(each[2].since for each in self._early if each[2].waits)], default=math.inf)
+        first = self.first_to_come()
+        others = (each[2].since for each in self._by_place if each[2].waits)
+        return min([math.inf if first is None else first.since, *others])
 
     def remove(self, origin: str) -> list[Ticket[ItemT]]:
         """Removes and returns those of a pool that has got a name."""
@@ -1695,17 +1694,16 @@ class Line(Generic[ItemT]):
 class Run:
     """What a tenant is charged for one request that a slot serves, or has served."""
 
-    __slots__ = ("counted_s", "had_s", "is_charged", "since", "tenant", "turn")
+    __slots__ = ("counted_s", "had_s", "since", "tenant", "turn")
 
     GROWTH: Final = 1.25
 
-    def __init__(self, tenant: Tenant, now: float, counted_s: float) -> None:
+    def __init__(self, tenant: Tenant, now: float) -> None:
         self.tenant = tenant
-        self.since = now
-        self.counted_s = counted_s  # by estimate, and a little too much
+        self.since = now  # infinity when it is charged for no more: it has ended, or has to be run again
+        self.counted_s = 0.0  # by estimate, and a little too much
         self.had_s = 0.0  # for certain, and a little too little
         self.turn = tenant.turn  # when that had one before
-        self.is_charged = True  # not any more when the request has to be run again
 
 
 class Tenant:
@@ -2254,7 +2252,7 @@ class Policy(Generic[ItemT, SlotT]):
         """Returns how many seconds each tenant has had of the slots, with what runs."""
         times = {tenant: tenant.worked_s for tenant in self.tenants.values()}
         for run in self._runs.values():
-            if run.is_charged and run.since < math.inf:
+            if run.since < math.inf:
                 times[run.tenant] += now - run.since
         return times
 
@@ -2277,10 +2275,10 @@ class Policy(Generic[ItemT, SlotT]):
     def _lift(self, tenant: Tenant) -> None:
         """Has a tenant that had nothing waiting begin at the least that the other active ones have had."""
         self._active.drop(tenant)
-        least = self._active.first()
-        if least is not None and least.had_s > tenant.had_s:
-            tenant.charge_s += least.had_s - tenant.had_s
-            tenant.had_s = least.had_s
+        other = self._active.first()
+        if other is not None and other.had_s > tenant.had_s:
+            tenant.charge_s += other.had_s - tenant.had_s
+            tenant.had_s = other.had_s
         tenant.turn = next(self._numbers)
 
     def _exit(self, tenant: Tenant) -> None:
@@ -2300,15 +2298,14 @@ class Policy(Generic[ItemT, SlotT]):
     def _charge(self, slot: SlotT, ticket: Ticket[ItemT]) -> None:
         """Charges a tenant for a request that begins, by estimate."""
         tenant = ticket.line.tenant
-        run = ticket.run = self._runs[slot] = Run(tenant, self._now, max(self.typical_s, 0.001))
+        run = ticket.run = self._runs[slot] = Run(tenant, self._now)
         tenant.running += 1
-        tenant.charge_s += run.counted_s
         tenant.turn = next(self._numbers)
-        heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+        self._after_removal(ticket.line)
+        self._count(run, 0.0, max(self.typical_s, 0.001))
+        heapq.heappush(self._growing, (run.since + run.counted_s, tenant.turn, run))
         if len(self._growing) > 4 * len(self._runs) + 64:
-            running = set(self._runs.values())
-            self._growing = [each for each in self._growing if each[2] in running]
-            heapq.heapify(self._growing)
+            self._growing = sorted(each for each in self._growing if each[2].since < math.inf)
 
     def _grow(self, now: float) -> None:
         """Charges a quarter more for each request that has run for as long as it has been charged for.
@@ -2316,43 +2313,39 @@ class Policy(Generic[ItemT, SlotT]):
         So what a tenant is charged changes in steps, of which a request has few, however long it runs.
         """
         while self._growing and self._growing[0][0] <= now:
-            run = heapq.heappop(self._growing)[2]
-            while run.is_charged and run.since + run.counted_s <= now:
-                tenant, more_s = run.tenant, run.counted_s * (Run.GROWTH - 1)
-                tenant.had_s += run.counted_s - run.had_s
-                tenant.charge_s += more_s
-                run.had_s = run.counted_s
-                run.counted_s += more_s
-                self._file_tenant(tenant)
-            if run.is_charged and run.since < math.inf:
-                heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+            _, turn, run = self._growing[0]
+            if run.since == math.inf:
+                heapq.heappop(self._growing)
+            else:
+                self._count(run, run.counted_s, run.counted_s * Run.GROWTH)
+                heapq.heapreplace(self._growing, (run.since + run.counted_s, turn, run))
 
     def _settle(self, run: Run, now: float) -> None:
         """Corrects what was charged for a request that has ended."""
         tenant = run.tenant
         tenant.running -= 1
-        if run.is_charged:
+        if run.since < math.inf:
             worked_s = now - run.since
-            tenant.charge_s += worked_s - run.counted_s
-            tenant.had_s += worked_s - run.had_s
             tenant.worked_s += worked_s
-            run.counted_s = run.had_s = worked_s
-            run.since = math.inf  # it is charged no more
-        self._file_tenant(tenant)
+            self._count(run, worked_s, worked_s)
+            run.since = math.inf
         self._exit(tenant)
 
     def _refund(self, run: Run) -> None:
         """Takes back what was charged for a request that has to be run again."""
-        run.tenant.charge_s -= run.counted_s
-        run.tenant.had_s -= run.had_s
+        tenant = run.tenant
         if run.since == math.inf:
-            run.tenant.worked_s -= run.counted_s
-        run.is_charged = False
-        run.tenant.turn = min(run.tenant.turn, run.turn)
-        self._file_tenant(run.tenant)
+            tenant.worked_s -= run.counted_s
+        tenant.turn = min(tenant.turn, run.turn)
+        self._count(run, 0.0, 0.0)
+        run.since = math.inf
 
-    def _file_tenant(self, tenant: Tenant) -> None:
-        """What a tenant has had is not what it was."""
+    def _count(self, run: Run, had_s: float, counted_s: float) -> None:
+        """Has its tenant be charged so much for a request."""
+        tenant = run.tenant
+        tenant.had_s += had_s - run.had_s
+        tenant.charge_s += counted_s - run.counted_s
+        run.had_s, run.counted_s = had_s, counted_s
         self._active.file(tenant)
         if tenant.waiting:
             self._standings.file(tenant)
@@ -2508,12 +2501,10 @@ class Policy(Generic[ItemT, SlotT]):
             return None
         ticket = line.take()
         self.waiting -= 1
-        if not self._is_plain:
-            if self.is_fair:
-                self._charge(slot, ticket)
+        if self.is_fair:
+            self._charge(slot, ticket)
+        elif not self._is_plain:
             self._after_removal(line)
-            if line.tenant.waiting:
-                self._standings.file(line.tenant)
         return ticket, slot
 
     def _next_line(self) -> Line[ItemT] | None:

@@ -319,6 +319,16 @@ def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
     assert queue.oldest_wait(5.0) == 4.0
 
 
+def test_oldest_wait_is_not_that_of_a_request_that_was_away_for_longer() -> None:
+    queue = filled("a", "b")
+    queue.take()
+    queue.take()
+    queue.put_back("a", 5.0)
+    queue.put_back("b", 0.0)
+    assert list(queue) == ["a", "b"]
+    assert queue.oldest_wait(6.0) == 5.0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> None:
     rng = random.Random(seed)
