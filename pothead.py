@@ -2058,7 +2058,7 @@ class Policy(Generic[ItemT, SlotT]):
 
     def evicted_by(self, tenant: str) -> Ticket[ItemT] | None:
         """Returns which request has to go, of those of the tenant with the most, for one of this tenant."""
-        largest = self._largest.first() if self.is_fair else None
+        largest = self._largest.first()
         if largest is None:
             return None
         known = self.tenants.get(tenant)
@@ -2098,12 +2098,9 @@ class Policy(Generic[ItemT, SlotT]):
         expired = []
         while self._orphaned and self._orphaned[0][0] <= now:
             pool = self._orphaned.popleft()[1]
-            if pool.alone_since + self._no_worker_s > now:
-                continue  # somebody has come, if only for a while
-            for line in list(pool.members.values()):
-                for ticket in [each for each in line if self._due(each) <= now]:
-                    self.withdraw(ticket)
-                    expired.append(ticket.item)
+            if pool.alone_since + self._no_worker_s <= now:  # nobody has come, not even for a while
+                for ticket in itertools.chain(*pool.members.values()):
+                    self._file_expiry(ticket)
         at, first = self._next_to_expire()
         while first is not None and at <= now:
             self.withdraw(first)
@@ -6828,13 +6825,8 @@ class MetricsCollector:
         yield bodies
 
 
-def _status_page(hub: Hub) -> Answer:
-    page, policy = status_page()
-    return Answer(200, page, "text/html; charset=utf-8", [(b"Content-Security-Policy", policy)])
-
-
 PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
-    b"/": _status_page,
+    b"/": lambda hub: status_page(),
     b"/stats": _stats,
     b"/metrics": _metrics,
     b"/livez": _livez,
@@ -7370,7 +7362,8 @@ class Given:
     def _make_options(self) -> Options:
         values: dict[str, Any] = {}
         for name, (_, parse, _, _) in OPTION_HELP.items():
-            for source, text in itertools.islice(self._said(name), 1):
+            source, text = self._said(name)
+            if text is not None:
                 self.sources[name] = source
                 values[name] = parse_or_refuse(parse, text, f"{source}: ")
         try:
@@ -7378,13 +7371,13 @@ class Given:
         except ValueError as exc:
             raise UsageError(str(exc)) from None
 
-    def _said(self, name: str) -> Iterator[tuple[str, str]]:
-        """Yields where the option is given, and what is said there; the first one counts."""
-        if (text := getattr(self._arguments, name)) is not None:
-            yield flag_of(name), text
+    def _said(self, name: str) -> tuple[str, str | None]:
+        """Returns where the option is given, and what is said there, ``None`` if nothing."""
+        text = getattr(self._arguments, name)
+        if text is not None:
+            return flag_of(name), text
         variable = ENVIRONMENT_PREFIX + name.upper()
-        if text := self._environ.get(variable):
-            yield variable, text
+        return variable, self._environ.get(variable) or None
 
     def describe(self) -> Iterator[str]:
         """Yields a line for each option in force."""
@@ -7406,12 +7399,6 @@ def split_command(argv: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     if split + 1 == len(words):
         raise UsageError("after -- there must be a command")
     return words[:split], words[split + 1 :]
-
-
-def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
-    """Returns the options and the command to run.  Raises ``UsageError``."""
-    given = Given(argv, environ)
-    return given.options, given.command
 
 
 def check_line(text: str, log_format: str) -> str:
@@ -7699,9 +7686,8 @@ class SignalHandler:
 # so that nothing else could run even if that were forgotten once.
 
 
-@functools.cache
-def status_page() -> tuple[bytes, bytes]:
-    """Returns the page and its Content-Security-Policy."""
+def status_page() -> Answer:
+    """Returns the page, with its Content-Security-Policy."""
     style, script = (
         b"'sha256-%b'" % base64.b64encode(hashlib.sha256(text.encode()).digest())
         for text in (PAGE_STYLE, PAGE_SCRIPT)
@@ -7710,7 +7696,9 @@ def status_page() -> tuple[bytes, bytes]:
         b"default-src 'none'; style-src %b; script-src %b; connect-src 'self'; img-src data:; "
         b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     ) % (style, script)
-    return PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1).encode(), policy
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
+    fields = [(b"Content-Security-Policy", policy)]
+    return Answer(200, page.encode(), "text/html; charset=utf-8", fields)
 
 
 PAGE: Final = r"""<!doctype html>
