@@ -1710,8 +1710,8 @@ class Tenant:
     """One of those who share the slots, and what it has had of them."""
 
     __slots__ = (
-        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order",
-        "running", "turn", "waiting", "worked_s",
+        "charge_s", "epoch", "had_s", "lines", "name", "newest", "number", "order", "running",
+        "turn", "waiting", "worked_s",
     )  # fmt: skip
 
     def __init__(self, name: str, number: int) -> None:
@@ -1724,8 +1724,7 @@ class Tenant:
         self.waiting = 0
         self.running = 0
         self.turn = number  # when it last got a slot, or began to wait for one; a running number
-        self.lines: dict[Pool, Line[Any]] = {}
-        self.mask = 0  # the pools that it waits in
+        self.lines: dict[Pool, Line[Any]] = {}  # with fair shares: of the pools that it waits in
         self.order: Ranking[Line[Any]] = Ranking(Line.rank)  # its lines, by place
         self.newest: list[tuple[int, Ticket[Any]]] = []  # heap, with some that do not wait
 
@@ -1763,17 +1762,17 @@ class Tenant:
 class Standings:
     """The tenants that wait, by rank; tells the first of those that wait in some pools.
 
-    Sorted pieces of a bounded length, each with a mask of the pools in which somebody in it waits, or has
-    waited not long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
+    Sorted pieces of a bounded length, each with the pools in which somebody in it waits, or has waited not
+    long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
     """
 
-    __slots__ = ("_filed", "_masks", "_pieces")
+    __slots__ = ("_filed", "_pieces", "_pools")
 
     LENGTH: Final = 64
 
     def __init__(self) -> None:
         self._pieces: list[list[tuple[float, int, Tenant]]] = [[]]
-        self._masks = [0]
+        self._pools: list[set[Pool]] = [set()]
         self._filed: dict[Tenant, tuple[float, int, Tenant]] = {}
 
     def file(self, tenant: Tenant) -> None:
@@ -1783,10 +1782,10 @@ class Standings:
         number = self._find(entry)
         piece = self._pieces[number]
         bisect.insort(piece, entry)
-        self._masks[number] |= tenant.mask
+        self._pools[number].update(tenant.lines)
         if len(piece) > 2 * self.LENGTH:
             self._pieces[number : number + 1] = [piece[: self.LENGTH], piece[self.LENGTH :]]
-            self._masks.insert(number, self._masks[number])
+            self._pools.insert(number, set(self._pools[number]))
 
     def drop(self, tenant: Tenant) -> None:
         """Forgets the tenant."""
@@ -1797,18 +1796,20 @@ class Standings:
         piece = self._pieces[number]
         del piece[bisect.bisect_left(piece, entry)]
         if not piece and len(self._pieces) > 1:
-            del self._pieces[number], self._masks[number]
+            del self._pieces[number], self._pools[number]
 
-    def first(self, mask: int) -> Tenant | None:
-        """Returns the first that waits in one of these pools."""
-        for number, known in enumerate(self._masks):
-            if known & mask:
-                seen = 0
+    def first(self, scope: Scope[Any]) -> Tenant | None:
+        """Returns the first that waits in a pool that these slots serve."""
+        if not scope.origins:
+            return self._pieces[0][0][2] if self._filed else None
+        for number, known in enumerate(self._pools):
+            if not known.isdisjoint(scope.served):
+                seen: set[Pool] = set()
                 for _, _, tenant in self._pieces[number]:
-                    if tenant.mask & mask:
+                    if not tenant.lines.keys().isdisjoint(scope.served):
                         return tenant
-                    seen |= tenant.mask
-                self._masks[number] = seen
+                    seen.update(tenant.lines)
+                self._pools[number] = seen
         return None
 
     def _find(self, entry: tuple[float, int, Tenant]) -> int:
@@ -1823,11 +1824,10 @@ def _last(piece: list[tuple[float, int, Tenant]]) -> tuple[float, int, Tenant]:
 class Pool:
     """The requests that the same slots may serve."""
 
-    __slots__ = ("alone_since", "is_kept", "mask", "members", "origin", "scopes", "waiting")
+    __slots__ = ("alone_since", "is_kept", "members", "origin", "scopes", "waiting")
 
-    def __init__(self, origin: str, mask: int, everything: Scope[Any], alone_since: float) -> None:
+    def __init__(self, origin: str, everything: Scope[Any], alone_since: float) -> None:
         self.origin = origin  # none: all origins that have no pool of their own
-        self.mask = mask  # a bit of its own
         self.is_kept = False
         self.waiting = 0
         self.alone_since = alone_since  # when the last slot for it went; infinity while there are some
@@ -1843,12 +1843,11 @@ class Pool:
 class Scope(Generic[SlotT]):
     """The slots that serve the same pools."""
 
-    __slots__ = ("idle", "mask", "offers", "origins", "served", "slots")
+    __slots__ = ("idle", "offers", "origins", "served", "slots")
 
     def __init__(self, origins: frozenset[str]) -> None:
         self.origins = origins
         self.served: list[Pool] = []  # by name; none if it is all
-        self.mask = 0 if origins else -1  # these pools
         self.offers: Ranking[Offer[SlotT]] = Ranking(Offer.rank)
         self.slots = 0
         self.idle = 0
@@ -1941,7 +1940,7 @@ class Policy(Generic[ItemT, SlotT]):
         self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
         self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
         self._anything = self._scopes[ANYTHING]
-        self._others = Pool("", 1, self._anything, -math.inf)
+        self._others = Pool("", self._anything, -math.inf)
         self._everybody = Tenant("", 0)
         self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
         self._others.members[self._everybody] = self._everybody.lines[self._others] = self._line
@@ -2161,7 +2160,6 @@ class Policy(Generic[ItemT, SlotT]):
     def _after_arrival(self, line: Line[ItemT], ticket: Ticket[ItemT]) -> None:
         pool, tenant = line.pool, line.tenant
         pool.waiting += 1
-        tenant.mask |= pool.mask
         if line.first() is ticket:
             tenant.order.file(line)
         if not self.is_fair:
@@ -2188,7 +2186,6 @@ class Policy(Generic[ItemT, SlotT]):
             self._exit(tenant)
 
     def _drop_line(self, line: Line[ItemT]) -> None:
-        line.tenant.mask &= ~line.pool.mask
         line.tenant.order.drop(line)
         del line.pool.members[line.tenant]
         del line.tenant.lines[line.pool]
@@ -2199,9 +2196,7 @@ class Policy(Generic[ItemT, SlotT]):
         if pool is None:
             if len(self.pools) >= LIMITS.remembered_pools:
                 self._forget_a_pool()
-            used = functools.reduce(lambda mask, each: mask | each.mask, self.all_pools(), 0)
-            alone_since = self._others.alone_since
-            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything, alone_since)
+            pool = self.pools[origin] = Pool(origin, self._anything, self._others.alone_since)
             self._end_plainness()
             for line in list(self._others.members.values()):
                 self._move(line, pool)
@@ -2226,7 +2221,6 @@ class Policy(Generic[ItemT, SlotT]):
             ticket.waits = True
             target.put(ticket)
         pool.waiting += len(found)
-        tenant.mask |= pool.mask
         tenant.order.file(target)
         line.pool.waiting -= len(found)
         if self.is_fair:
@@ -2372,7 +2366,6 @@ class Policy(Generic[ItemT, SlotT]):
             for origin in sorted(origins):
                 pool = self._name(origin)
                 scope.served.append(pool)
-                scope.mask |= pool.mask
                 pool.scopes.append(scope)  # so it is not forgotten for the next one
         return scope
 
@@ -2509,7 +2502,7 @@ class Policy(Generic[ItemT, SlotT]):
         lines = []
         for scope in self._scopes.values():
             if scope.idle and scope.offers.first() is not None:
-                tenant = self._standings.first(scope.mask) if self.is_fair else self._everybody
+                tenant = self._standings.first(scope) if self.is_fair else self._everybody
                 lines.append(None if tenant is None else tenant.first_line(scope))
         return least(filter(None, lines), lambda line: (line.tenant.rank(), line.rank()))
 
