@@ -7082,25 +7082,15 @@ def parse_switch(text: str) -> bool:
     raise ValueError(f"{text!r} is neither yes nor no")
 
 
-def parse_log_format(text: str) -> str:
-    """Returns one of ``LOG_FORMATS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_FORMATS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_FORMATS)}")
-    return text.lower()
+def parse_one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Returns a reader of one of these words, in any case.  It raises ``ValueError``."""
 
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text.lower()
 
-def parse_log_level(text: str) -> str:
-    """Returns one of ``LOG_LEVELS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
-
-
-def parse_token_use(text: str) -> str:
-    """Returns one of ``TOKEN_USES``.  Raises ``ValueError``."""
-    if text.lower() not in TOKEN_USES:
-        raise ValueError(f"{text!r} is not one of {', '.join(TOKEN_USES)}")
-    return text.lower()
+    return parse
 
 
 ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
@@ -7140,7 +7130,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "(default: none)"
     ),
     "admin_token_for": (
-        "security", parse_token_use, "WHAT", "what the token is needed for: orders, or all (but for probes)"
+        "security", parse_one_of(TOKEN_USES), "WHAT", "what the token is needed for: orders, or all (but for "
+        "probes)"
     ),
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
@@ -7207,8 +7198,10 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "consumers", parse_list, "IPS", "consumers whose X-Forwarded-*, Priority and tenants are believed; "
         "networks, or *"
     ),
-    "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
-    "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
+    "log_format": ("the process", parse_one_of(LOG_FORMATS), "FORMAT", "of all that is logged: text or json"),
+    "log_level": (
+        "the process", parse_one_of(LOG_LEVELS), "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"
+    ),
     "allow_anonymous_workers": (
         "ports", parse_switch, "", "let any machine that reaches the worker port be a worker"
     ),
@@ -7447,18 +7440,15 @@ def take_sockets(environ: MutableMapping[str, str]) -> dict[str, socket.socket]:
     if str(len(listed)) != count:
         raise ValueError(f"LISTEN_FDS is {count!r} and LISTEN_FDNAMES {names!r}: not one name a socket")
     sockets: dict[str, socket.socket] = {}
-    try:
+    with contextlib.ExitStack() as opened:
         for fd, name in enumerate(listed, _FIRST_PASSED_FD):
             if name not in SOCKET_NAMES:
                 known = ", ".join(SOCKET_NAMES)
                 raise ValueError(f"a socket is passed as {name!r}; FileDescriptorName= is one of {known}")
             if name in sockets:
                 raise ValueError(f"two sockets are passed as {name!r}")
-            sockets[name] = _passed_socket(fd, name)
-    except ValueError:
-        for sock in sockets.values():
-            sock.close()
-        raise
+            sockets[name] = opened.enter_context(_passed_socket(fd, name))
+        opened.pop_all()  # all are good: none is closed here
     return sockets
 
 

@@ -1290,7 +1290,7 @@ def test_check_in_json_is_json() -> None:
 SHARED = (
     *("log_uncaught", "json_message", "LogFormatter", "Output", "write_if_there_is_room", "OutputHandler"),
     *("UsageError", "OptionParser", "parse_duration", "parse_port", "parse_port_or_off", "parse_switch"),
-    *("parse_log_format", "parse_log_level", "flag_of", "add_options", "join_negatives", "describe_unknown"),
+    *("parse_one_of", "flag_of", "add_options", "join_negatives", "describe_unknown"),
     *("suggest", "warn_of_unknown_variables", "parse_or_refuse", "find_log_format", "check_line"),
 )
 
