@@ -79,6 +79,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Generic, NamedTuple, NoR
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 __version__ = "1.0.0"
 
@@ -2292,7 +2293,7 @@ class Policy(Generic[ItemT, SlotT]):
         run = ticket.run = self._runs[slot] = Run(tenant, self._now)
         tenant.running += 1
         tenant.turn = next(self._numbers)
-        self._after_removal(ticket.line)
+        self._after_removal(ticket.line)  # not before: with nothing that waits or runs it would have gone
         self._count(run, 0.0, max(self.typical_s, 0.001))
         heapq.heappush(self._growing, (run.since + run.counted_s, tenant.turn, run))
         if len(self._growing) > 4 * len(self._runs) + 64:
@@ -6679,6 +6680,20 @@ REJECTED: Final = {
 }
 
 
+def by_label(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    name: str,
+    text: str,
+    label: str,
+    numbers: Mapping[str, float] | Mapping[int, float],
+) -> Metric:
+    """Returns a metric with a number for each value of a label."""
+    metric = kind(name, text, labels=[label])
+    for value, number in numbers.items():
+        metric.add_metric([str(value)], number)
+    return metric
+
+
 class MetricsCollector:
     """Makes Prometheus metrics of what the hub counts anyway."""
 
@@ -6701,10 +6716,8 @@ class MetricsCollector:
         oldest_s = hub.policy.oldest_wait(hub.loop.now)
         yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
         yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
-        slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
-        slots.add_metric(["idle"], max(0, hub.total_slots - busy))
-        slots.add_metric(["busy"], busy)
-        yield slots
+        slots = {"idle": max(0, hub.total_slots - busy), "busy": busy}
+        yield by_label(Gauge, "pothead_hub_slots", "Slots of workers that are connected.", "state", slots)
         yield from self._pools()
         yield Gauge(
             "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
@@ -6725,14 +6738,14 @@ class MetricsCollector:
         policy = self._hub.policy
         if not self._hub.claims.uses_pools:
             return
-        queues = Gauge("pothead_hub_pool_queue_length", "Requests that wait, by pool.", labels=["pool"])
+        waiting = {pool.name: pool.waiting for pool in policy.all_pools()}
+        text = "Requests that wait, by pool."
+        yield by_label(Gauge, "pothead_hub_pool_queue_length", text, "pool", waiting)
         slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
         for pool in policy.all_pools():
-            name, idle = pool.name, policy.idle_of(pool)
-            queues.add_metric([name], pool.waiting)
-            slots.add_metric([name, "idle"], idle)
-            slots.add_metric([name, "busy"], policy.slots_of(pool) - idle)
-        yield queues
+            idle = policy.idle_of(pool)
+            slots.add_metric([pool.name, "idle"], idle)
+            slots.add_metric([pool.name, "busy"], policy.slots_of(pool) - idle)
         yield slots
 
     def _resources(self) -> Iterator[Metric]:
@@ -6740,15 +6753,11 @@ class MetricsCollector:
 
         hub = self._hub
         roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
-        connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
-        for kind, role in (("consumers", Consumer), ("workers", Slot), ("admin", Admin)):
-            connections.add_metric([kind], roles[role])
-        connections.add_metric(["newcomers"], len(hub.newcomers))
-        yield connections
-        spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
-        spools.add_metric(["memory"], hub.budget.memory_used)
-        spools.add_metric(["disk"], hub.budget.disk_used)
-        yield spools
+        connections = {"consumers": roles[Consumer], "workers": roles[Slot], "admin": roles[Admin]}
+        connections["newcomers"] = len(hub.newcomers)
+        yield by_label(Gauge, "pothead_hub_connections", "Open connections.", "kind", connections)
+        kept = {"memory": hub.budget.memory_used, "disk": hub.budget.disk_used}
+        yield by_label(Gauge, "pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", "where", kept)
         disk_limit = hub.budget.disk_limit
         yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk_limit)
         text = "When the certificate expires."
@@ -6783,22 +6792,12 @@ class MetricsCollector:
         for (method, status, outcome), count in counters.requests.items():
             requests.add_metric([method.decode(), str(status), outcome.code], count)
         yield requests
-        errors = Counts(
-            "pothead_hub_worker_errors", "Answers of workers with 500 or more.", labels=["status"]
-        )
-        for status, count in counters.worker_errors.items():
-            errors.add_metric([str(status)], count)
-        yield errors
-        workers = Counts(
-            "pothead_hub_worker_requests", "Requests that workers with a name were given.", labels=["worker"]
-        )
-        for name, count in counters.by_worker.items():
-            workers.add_metric([name], count)
-        yield workers
-        refused = Counts("pothead_hub_refused_workers", "Handshakes that were refused.", labels=["status"])
-        for status, count in counters.refused_workers.items():
-            refused.add_metric([str(status)], count)
-        yield refused
+        text = "Answers of workers with 500 or more."
+        yield by_label(Counts, "pothead_hub_worker_errors", text, "status", counters.worker_errors)
+        text = "Requests that workers with a name were given."
+        yield by_label(Counts, "pothead_hub_worker_requests", text, "worker", counters.by_worker)
+        text = "Handshakes that were refused."
+        yield by_label(Counts, "pothead_hub_refused_workers", text, "status", counters.refused_workers)
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )
@@ -6806,16 +6805,12 @@ class MetricsCollector:
             "pothead_hub_turned_away", "Requests offered to a slot that was not free any more.",
             counters.turned_away,
         )  # fmt: skip
-        rejected = Counts("pothead_hub_rejected", "Requests that the hub turned away.", labels=["reason"])
-        for outcome, reason in REJECTED.items():
-            rejected.add_metric([reason], counters.outcomes[outcome])
-        yield rejected
-        bodies = Counts(
-            "pothead_hub_bytes", "Bytes of bodies of requests that have ended.", labels=["direction"]
-        )
-        bodies.add_metric(["in"], counters.bytes_in)
-        bodies.add_metric(["out"], counters.bytes_out)
-        yield bodies
+        rejected = {reason: counters.outcomes[outcome] for outcome, reason in REJECTED.items()}
+        text = "Requests that the hub turned away."
+        yield by_label(Counts, "pothead_hub_rejected", text, "reason", rejected)
+        text = "Bytes of bodies of requests that have ended."
+        moved = {"in": counters.bytes_in, "out": counters.bytes_out}
+        yield by_label(Counts, "pothead_hub_bytes", text, "direction", moved)
 
 
 PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
