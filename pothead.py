@@ -1446,12 +1446,8 @@ class SlotLike(Protocol):
     """What the policy needs to know of a slot."""
 
     @property
-    def machine(self) -> Machine[Any]:
-        """The machine that it is on, as ``Policy.join`` has given it."""
-
-    @property
-    def origins(self) -> frozenset[str]:
-        """The pools that it serves, as ``Policy.join`` has been told; none for all of them."""
+    def offer(self) -> Offer[Any]:
+        """What it is part of, as ``Policy.join`` has told it."""
 
 
 ItemT = TypeVar("ItemT")
@@ -2344,8 +2340,8 @@ class Policy(Generic[ItemT, SlotT]):
 
     # .. slots ..
 
-    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Machine[SlotT]:
-        """Counts a new slot of the machine, which serves these origins, and returns the machine."""
+    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Offer[SlotT]:
+        """Counts a new slot of the machine, which serves these origins, and returns what it is part of."""
         machine = self.machines.get(name)
         if machine is None:
             machine = self.machines[name] = self.gone.pop(name) if name in self.gone else Machine(name)
@@ -2358,7 +2354,7 @@ class Policy(Generic[ItemT, SlotT]):
             for pool in offer.scope.served or self.all_pools():
                 pool.alone_since = math.inf
         offer.scope.slots += 1
-        return machine
+        return offer
 
     def _scope_of(self, origins: frozenset[str]) -> Scope[SlotT]:
         scope = self._scopes.get(origins)
@@ -2370,12 +2366,12 @@ class Policy(Generic[ItemT, SlotT]):
                 pool.scopes.append(scope)  # so it is not forgotten for the next one
         return scope
 
-    def leave(self, machine: Machine[SlotT], now: float, origins: frozenset[str] = ANYTHING) -> None:
+    def leave(self, offer: Offer[SlotT], now: float) -> None:
         """Counts one slot less; it must not wait or run any more."""
-        offer = machine.offers[origins]
+        machine = offer.machine
         offer.slots -= 1
         if not offer.slots:
-            del machine.offers[origins]
+            del machine.offers[offer.scope.origins]
             offer.scope.offers.drop(offer)
         self._count_off(offer.scope, now)
         machine.slots -= 1
@@ -2401,34 +2397,31 @@ class Policy(Generic[ItemT, SlotT]):
 
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
-        offers = slot.machine.offers
-        offer = offers[slot.origins]
-        scope = offer.scope
+        offer, scope = slot.offer, slot.offer.scope
         offer.newest = offer.idle[slot] = -next(self._numbers)
         scope.idle += 1
         self.idle += 1
-        if len(offers) == 1:
+        if len(offer.machine.offers) == 1:
             scope.offers.file(offer)
         else:
-            self._file(slot.machine)
+            self._file(offer.machine)
 
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
-        offer = slot.machine.offers[slot.origins]
-        if offer.remove(slot):
-            offer.scope.idle -= 1
+        if slot.offer.remove(slot):
+            slot.offer.scope.idle -= 1
             self.idle -= 1
 
     def release(self, slot: SlotT, now: float, *, park: bool = False) -> None:
         """Stops counting a slot as running; with ``park`` it waits again."""
-        slot.machine.running -= 1
+        slot.offer.machine.running -= 1
         self.running -= 1
         if self._runs and (run := self._runs.pop(slot, None)) is not None:
             self._settle(run, now)
         if park:
             self.park(slot)
         else:
-            self._file(slot.machine)
+            self._file(slot.offer.machine)
 
     def take_spare(self, needed: int) -> SlotT | None:
         """Returns, counted as running, a slot of which there are more than needed of its kind."""
@@ -4784,7 +4777,7 @@ class Slot:
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "origins", "parked_at", "registration", "served", "since", "stream",
+        "name", "offer", "parked_at", "registration", "served", "since", "stream",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -4796,9 +4789,10 @@ class Slot:
         self.is_welcome = True  # for another request: the workers file still allows it
         machine = stream.address.rpartition(":")[0]
         # What it serves, none: all.
-        self.origins = registration.origins | {BY_ADDRESS} if registration.origins else registration.origins
+        origins = registration.origins | {BY_ADDRESS} if registration.origins else registration.origins
         name = f"{self.name}@{machine}" if self.name else machine
-        self.machine: Machine[Slot] = hub.join(name, self.origins)
+        self.offer: Offer[Slot] = hub.join(name, origins)
+        self.machine = self.offer.machine
         self.exchange: Exchange | None = None
         self.since = self.parked_at = hub.loop.now
         self.served = 0
@@ -5562,7 +5556,7 @@ class Hub:
             self._forget(slot)
             return
         self.slots.discard(slot)
-        self.policy.leave(slot.machine, self.loop.now, slot.origins)
+        self.policy.leave(slot.offer, self.loop.now)
         self._claiming -= 1
         Applicant(self, stream, slot.registration, received)
         if received:
@@ -5630,8 +5624,8 @@ class Hub:
 
     # .. pairing ..
 
-    def join(self, name: str, origins: frozenset[str]) -> Machine[Slot]:
-        """Counts a new slot of a machine, which serves these origins, and returns the machine."""
+    def join(self, name: str, origins: frozenset[str]) -> Offer[Slot]:
+        """Counts a new slot of a machine, which serves these origins, and returns what it is part of."""
         if origins and not self.claims.uses_pools:
             self.claims.uses_pools = True
             for exchange in self.exchanges:  # they came when nobody asked for their pool
@@ -5764,7 +5758,7 @@ class Hub:
             self.slots.remove(slot)
             self.count_process(slot.registration, -1)
             self._claiming -= slot.registration.process != ""
-            self.policy.leave(slot.machine, self.loop.now, slot.origins)
+            self.policy.leave(slot.offer, self.loop.now)
         slot.stream.close()
 
     def on_breach(self, slot: Slot) -> None:

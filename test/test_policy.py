@@ -15,14 +15,13 @@ import order_model
 import pytest
 
 import wire
-from pothead import LIMITS, Claim, Machine, Policy, Ticket, wait_estimate
+from pothead import LIMITS, Claim, Offer, Policy, Ticket, wait_estimate
 
 
 @dataclass(eq=False)
 class Slot:
     name: str
-    machine: Machine
-    origins: frozenset[str] = frozenset()
+    offer: Offer
 
 
 class Line:
@@ -508,7 +507,7 @@ def plain_search(waiting: list[Slot], running: list[Slot]) -> Slot | None:
     """Return the latest of the waiting slots whose machine runs the fewest requests."""
 
     def load(slot: Slot) -> int:
-        return sum(other.machine == slot.machine for other in running)
+        return sum(other.offer == slot.offer for other in running)
 
     least = min(map(load, waiting), default=0)
     return next((slot for slot in reversed(waiting) if load(slot) == least), None)
@@ -535,12 +534,12 @@ def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
     policy: Policy[object, Slot] = Policy(1)
     count = LIMITS.remembered_machines
     for number in range(count + 1):
-        machine = policy.join(str(number))
-        machine.served = number
-        policy.leave(machine, 2.0)
+        offer = policy.join(str(number))
+        offer.machine.served = number
+        policy.leave(offer, 2.0)
     assert len(policy.gone) == count
-    assert policy.join("0").served == 0
-    assert policy.join("1").served == 1
+    assert policy.join("0").machine.served == 0
+    assert policy.join("1").machine.served == 1
     assert set(policy.machines) == {"0", "1"}
 
 
@@ -592,7 +591,7 @@ class Site:
         self.now = 0.0
 
     def add(self, name: str, *origins: str) -> Slot:
-        slot = Slot(name, self.policy.join(name, frozenset(origins)), frozenset(origins))
+        slot = Slot(name, self.policy.join(name, frozenset(origins)))
         self.policy.park(slot)
         return slot
 
@@ -680,10 +679,10 @@ def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
     def come_and_go(count: int) -> None:
         for number in range(count):
             origins = frozenset((f"http://{number}", A))
-            slot = Slot("s", site.policy.join("m", origins), origins)
+            slot = Slot("s", site.policy.join("m", origins))
             site.policy.park(slot)
             site.policy.remove(slot)
-            site.policy.leave(slot.machine, 0.0, origins)
+            site.policy.leave(slot.offer, 0.0)
 
     come_and_go(500)
     tracemalloc.start()
@@ -703,7 +702,7 @@ def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs() ->
         site.put("x", origin=origin)
         assert site.pairs() == [("x", "m")]
         site.policy.release(slot, 0.0)
-        site.policy.leave(slot.machine, 0.0, slot.origins)
+        site.policy.leave(slot.offer, 0.0)
     assert len(site.policy.pools) == LIMITS.remembered_pools
     assert len(site.policy._everybody.lines) <= LIMITS.remembered_pools + 1
 
@@ -732,7 +731,7 @@ def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
     site.put("early", origin=A, limit_s=60.0)
     assert site.policy.next_event() == 60.0
     site.policy.release(slot, 10.0)
-    site.policy.leave(slot.machine, 10.0, slot.origins)
+    site.policy.leave(slot.offer, 10.0)
     site.now = 12.0
     site.put("late", origin=A, limit_s=60.0)
     assert site.policy.next_event() == 15.0
