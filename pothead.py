@@ -1809,6 +1809,11 @@ class Standings:
                 self._pools[number] = seen
         return None
 
+    def forget(self, pool: Pool) -> None:
+        """Nobody waits in the pool, and nobody will."""
+        for known in self._pools:
+            known.discard(pool)
+
     def _find(self, entry: tuple[float, int, Tenant]) -> int:
         number = bisect.bisect_left(self._pieces, entry, key=_last) if len(self._pieces) > 1 else 0
         return min(number, len(self._pieces) - 1)
@@ -2231,6 +2236,7 @@ class Policy(Generic[ItemT, SlotT]):
             if not (pool.is_kept or pool.waiting or len(pool.scopes) > 1):
                 for line in list(pool.members.values()):
                     self._drop_line(line)
+                self._standings.forget(pool)
                 del self.pools[pool.origin]
                 return
 

@@ -694,8 +694,10 @@ def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
     assert len(site.policy.pool_of(A).scopes) == 1
 
 
-def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs() -> None:
-    site = Site()
+@pytest.mark.parametrize("is_fair", [False, True])
+def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs(is_fair: bool) -> None:
+    site = Site(is_fair=is_fair)
+    site.put("waits", origin="http://nobody")
     for number in range(3 * LIMITS.remembered_pools):
         origin = f"http://{number}"
         slot = site.add("m", origin)
@@ -705,6 +707,7 @@ def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs() ->
         site.policy.leave(slot.offer, 0.0)
     assert len(site.policy.pools) == LIMITS.remembered_pools
     assert len(site.policy._everybody.lines) <= LIMITS.remembered_pools + 1
+    assert sum(map(len, site.policy._standings._pools)) <= LIMITS.remembered_pools + 1
 
 
 @pytest.mark.parametrize(
