@@ -760,6 +760,22 @@ def test_request_that_nobody_serves_does_not_keep_those_that_came_after_it() -> 
     assert kept_bytes < 100_000
 
 
+@pytest.mark.parametrize("is_fair", [False, True])
+def test_requests_that_are_served_at_once_leave_nothing_behind(is_fair: bool) -> None:
+    site = Site(is_fair=is_fair)
+    slot = site.add("a", A)
+    tracemalloc.start()
+    for _ in range(10_000):
+        site.put("x", origin=A, tenant="anna", limit_s=60.0)
+        assert site.pairs() == [("x", "a")]
+        assert site.policy.next_event() == math.inf
+        site.pass_time(0.125)
+        site.finish(slot)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 100_000
+
+
 def test_head_start_is_worth_that_much_waiting() -> None:
     """u=0 with steps of 30 s: ahead of all u=3 of the last 90 s, and behind those before."""
     site = Site()
