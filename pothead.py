@@ -1623,12 +1623,15 @@ class Line(Generic[ItemT]):
     def take(self) -> Ticket[ItemT]:
         """Removes and returns the one that is next; there must be one."""
         arrived, placed = self._by_arrival, self._by_place
-        ticket = arrived[0] if arrived and arrived[0].waits and not placed else self.first()
-        assert ticket is not None
-        if arrived and arrived[0] is ticket:
-            arrived.popleft()
+        if placed or not arrived[0].waits:
+            ticket = self.first()
+            assert ticket is not None
+            if arrived and arrived[0] is ticket:
+                arrived.popleft()
+            else:
+                heapq.heappop(placed)
         else:
-            heapq.heappop(placed)
+            ticket = arrived.popleft()
         self._count_off(ticket)
         return ticket
 
