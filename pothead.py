@@ -81,6 +81,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Generic, NamedTuple, NoR
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 __version__ = "1.0.0"
 
@@ -1232,7 +1233,8 @@ def read_application(head: RequestHead, compatible: Sequence[str] = ()) -> Appli
     scope = _SCOPE.fullmatch(head.target)
     if scope is None and head.target != b"/ptth" and not is_old:
         raise ProtocolError(404, "workers ask for /.well-known/ptth/ORIGINS/, or for /ptth")
-    if not is_old and b"http%2F1.1" not in _members(known.get(b"alpn", ())):
+    offered = b",".join(known.get(b"alpn", ())).split(b",")
+    if not is_old and b"http%2F1.1" not in map(bytes.strip, offered):
         raise ProtocolError(400, "the field ALPN must offer http%2F1.1")
     origins = frozenset(_origins(scope[1])) if scope else frozenset[str]()
     is_envoy = len(_ENVOY_FIELD.findall(head.forwarded)) > 1
@@ -1246,11 +1248,6 @@ def _claimant(known: KnownFields) -> tuple[str, int]:
     if match is None:
         raise ProtocolError(400, "with Pothead-Claim there is one Pothead-Worker: ID; slots=N")
     return match[1].decode(), int(match[2])
-
-
-def _members(values: Iterable[bytes]) -> list[bytes]:
-    """The same as ``_list_of``, as they are written."""
-    return [member.strip(b" \t") for value in values for member in value.split(b",")]
 
 
 def _origins(scope: bytes) -> list[str]:
@@ -1380,12 +1377,8 @@ class SlotLike(Protocol):
     """What the policy needs to know of a slot."""
 
     @property
-    def machine(self) -> Machine[Any]:
-        """The machine that it is on, as ``Policy.join`` has given it."""
-
-    @property
-    def origins(self) -> frozenset[str]:
-        """The pools that it serves, as ``Policy.join`` has been told; none for all of them."""
+    def offer(self) -> Offer[Any]:
+        """What it is part of, as ``Policy.join`` has told it."""
 
 
 ItemT = TypeVar("ItemT")
@@ -1469,6 +1462,15 @@ class Ranking(Generic[RankedT]):
         return None
 
 
+def least(things: Iterable[RankedT], rank: Callable[[RankedT], Rank | None]) -> RankedT | None:
+    """Returns the thing with the least rank, of those that are to be had."""
+    best, lowest = None, None
+    for thing in things:
+        if (its := rank(thing)) is not None and (lowest is None or its < lowest):
+            best, lowest = thing, its
+    return best
+
+
 class Claim(NamedTuple):
     """What decides when a request is served, beside its arrival."""
 
@@ -1483,8 +1485,7 @@ class Ticket(Generic[ItemT]):
     """A request's place in the line.  One that does not wait may come back to it."""
 
     __slots__ = (
-        "expires_at", "filed", "item", "line", "number", "origin", "place", "run", "since", "urgency",
-        "waits",
+        "expires_at", "item", "line", "number", "origin", "place", "run", "since", "urgency", "waits",
     )  # fmt: skip
 
     def __init__(
@@ -1503,86 +1504,65 @@ class Ticket(Generic[ItemT]):
             self.origin = claim.origin
         self.line: Line[ItemT]  # where it waits, or has waited last
         self.run: Run | None = None  # the last one, if its tenant is charged for it
-        self.filed = 0  # the number of its entry among the expiries
         self.waits = True
 
 
 class Line(Generic[ItemT]):
     """The requests of one tenant in one pool, by place."""
 
-    __slots__ = ("_early", "_late", "_odd", "pool", "tenant", "waiting")
+    __slots__ = ("_by_arrival", "_by_place", "_odd", "pool", "tenant", "waiting")
 
     def __init__(self, pool: Pool, tenant: Tenant) -> None:
         self.pool = pool
         self.tenant = tenant
         self.waiting = 0
-        self._late: deque[Ticket[ItemT]] = deque()  # by place, as they came; with some that do not wait
-        self._early: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those that belong between them
-        self._odd: dict[int, int] = {}  # how many wait with another urgency than the normal one
+        self._by_arrival: deque[Ticket[ItemT]] = deque()  # as they came; with some that do not wait
+        self._by_place: list[tuple[float, int, Ticket[ItemT]]] = []  # heap of those with another place
+        self._odd: Counter[int] = Counter()  # how many wait with another urgency than the normal one
 
     def put(self, ticket: Ticket[ItemT]) -> bool:
-        """Takes up one that came after all others; returns whether it is behind them, too."""
-        late = self._late
+        """Takes one up; returns whether it stands where it came, behind all who did."""
+        arrived = self._by_arrival
         ticket.line = self
         self.waiting += 1
         if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        if late and ticket.place < late[-1].place:
-            heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
+            self._odd[ticket.urgency] += 1
+        if ticket.place != ticket.since or (arrived and ticket.number < arrived[-1].number):
+            heapq.heappush(self._by_place, (ticket.place, ticket.number, ticket))
             return False
-        late.append(ticket)
+        arrived.append(ticket)
         return True
-
-    def put_back(self, ticket: Ticket[ItemT]) -> None:
-        """Takes up one that has been here before."""
-        ticket.line = self
-        self.waiting += 1
-        if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] = self._odd.get(ticket.urgency, 0) + 1
-        heapq.heappush(self._early, (ticket.place, ticket.number, ticket))
-        self._sweep()
 
     def first_to_come(self) -> Ticket[ItemT] | None:
         """Returns the first of those that wait as they came."""
-        late = self._late
-        while late and not late[0].waits:
-            late.popleft()
-        return late[0] if late else None
+        arrived = self._by_arrival
+        while arrived and not arrived[0].waits:
+            arrived.popleft()
+        return arrived[0] if arrived else None
 
     def first(self) -> Ticket[ItemT] | None:
         """Returns the one that is next."""
-        late, early = self._late, self._early
-        while late and not late[0].waits:
-            late.popleft()
-        while early and not early[0][2].waits:
-            heapq.heappop(early)
-        if not early:
-            return late[0] if late else None
-        if not late or early[0][:2] < (late[0].place, late[0].number):
-            return early[0][2]
-        return late[0]
+        arrived, placed = self._by_arrival, self._by_place
+        while arrived and not arrived[0].waits:
+            arrived.popleft()
+        while placed and not placed[0][2].waits:
+            heapq.heappop(placed)
+        if placed and (not arrived or placed[0][:2] < (arrived[0].place, arrived[0].number)):
+            return placed[0][2]
+        return arrived[0] if arrived else None
 
     def take(self) -> Ticket[ItemT]:
         """Removes and returns the one that is next; there must be one."""
-        if self._early:
-            return self._take_between()
-        late = self._late
-        ticket = late.popleft()
-        while not ticket.waits:
-            ticket = late.popleft()
-        ticket.waits = False
-        self.waiting -= 1
-        if ticket.urgency != NORMAL_URGENCY:
-            self._odd[ticket.urgency] -= 1
-        return ticket
-
-    def _take_between(self) -> Ticket[ItemT]:
-        ticket = self.first()
-        assert ticket is not None
-        if self._late and self._late[0] is ticket:
-            self._late.popleft()
+        arrived, placed = self._by_arrival, self._by_place
+        if placed or not arrived[0].waits:
+            ticket = self.first()
+            assert ticket is not None
+            if arrived and arrived[0] is ticket:
+                arrived.popleft()
+            else:
+                heapq.heappop(placed)
         else:
-            heapq.heappop(self._early)
+            ticket = arrived.popleft()
         self._count_off(ticket)
         return ticket
 
@@ -1599,13 +1579,13 @@ class Line(Generic[ItemT]):
 
     def _sweep(self) -> None:
         """Drops what does not wait any more, when it is more than what does."""
-        if len(self._late) + len(self._early) > 2 * self.waiting + 8:
+        if len(self._by_arrival) + len(self._by_place) > 2 * self.waiting + 8:
             self._drop_gone()
 
     def _drop_gone(self) -> None:
-        self._late = deque(ticket for ticket in self._late if ticket.waits)
-        self._early = [each for each in self._early if each[2].waits]
-        heapq.heapify(self._early)
+        self._by_arrival = deque(ticket for ticket in self._by_arrival if ticket.waits)
+        self._by_place = [each for each in self._by_place if each[2].waits]
+        heapq.heapify(self._by_place)
 
     def rank(self) -> Rank | None:
         """Returns the place of the request that is next."""
@@ -1621,17 +1601,16 @@ class Line(Generic[ItemT]):
 
     def __iter__(self) -> Iterator[Ticket[ItemT]]:
         """Yields what waits, by place."""
-        late = ((ticket.place, ticket.number, ticket) for ticket in self._late)
-        for _, _, ticket in heapq.merge(late, sorted(self._early)):
+        arrived = ((ticket.place, ticket.number, ticket) for ticket in self._by_arrival)
+        for _, _, ticket in heapq.merge(arrived, sorted(self._by_place)):
             if ticket.waits:
                 yield ticket
 
     def oldest(self) -> float:
         """Returns since when the oldest waits, infinity without one."""
-        if any(self._odd.values()):
-            return min((ticket.since for ticket in self), default=math.inf)
-        late = itertools.islice((ticket.since for ticket in self._late if ticket.waits), 1)
-        return min([*late, *(each[2].since for each in self._early if each[2].waits)], default=math.inf)
+        first = self.first_to_come()
+        others = (each[2].since for each in self._by_place if each[2].waits)
+        return min([math.inf if first is None else first.since, *others])
 
     def remove(self, origin: str) -> list[Ticket[ItemT]]:
         """Removes and returns those of a pool that has got a name."""
@@ -1646,25 +1625,24 @@ class Line(Generic[ItemT]):
 class Run:
     """What a tenant is charged for one request that a slot serves, or has served."""
 
-    __slots__ = ("counted_s", "had_s", "is_charged", "since", "tenant", "turn")
+    __slots__ = ("counted_s", "had_s", "since", "tenant", "turn")
 
     GROWTH: Final = 1.25
 
-    def __init__(self, tenant: Tenant, now: float, counted_s: float) -> None:
+    def __init__(self, tenant: Tenant, now: float) -> None:
         self.tenant = tenant
-        self.since = now
-        self.counted_s = counted_s  # by estimate, and a little too much
+        self.since = now  # infinity when it is charged for no more: it has ended, or has to be run again
+        self.counted_s = 0.0  # by estimate, and a little too much
         self.had_s = 0.0  # for certain, and a little too little
         self.turn = tenant.turn  # when that had one before
-        self.is_charged = True  # not any more when the request has to be run again
 
 
 class Tenant:
     """One of those who share the slots, and what it has had of them."""
 
     __slots__ = (
-        "charge_s", "epoch", "had_s", "lines", "mask", "name", "newest", "number", "order", "rank",
-        "running", "turn", "waiting", "worked_s",
+        "charge_s", "epoch", "had_s", "lines", "name", "newest", "number", "order", "running",
+        "turn", "waiting", "worked_s",
     )  # fmt: skip
 
     def __init__(self, name: str, number: int) -> None:
@@ -1677,25 +1655,19 @@ class Tenant:
         self.waiting = 0
         self.running = 0
         self.turn = number  # when it last got a slot, or began to wait for one; a running number
-        self.rank: Rank = (0.0, 0)  # charge and turn; of the only one: the same for ever
-        self.lines: dict[Pool, Line[Any]] = {}
-        self.mask = 0  # the pools that it waits in
+        self.lines: dict[Pool, Line[Any]] = {}  # with fair shares: of the pools that it waits in
         self.order: Ranking[Line[Any]] = Ranking(Line.rank)  # its lines, by place
         self.newest: list[tuple[int, Ticket[Any]]] = []  # heap, with some that do not wait
 
-    def set_rank(self) -> None:
-        """Has the rank say what has changed."""
-        self.rank = (self.charge_s, self.turn)
+    def rank(self) -> Rank:
+        """Returns what it is charged, then its turn."""
+        return self.charge_s, self.turn
 
     def first_line(self, scope: Scope[Any]) -> Line[Any] | None:
         """Returns the line with the request that is next, of those that these slots serve."""
         if not scope.origins:
             return self.order.first()
-        best, least = None, None
-        for line in filter(None, map(self.lines.get, scope.served)):
-            if (rank := line.rank()) is not None and (least is None or rank < least):
-                best, least = line, rank
-        return best
+        return least(filter(None, map(self.lines.get, scope.served)), Line.rank)
 
     def activity(self) -> Rank | None:
         """Returns its rank among those that wait or run."""
@@ -1721,34 +1693,30 @@ class Tenant:
 class Standings:
     """The tenants that wait, by rank; tells the first of those that wait in some pools.
 
-    Sorted pieces of a bounded length, each with a mask of the pools in which somebody in it waits, or has
-    waited not long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
+    Sorted pieces of a bounded length, each with the pools in which somebody in it waits, or has waited not
+    long ago.  So what a tenant is charged changes in one place, in however many pools it waits.
     """
 
-    __slots__ = ("_filed", "_masks", "_pieces")
+    __slots__ = ("_filed", "_pieces", "_pools")
 
     LENGTH: Final = 64
 
     def __init__(self) -> None:
         self._pieces: list[list[tuple[float, int, Tenant]]] = [[]]
-        self._masks = [0]
+        self._pools: list[set[Pool]] = [set()]
         self._filed: dict[Tenant, tuple[float, int, Tenant]] = {}
 
     def file(self, tenant: Tenant) -> None:
-        """Takes a tenant up, or its new rank."""
+        """Takes a tenant up, or its new rank, or another pool that it waits in."""
         self.drop(tenant)
         entry = self._filed[tenant] = (tenant.charge_s, tenant.turn, tenant)
         number = self._find(entry)
         piece = self._pieces[number]
         bisect.insort(piece, entry)
-        self._masks[number] |= tenant.mask
+        self._pools[number].update(tenant.lines)
         if len(piece) > 2 * self.LENGTH:
             self._pieces[number : number + 1] = [piece[: self.LENGTH], piece[self.LENGTH :]]
-            self._masks.insert(number, self._masks[number])
-
-    def note(self, tenant: Tenant) -> None:
-        """The tenant waits in another pool, too."""
-        self._masks[self._find(self._filed[tenant])] |= tenant.mask
+            self._pools.insert(number, set(self._pools[number]))
 
     def drop(self, tenant: Tenant) -> None:
         """Forgets the tenant."""
@@ -1759,19 +1727,26 @@ class Standings:
         piece = self._pieces[number]
         del piece[bisect.bisect_left(piece, entry)]
         if not piece and len(self._pieces) > 1:
-            del self._pieces[number], self._masks[number]
+            del self._pieces[number], self._pools[number]
 
-    def first(self, mask: int) -> Tenant | None:
-        """Returns the first that waits in one of these pools."""
-        for number, known in enumerate(self._masks):
-            if known & mask:
-                seen = 0
+    def first(self, scope: Scope[Any]) -> Tenant | None:
+        """Returns the first that waits in a pool that these slots serve."""
+        if not scope.origins:
+            return self._pieces[0][0][2] if self._filed else None
+        for number, known in enumerate(self._pools):
+            if not known.isdisjoint(scope.served):
+                seen: set[Pool] = set()
                 for _, _, tenant in self._pieces[number]:
-                    if tenant.mask & mask:
+                    if not tenant.lines.keys().isdisjoint(scope.served):
                         return tenant
-                    seen |= tenant.mask
-                self._masks[number] = seen
+                    seen.update(tenant.lines)
+                self._pools[number] = seen
         return None
+
+    def forget(self, pool: Pool) -> None:
+        """Nobody waits in the pool, and nobody will."""
+        for known in self._pools:
+            known.discard(pool)
 
     def _find(self, entry: tuple[float, int, Tenant]) -> int:
         number = bisect.bisect_left(self._pieces, entry, key=_last) if len(self._pieces) > 1 else 0
@@ -1785,28 +1760,30 @@ def _last(piece: list[tuple[float, int, Tenant]]) -> tuple[float, int, Tenant]:
 class Pool:
     """The requests that the same slots may serve."""
 
-    __slots__ = ("idle_since", "is_kept", "mask", "members", "origin", "scopes", "slots", "waiting")
+    __slots__ = ("alone_since", "is_kept", "members", "origin", "scopes", "waiting")
 
-    def __init__(self, origin: str, mask: int, everything: Scope[Any]) -> None:
+    def __init__(self, origin: str, everything: Scope[Any], alone_since: float) -> None:
         self.origin = origin  # none: all origins that have no pool of their own
-        self.mask = mask  # a bit of its own
         self.is_kept = False
         self.waiting = 0
-        self.slots = 0  # that have named it
-        self.idle_since = -math.inf  # without such a slot
+        self.alone_since = alone_since  # when the last slot for it went; infinity while there are some
         self.members: dict[Tenant, Line[Any]] = {}
-        self.scopes: list[Scope[Any]] = [everything]  # that serve it
+        self.scopes: list[Scope[Any]] = [everything]  # that serve it; the others have slots
+
+    @property
+    def name(self) -> str:
+        """Its origin, for people."""
+        return self.origin or "other"
 
 
 class Scope(Generic[SlotT]):
     """The slots that serve the same pools."""
 
-    __slots__ = ("idle", "mask", "offers", "origins", "served", "slots")
+    __slots__ = ("idle", "offers", "origins", "served", "slots")
 
     def __init__(self, origins: frozenset[str]) -> None:
         self.origins = origins
         self.served: list[Pool] = []  # by name; none if it is all
-        self.mask = 0 if origins else -1  # these pools
         self.offers: Ranking[Offer[SlotT]] = Ranking(Offer.rank)
         self.slots = 0
         self.idle = 0
@@ -1892,16 +1869,14 @@ class Policy(Generic[ItemT, SlotT]):
         self._gives_up = no_worker_s < math.inf  # before its time is over
         self.is_fair = is_fair
         self._numbers = itertools.count(1)
-        # Most expire in the order of the line.  Filed are the others: those that came back, or may wait less
-        # long than who came before, and all where there are more lines than one.
+        # Most expire in the order of the line.  Filed are the others: those that have another place, or may
+        # wait less long than who came before, and all where there are more lines than one.
         self._expiries: list[tuple[float, int, Ticket[ItemT]]] = []  # heap, with some that are stale
         self._last_expiry = -math.inf  # of those in the line that are not filed
         self._orphaned: deque[tuple[float, Pool]] = deque()  # by when those left without slots give up
         self._scopes: dict[frozenset[str], Scope[SlotT]] = {ANYTHING: Scope(ANYTHING)}
         self._anything = self._scopes[ANYTHING]
-        self._idle_since = -math.inf  # without a slot that serves everything
-        self._others = Pool("", 1, self._anything)
-        self._mask = 0  # the pools that somebody waits in
+        self._others = Pool("", self._anything, -math.inf)
         self._everybody = Tenant("", 0)
         self._line: Line[ItemT] = Line(self._others, self._everybody)  # the only one, as long as that is so
         self._others.members[self._everybody] = self._everybody.lines[self._others] = self._line
@@ -1935,29 +1910,20 @@ class Policy(Generic[ItemT, SlotT]):
 
     def tickets(self) -> Iterator[Ticket[ItemT]]:
         """Yields what waits, as it will be served if all take equally long and any slot serves any pool."""
-        if self._is_plain:
-            yield from self._line
-            return
-        heap: list[tuple[Rank, float, int, Ticket[ItemT], Iterator[Ticket[ItemT]]]] = []
-        ranks: dict[Tenant, Rank] = {}
         turns = itertools.count(next(self._numbers))
-        for line in self._lines():
-            rest = iter(line)
-            for ticket in itertools.islice(rest, 1):
-                heap.append((line.tenant.rank, ticket.place, ticket.number, ticket, rest))
+        heap: list[tuple[Rank, int, Iterator[Ticket[ItemT]]]] = []
+        for tenant in {line.tenant for line in self._lines()}:
+            by_place = heapq.merge(*tenant.lines.values(), key=lambda each: (each.place, each.number))
+            heap.append((tenant.rank(), tenant.number, by_place))
         heapq.heapify(heap)
         while heap:
-            rank, place, number, ticket, rest = heap[0]
-            tenant = ticket.line.tenant
-            if rank != (due := ranks.get(tenant, rank)):
-                heapq.heapreplace(heap, (due, place, number, ticket, rest))
+            rank, number, rest = heap[0]
+            ticket = next(rest, None)
+            if ticket is None:
+                heapq.heappop(heap)
                 continue
-            heapq.heappop(heap)
             yield ticket
-            if self.is_fair:
-                rank = ranks[tenant] = (rank[0] + self.typical_s, next(turns))
-            for ticket in itertools.islice(rest, 1):
-                heapq.heappush(heap, (rank, ticket.place, ticket.number, ticket, rest))
+            heapq.heapreplace(heap, ((rank[0] + self.typical_s, next(turns)), number, rest))
 
     def _lines(self) -> Iterator[Line[ItemT]]:
         for pool in self.all_pools():
@@ -1976,16 +1942,13 @@ class Policy(Generic[ItemT, SlotT]):
     def put(self, item: ItemT, now: float, limit_s: float, claim: Claim | None = None) -> Ticket[ItemT]:
         """Has ``item`` wait, for so many seconds at most.  Ask ``is_full`` before."""
         ticket = Ticket(item, next(self._numbers), now, now + limit_s, claim)
-        if self._is_plain:
-            is_last = self._line.put(ticket)
-            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
-                self._last_expiry = ticket.expires_at
-            else:
-                self._file_expiry(ticket)
-        else:
-            self._put(ticket, self._find_tenant("" if claim is None else claim.tenant))
-            self._file_expiry(ticket)
-        self.waiting += 1
+        tenant = self._everybody
+        if self.is_fair:
+            tenant = self._find_tenant("" if claim is None else claim.tenant)
+            if not tenant.waiting:
+                self._enter(tenant)
+                self._lift(tenant)
+        self._put(ticket, tenant)
         return ticket
 
     def put_back(self, ticket: Ticket[ItemT], away_s: float) -> None:
@@ -1996,13 +1959,28 @@ class Policy(Generic[ItemT, SlotT]):
         ticket.since += away_s
         ticket.expires_at += away_s
         ticket.waits = True
+        tenant = ticket.line.tenant
+        if self.is_fair:
+            self.tenants[tenant.name] = tenant  # it may have been forgotten
+            if ticket.run is not None:
+                self._refund(ticket.run)
+                ticket.run = None
+            if not tenant.waiting:
+                self._enter(tenant)
+        self._put(ticket, tenant)
+
+    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
         self.waiting += 1
         if self._is_plain:
-            self._line.put_back(ticket)
+            is_last = self._line.put(ticket)
+            if is_last and ticket.expires_at >= self._last_expiry and not self._gives_up:
+                self._last_expiry = ticket.expires_at
+                return
         else:
-            self._put_back(ticket)
+            line = self._line_of(self.pool_of(ticket.origin), tenant)
+            line.put(ticket)
+            self._after_arrival(line, ticket)
         self._file_expiry(ticket)
-        self._sweep()
 
     def withdraw(self, ticket: Ticket[ItemT]) -> None:
         """Has a request not wait any more; does nothing if it does not."""
@@ -2015,7 +1993,7 @@ class Policy(Generic[ItemT, SlotT]):
 
     def evicted_by(self, tenant: str) -> Ticket[ItemT] | None:
         """Returns which request has to go, of those of the tenant with the most, for one of this tenant."""
-        largest = self._largest.first() if self.is_fair else None
+        largest = self._largest.first()
         if largest is None:
             return None
         known = self.tenants.get(tenant)
@@ -2035,7 +2013,7 @@ class Policy(Generic[ItemT, SlotT]):
 
     def slots_of(self, pool: Pool) -> int:
         """Returns how many slots serve it, idle or busy."""
-        return pool.slots + self._anything.slots
+        return sum(scope.slots for scope in pool.scopes)
 
     def idle_of(self, pool: Pool) -> int:
         """Returns how many of these are idle."""
@@ -2043,35 +2021,26 @@ class Policy(Generic[ItemT, SlotT]):
 
     def next_event(self) -> float:
         """Returns when ``expire`` or ``wake`` have something to do, infinity if they do not."""
-        following = self._next_to_expire() if self.waiting else None
-        at = math.inf if following is None else following[0]
+        at = self._next_to_expire()[0] if self.waiting else math.inf
         if self._resting:
             at = min(at, self._resting[0].rests_until)
         if self._orphaned and self.waiting:
             at = min(at, self._orphaned[0][0])
         return at
 
-    def next_expiry(self) -> float:
-        """Returns when the time of the next request is over, infinity if there is none."""
-        following = self._next_to_expire()
-        return math.inf if following is None else following[0]
-
     def expire(self, now: float) -> list[ItemT]:
         """Withdraws and returns all whose time is over."""
         expired = []
         while self._orphaned and self._orphaned[0][0] <= now:
             pool = self._orphaned.popleft()[1]
-            left_at = max(pool.idle_since, self._idle_since)
-            if self.slots_of(pool) or left_at + self._no_worker_s > now:
-                continue  # somebody has come, if only for a while
-            for line in list(pool.members.values()):
-                for ticket in [each for each in line if self._due(each) <= now]:
-                    self.withdraw(ticket)
-                    expired.append(ticket.item)
-        while (following := self._next_to_expire()) is not None and following[0] <= now:
-            ticket = following[1]
-            self.withdraw(ticket)
-            expired.append(ticket.item)
+            if pool.alone_since + self._no_worker_s <= now:  # nobody has come, not even for a while
+                for ticket in itertools.chain(*pool.members.values()):
+                    self._file_expiry(ticket)
+        at, first = self._next_to_expire()
+        while first is not None and at <= now:
+            self.withdraw(first)
+            expired.append(first.item)
+            at, first = self._next_to_expire()
         return expired
 
     def oldest_wait(self, now: float) -> float:
@@ -2082,45 +2051,39 @@ class Policy(Generic[ItemT, SlotT]):
     def _due(self, ticket: Ticket[ItemT]) -> float:
         """Returns when its time is over, as things stand."""
         pool = ticket.line.pool
-        if self.slots_of(pool):
+        if pool.alone_since == math.inf:
             return ticket.expires_at
-        alone_since = max(ticket.since, pool.idle_since, self._idle_since)
-        return min(ticket.expires_at, alone_since + self._no_worker_s)
+        return min(ticket.expires_at, max(ticket.since, pool.alone_since) + self._no_worker_s)
 
-    def _next_to_expire(self) -> tuple[float, Ticket[ItemT]] | None:
-        """Returns what expires first, and when: the first in the line, if it is not one of those filed.
+    def _next_to_expire(self) -> tuple[float, Ticket[ItemT] | None]:
+        """Returns when the first expires, infinity if none does: the first in the line, or one that is filed.
 
         Where all are filed, it is one of those, and what it is filed for is not later.
         """
-        first = self._line.first_to_come()
-        filed = self._first_filed() if self._expiries else None
-        if filed is not None and (first is None or filed[0] < first.expires_at):
-            return filed
-        return None if first is None else (first.expires_at, first)
-
-    def _first_filed(self) -> tuple[float, Ticket[ItemT]] | None:
         filed = self._expiries
-        while filed:
-            at, number, ticket = filed[0]
-            is_of_now = ticket.waits and ticket.filed == number
-            if is_of_now and not (self._gives_up and at < self._due(ticket)):
-                return at, ticket
-            heapq.heappop(filed)
-            if is_of_now:  # meanwhile there is somebody to serve it
-                self._file_expiry(ticket)
-        return None
+        first = self._line.first_to_come()
+        at = math.inf if first is None else first.expires_at
+        while filed and filed[0][0] < at:
+            filed_at, number, ticket = filed[0]
+            if not ticket.waits:
+                heapq.heappop(filed)
+            elif filed_at < (due := self._due(ticket)):  # it was away, or there is somebody to serve it now
+                heapq.heapreplace(filed, (due, number, ticket))
+            else:
+                return filed_at, ticket
+        return at, first
 
     def _file_expiry(self, ticket: Ticket[ItemT]) -> None:
-        ticket.filed = next(self._numbers)
-        due = self._due(ticket) if self._gives_up else ticket.expires_at
+        due = self._due(ticket)
         if due < math.inf:
-            heapq.heappush(self._expiries, (due, ticket.filed, ticket))
+            heapq.heappush(self._expiries, (due, ticket.number, ticket))
+            self._sweep()
 
     def _sweep(self) -> None:
         """Drops expiries of what does not wait any more, when they are more than the others."""
         if len(self._expiries) > 4 * self.waiting + 64:
-            self._expiries = [each for each in self._expiries if _is_of_now(each)]
-            heapq.heapify(self._expiries)
+            waiting = {each[2] for each in self._expiries if each[2].waits}
+            self._expiries = sorted((self._due(each), each.number, each) for each in waiting)
 
     # .. lines and pools ..
 
@@ -2130,32 +2093,9 @@ class Policy(Generic[ItemT, SlotT]):
             line = pool.members[tenant] = tenant.lines[pool] = Line(pool, tenant)
         return line
 
-    def _put(self, ticket: Ticket[ItemT], tenant: Tenant) -> None:
-        line = self._line_of(self.pool_of(ticket.origin), tenant)
-        if self.is_fair and not tenant.waiting:
-            self._enter(tenant)
-            self._lift(tenant)
-        line.put(ticket)
-        self._after_arrival(line, ticket)
-
-    def _put_back(self, ticket: Ticket[ItemT]) -> None:
-        tenant = ticket.line.tenant
-        if self.is_fair:
-            self.tenants[tenant.name] = tenant  # it may have been forgotten
-            if ticket.run is not None:
-                self._refund(ticket.run)
-                ticket.run = None
-            if not tenant.waiting:
-                self._enter(tenant)
-        line = self._line_of(self.pool_of(ticket.origin), tenant)
-        line.put_back(ticket)
-        self._after_arrival(line, ticket)
-
     def _after_arrival(self, line: Line[ItemT], ticket: Ticket[ItemT]) -> None:
         pool, tenant = line.pool, line.tenant
         pool.waiting += 1
-        self._mask |= pool.mask
-        tenant.mask |= pool.mask
         if line.first() is ticket:
             tenant.order.file(line)
         if not self.is_fair:
@@ -2165,15 +2105,12 @@ class Policy(Generic[ItemT, SlotT]):
         self._largest.file(tenant)
         if tenant.waiting == 1:
             self._active.file(tenant)
+        if line.waiting == 1:
             self._standings.file(tenant)
-        elif line.waiting == 1:
-            self._standings.note(tenant)
 
     def _after_removal(self, line: Line[ItemT]) -> None:
         pool, tenant = line.pool, line.tenant
         pool.waiting -= 1
-        if not pool.waiting:
-            self._mask &= ~pool.mask
         if not self.is_fair:
             return
         if not line.waiting:
@@ -2185,7 +2122,6 @@ class Policy(Generic[ItemT, SlotT]):
             self._exit(tenant)
 
     def _drop_line(self, line: Line[ItemT]) -> None:
-        line.tenant.mask &= ~line.pool.mask
         line.tenant.order.drop(line)
         del line.pool.members[line.tenant]
         del line.tenant.lines[line.pool]
@@ -2196,8 +2132,7 @@ class Policy(Generic[ItemT, SlotT]):
         if pool is None:
             if len(self.pools) >= LIMITS.remembered_pools:
                 self._forget_a_pool()
-            used = functools.reduce(lambda mask, each: mask | each.mask, self.all_pools(), 0)
-            pool = self.pools[origin] = Pool(origin, ~used & (used + 1), self._anything)
+            pool = self.pools[origin] = Pool(origin, self._anything, self._others.alone_since)
             self._end_plainness()
             for line in list(self._others.members.values()):
                 self._move(line, pool)
@@ -2207,10 +2142,8 @@ class Policy(Generic[ItemT, SlotT]):
         if self._is_plain:
             self._is_plain = False
             for ticket in self._line:
-                if not ticket.filed:
-                    self._file_expiry(ticket)
+                self._file_expiry(ticket)
             self._others.waiting = self.waiting
-            self._mask = self._others.mask if self.waiting else 0
             self._everybody.order.file(self._line)
 
     def _move(self, line: Line[ItemT], pool: Pool) -> None:
@@ -2222,25 +2155,22 @@ class Policy(Generic[ItemT, SlotT]):
         target = self._line_of(pool, tenant)
         for ticket in found:
             ticket.waits = True
-            target.put_back(ticket)
+            target.put(ticket)
         pool.waiting += len(found)
-        self._mask |= pool.mask
-        tenant.mask |= pool.mask
         tenant.order.file(target)
         line.pool.waiting -= len(found)
-        if not line.pool.waiting:
-            self._mask &= ~line.pool.mask
         if self.is_fair:
-            self._standings.note(tenant)
+            self._standings.file(tenant)
             if not line.waiting:
                 self._drop_line(line)
 
     def _forget_a_pool(self) -> None:
         """Forgets the first pool that nobody has, serves or waits for."""
         for pool in self.pools.values():
-            if not (pool.is_kept or pool.slots or pool.waiting):
+            if not (pool.is_kept or pool.waiting or len(pool.scopes) > 1):
                 for line in list(pool.members.values()):
                     self._drop_line(line)
+                self._standings.forget(pool)
                 del self.pools[pool.origin]
                 return
 
@@ -2250,7 +2180,7 @@ class Policy(Generic[ItemT, SlotT]):
         """Returns how many seconds each tenant has had of the slots, with what runs."""
         times = {tenant: tenant.worked_s for tenant in self.tenants.values()}
         for run in self._runs.values():
-            if run.is_charged and run.since < math.inf:
+            if run.since < math.inf:
                 times[run.tenant] += now - run.since
         return times
 
@@ -2259,8 +2189,6 @@ class Policy(Generic[ItemT, SlotT]):
         return tenant.charge_s if tenant.epoch == self._epoch else 0.0
 
     def _find_tenant(self, name: str) -> Tenant:
-        if not self.is_fair:
-            return self._everybody
         tenant = self.tenants.get(name)
         if tenant is None:
             tenant = self.tenants[name] = Tenant(name, next(self._numbers))
@@ -2271,17 +2199,15 @@ class Policy(Generic[ItemT, SlotT]):
         self._away.pop(tenant, None)
         if tenant.epoch != self._epoch:
             tenant.epoch, tenant.charge_s, tenant.had_s = self._epoch, 0.0, 0.0
-        tenant.set_rank()
 
     def _lift(self, tenant: Tenant) -> None:
         """Has a tenant that had nothing waiting begin at the least that the other active ones have had."""
         self._active.drop(tenant)
-        least = self._active.first()
-        if least is not None and least.had_s > tenant.had_s:
-            tenant.charge_s += least.had_s - tenant.had_s
-            tenant.had_s = least.had_s
+        other = self._active.first()
+        if other is not None and other.had_s > tenant.had_s:
+            tenant.charge_s += other.had_s - tenant.had_s
+            tenant.had_s = other.had_s
         tenant.turn = next(self._numbers)
-        tenant.set_rank()
 
     def _exit(self, tenant: Tenant) -> None:
         """Forgets a tenant, sooner or later, if it neither waits nor runs."""
@@ -2294,22 +2220,20 @@ class Policy(Generic[ItemT, SlotT]):
             oldest = next(iter(self._away))
             del self._away[oldest]
             del self.tenants[oldest.name]
-        if self._active.first() is None:
+        if not self.waiting and not self._runs:
             self._epoch += 1
 
     def _charge(self, slot: SlotT, ticket: Ticket[ItemT]) -> None:
         """Charges a tenant for a request that begins, by estimate."""
         tenant = ticket.line.tenant
-        run = ticket.run = self._runs[slot] = Run(tenant, self._now, max(self.typical_s, 0.001))
+        run = ticket.run = self._runs[slot] = Run(tenant, self._now)
         tenant.running += 1
-        tenant.charge_s += run.counted_s
         tenant.turn = next(self._numbers)
-        tenant.set_rank()
-        heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+        self._after_removal(ticket.line)  # not before: with nothing that waits or runs it would have gone
+        self._count(run, 0.0, max(self.typical_s, 0.001))
+        heapq.heappush(self._growing, (run.since + run.counted_s, tenant.turn, run))
         if len(self._growing) > 4 * len(self._runs) + 64:
-            running = set(self._runs.values())
-            self._growing = [each for each in self._growing if each[2] in running]
-            heapq.heapify(self._growing)
+            self._growing = sorted(each for each in self._growing if each[2].since < math.inf)
 
     def _grow(self, now: float) -> None:
         """Charges a quarter more for each request that has run for as long as it has been charged for.
@@ -2317,52 +2241,47 @@ class Policy(Generic[ItemT, SlotT]):
         So what a tenant is charged changes in steps, of which a request has few, however long it runs.
         """
         while self._growing and self._growing[0][0] <= now:
-            run = heapq.heappop(self._growing)[2]
-            while run.is_charged and run.since + run.counted_s <= now:
-                tenant, more_s = run.tenant, run.counted_s * (Run.GROWTH - 1)
-                tenant.had_s += run.counted_s - run.had_s
-                tenant.charge_s += more_s
-                run.had_s = run.counted_s
-                run.counted_s += more_s
-                self._file_tenant(tenant)
-            if run.is_charged and run.since < math.inf:
-                heapq.heappush(self._growing, (run.since + run.counted_s, next(self._numbers), run))
+            _, turn, run = self._growing[0]
+            if run.since == math.inf:
+                heapq.heappop(self._growing)
+            else:
+                self._count(run, run.counted_s, run.counted_s * Run.GROWTH)
+                heapq.heapreplace(self._growing, (run.since + run.counted_s, turn, run))
 
     def _settle(self, run: Run, now: float) -> None:
         """Corrects what was charged for a request that has ended."""
         tenant = run.tenant
         tenant.running -= 1
-        if run.is_charged:
+        if run.since < math.inf:
             worked_s = now - run.since
-            tenant.charge_s += worked_s - run.counted_s
-            tenant.had_s += worked_s - run.had_s
             tenant.worked_s += worked_s
-            run.counted_s = run.had_s = worked_s
-            run.since = math.inf  # it is charged no more
-        self._file_tenant(tenant)
+            self._count(run, worked_s, worked_s)
+            run.since = math.inf
         self._exit(tenant)
 
     def _refund(self, run: Run) -> None:
         """Takes back what was charged for a request that has to be run again."""
-        run.tenant.charge_s -= run.counted_s
-        run.tenant.had_s -= run.had_s
+        tenant = run.tenant
         if run.since == math.inf:
-            run.tenant.worked_s -= run.counted_s
-        run.is_charged = False
-        run.tenant.turn = min(run.tenant.turn, run.turn)
-        self._file_tenant(run.tenant)
+            tenant.worked_s -= run.counted_s
+        tenant.turn = min(tenant.turn, run.turn)
+        self._count(run, 0.0, 0.0)
+        run.since = math.inf
 
-    def _file_tenant(self, tenant: Tenant) -> None:
-        """What a tenant has had is not what it was."""
-        tenant.set_rank()
+    def _count(self, run: Run, had_s: float, counted_s: float) -> None:
+        """Has its tenant be charged so much for a request."""
+        tenant = run.tenant
+        tenant.had_s += had_s - run.had_s
+        tenant.charge_s += counted_s - run.counted_s
+        run.had_s, run.counted_s = had_s, counted_s
         self._active.file(tenant)
         if tenant.waiting:
             self._standings.file(tenant)
 
     # .. slots ..
 
-    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Machine[SlotT]:
-        """Counts a new slot of the machine, which serves these origins, and returns the machine."""
+    def join(self, name: str, origins: frozenset[str] = ANYTHING) -> Offer[SlotT]:
+        """Counts a new slot of the machine, which serves these origins, and returns what it is part of."""
         machine = self.machines.get(name)
         if machine is None:
             machine = self.machines[name] = self.gone.pop(name) if name in self.gone else Machine(name)
@@ -2371,10 +2290,11 @@ class Policy(Generic[ItemT, SlotT]):
         if offer is None:
             offer = machine.offers[origins] = Offer(machine, self._scope_of(origins))
         offer.slots += 1
+        if not offer.scope.slots:
+            for pool in offer.scope.served or self.all_pools():
+                pool.alone_since = math.inf
         offer.scope.slots += 1
-        for pool in offer.scope.served:
-            pool.slots += 1
-        return machine
+        return offer
 
     def _scope_of(self, origins: frozenset[str]) -> Scope[SlotT]:
         scope = self._scopes.get(origins)
@@ -2382,20 +2302,16 @@ class Policy(Generic[ItemT, SlotT]):
             scope = self._scopes[origins] = Scope(origins)
             for origin in sorted(origins):
                 pool = self._name(origin)
-                pool.slots += 1  # so that it is not forgotten for the next one
                 scope.served.append(pool)
-                scope.mask |= pool.mask
-                pool.scopes.append(scope)
-            for pool in scope.served:
-                pool.slots -= 1
+                pool.scopes.append(scope)  # so it is not forgotten for the next one
         return scope
 
-    def leave(self, machine: Machine[SlotT], now: float, origins: frozenset[str] = ANYTHING) -> None:
+    def leave(self, offer: Offer[SlotT], now: float) -> None:
         """Counts one slot less; it must not wait or run any more."""
-        offer = machine.offers[origins]
+        machine = offer.machine
         offer.slots -= 1
         if not offer.slots:
-            del machine.offers[origins]
+            del machine.offers[offer.scope.origins]
             offer.scope.offers.drop(offer)
         self._count_off(offer.scope, now)
         machine.slots -= 1
@@ -2407,57 +2323,45 @@ class Policy(Generic[ItemT, SlotT]):
 
     def _count_off(self, scope: Scope[SlotT], now: float) -> None:
         scope.slots -= 1
-        for pool in scope.served:
-            pool.slots -= 1
-            if not pool.slots:
-                pool.idle_since = now
-                self._orphan(pool, now)
         if scope.slots:
             return
-        if scope is self._anything:
-            self._idle_since = now
-            for pool in self.all_pools():
-                self._orphan(pool, now)
-        else:
+        if scope is not self._anything:
             del self._scopes[scope.origins]
             for pool in scope.served:
                 pool.scopes.remove(scope)
-
-    def _orphan(self, pool: Pool, now: float) -> None:
-        """Notes when the requests of a pool give up, if it has no slots any more."""
-        if self._gives_up and not self.slots_of(pool):
-            self._orphaned.append((now + self._no_worker_s, pool))
+        for pool in scope.served or self.all_pools():
+            if not self.slots_of(pool):
+                pool.alone_since = now
+                if self._gives_up:
+                    self._orphaned.append((now + self._no_worker_s, pool))
 
     def park(self, slot: SlotT) -> None:
         """Has a slot wait."""
-        offers = slot.machine.offers
-        offer = offers[slot.origins]
-        scope = offer.scope
+        offer, scope = slot.offer, slot.offer.scope
         offer.newest = offer.idle[slot] = -next(self._numbers)
         scope.idle += 1
         self.idle += 1
-        if len(offers) == 1:
+        if len(offer.machine.offers) == 1:
             scope.offers.file(offer)
         else:
-            self._file(slot.machine)
+            self._file(offer.machine)
 
     def remove(self, slot: SlotT) -> None:
         """Has a slot not wait any more; does nothing if it does not."""
-        offer = slot.machine.offers[slot.origins]
-        if offer.remove(slot):
-            offer.scope.idle -= 1
+        if slot.offer.remove(slot):
+            slot.offer.scope.idle -= 1
             self.idle -= 1
 
     def release(self, slot: SlotT, now: float, *, park: bool = False) -> None:
         """Stops counting a slot as running; with ``park`` it waits again."""
-        slot.machine.running -= 1
+        slot.offer.machine.running -= 1
         self.running -= 1
         if self._runs and (run := self._runs.pop(slot, None)) is not None:
             self._settle(run, now)
         if park:
             self.park(slot)
         else:
-            self._file(slot.machine)
+            self._file(slot.offer.machine)
 
     def take_spare(self, needed: int) -> SlotT | None:
         """Returns, counted as running, a slot of which there are more than needed of its kind."""
@@ -2465,14 +2369,6 @@ class Policy(Generic[ItemT, SlotT]):
             if scope.idle > needed and (slot := self._take_slot(scope)) is not None:
                 return slot
         return None
-
-    def _best(self, scopes: Iterable[Scope[SlotT]]) -> Scope[SlotT] | None:
-        """Returns the scope whose slot is next."""
-        best, least = None, None
-        for scope in scopes:
-            if scope.idle and (rank := scope.rank()) is not None and (least is None or rank < least):
-                best, least = scope, rank
-        return best
 
     def _take_slot(self, scope: Scope[SlotT]) -> SlotT | None:
         """Returns the slot that is next, and counts it as running."""
@@ -2520,44 +2416,29 @@ class Policy(Generic[ItemT, SlotT]):
         """
         if not self.waiting:
             return None
-        if self._is_plain:
-            slot = self._take_slot(self._anything)
-            if slot is None:
-                return None
-            self.waiting -= 1
-            return self._line.take(), slot
-        line = self._next_line()
-        scope = None if line is None else self._best(line.pool.scopes)
+        line = self._line if self._is_plain else self._next_line()
+        if line is None:
+            return None
+        scope = self._anything if self._is_plain else least(line.pool.scopes, Scope.rank)
         slot = None if scope is None else self._take_slot(scope)
-        if line is None or slot is None:
+        if slot is None:
             return None
         ticket = line.take()
         self.waiting -= 1
         if self.is_fair:
             self._charge(slot, ticket)
-        self._after_removal(line)
-        if line.tenant.waiting:
-            self._standings.file(line.tenant)
+        elif not self._is_plain:
+            self._after_removal(line)
         return ticket, slot
 
     def _next_line(self) -> Line[ItemT] | None:
         """Returns the line whose first request is next, of those that a waiting slot serves."""
-        best, least = None, None
+        lines = []
         for scope in self._scopes.values():
-            mask = scope.mask & self._mask
-            if not mask or not scope.idle or scope.offers.first() is None:
-                continue
-            tenant = self._standings.first(mask) if self.is_fair else self._everybody
-            line = None if tenant is None else tenant.first_line(scope)
-            if line is not None and (least is None or (line.tenant.rank, line.rank()) < least):
-                best, least = line, (line.tenant.rank, line.rank())
-        return best
-
-
-def _is_of_now(expiry: tuple[float, int, Ticket[Any]]) -> bool:
-    """Whether the request waits, and has not been away since."""
-    _, filed, ticket = expiry
-    return ticket.waits and ticket.filed == filed
+            if scope.idle and scope.offers.first() is not None:
+                tenant = self._standings.first(scope) if self.is_fair else self._everybody
+                lines.append(None if tenant is None else tenant.first_line(scope))
+        return least(filter(None, lines), lambda line: (line.tenant.rank(), line.rank()))
 
 
 # Structured fields (RFC 9651), as far as a dictionary of them needs to be understood.
@@ -4817,7 +4698,7 @@ class Slot(Role):
 
     __slots__ = (
         "_has_old_body", "_holds", "_hub", "_keep_alive", "_reader", "exchange", "is_welcome", "machine",
-        "name", "origins", "registration", "served", "since",
+        "name", "offer", "registration", "served", "since",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, stream: Stream, registration: Registration) -> None:
@@ -4829,9 +4710,10 @@ class Slot(Role):
         self.is_welcome = True  # for another request: the workers file still allows it
         machine = stream.address.rpartition(":")[0]
         # What it serves, none: all.
-        self.origins = registration.origins | {BY_ADDRESS} if registration.origins else registration.origins
+        origins = registration.origins | {BY_ADDRESS} if registration.origins else registration.origins
         name = f"{self.name}@{machine}" if self.name else machine
-        self.machine: Machine[Slot] = hub.join(name, self.origins)
+        self.offer: Offer[Slot] = hub.join(name, origins)
+        self.machine = self.offer.machine
         self.exchange: Exchange | None = None
         self.since = hub.loop.now
         self.served = 0
@@ -5558,7 +5440,7 @@ class Hub:
             self._forget(slot)
             return
         self.slots.discard(slot)
-        self.policy.leave(slot.machine, self.loop.now, slot.origins)
+        self.policy.leave(slot.offer, self.loop.now)
         Applicant(self, stream, slot.registration, received)
         if received:
             stream.take_rest_later()  # once the request that was turned away is back in the queue
@@ -5626,8 +5508,8 @@ class Hub:
 
     # .. pairing ..
 
-    def join(self, name: str, origins: frozenset[str]) -> Machine[Slot]:
-        """Counts a new slot of a machine, which serves these origins, and returns the machine."""
+    def join(self, name: str, origins: frozenset[str]) -> Offer[Slot]:
+        """Counts a new slot of a machine, which serves these origins, and returns what it is part of."""
         if origins and not self.claims.uses_pools:
             self.claims.uses_pools = True
             for exchange in self.exchanges:  # they came when nobody asked for their pool
@@ -5739,7 +5621,7 @@ class Hub:
         if slot in self.slots:
             self.slots.remove(slot)
             self.count_connection(slot.registration, -1)
-            self.policy.leave(slot.machine, self.loop.now, slot.origins)
+            self.policy.leave(slot.offer, self.loop.now)
         slot.stream.close()
 
     def on_breach(self, slot: Slot) -> None:
@@ -6480,7 +6362,7 @@ def describe_pools(policy: Policy[Exchange, Slot]) -> list[dict[str, object]]:
     """Returns what waits, and which slots serve it, by pool; the last are all that have no name."""
     return [
         {
-            "pool": pool.origin or "other",
+            "pool": pool.name,
             "waiting": pool.waiting,
             "slots": policy.slots_of(pool),
             "idle": policy.idle_of(pool),
@@ -6644,15 +6526,25 @@ REJECTED: Final = {
 }
 
 
+def by_label(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    name: str,
+    text: str,
+    label: str,
+    numbers: Mapping[str, float] | Mapping[int, float],
+) -> Metric:
+    """Returns a metric with a number for each value of a label."""
+    metric = kind(name, text, labels=[label])
+    for value, number in numbers.items():
+        metric.add_metric([str(value)], number)
+    return metric
+
+
 class MetricsCollector:
     """Makes Prometheus metrics of what the hub counts anyway."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-
-    def describe(self) -> Iterable[Metric]:
-        """Names nothing in advance: to be registered must cost nothing."""
-        return ()
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics as they are now."""
@@ -6670,10 +6562,8 @@ class MetricsCollector:
         oldest_s = hub.policy.oldest_wait(hub.loop.now)
         yield Gauge("pothead_hub_queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s)
         yield Gauge("pothead_hub_requests_in_flight", "Requests that a worker runs.", busy)
-        slots = Gauge("pothead_hub_slots", "Slots of workers that are connected.", labels=["state"])
-        slots.add_metric(["idle"], max(0, hub.total_slots - busy))
-        slots.add_metric(["busy"], busy)
-        yield slots
+        slots = {"idle": max(0, hub.total_slots - busy), "busy": busy}
+        yield by_label(Gauge, "pothead_hub_slots", "Slots of workers that are connected.", "state", slots)
         yield from self._pools()
         yield Gauge(
             "pothead_hub_demand", "Slots that would be of use: requests waiting and running.", waiting + busy
@@ -6691,16 +6581,17 @@ class MetricsCollector:
         """Yields what there is by pool, if there are any; their names are the operator's and the workers'."""
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
+        policy = self._hub.policy
         if not self._hub.claims.uses_pools:
             return
-        queues = Gauge("pothead_hub_pool_queue_length", "Requests that wait, by pool.", labels=["pool"])
+        waiting = {pool.name: pool.waiting for pool in policy.all_pools()}
+        text = "Requests that wait, by pool."
+        yield by_label(Gauge, "pothead_hub_pool_queue_length", text, "pool", waiting)
         slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
-        for row in describe_pools(self._hub.policy):
-            pool, idle, count = str(row["pool"]), int(str(row["idle"])), int(str(row["slots"]))
-            queues.add_metric([pool], int(str(row["waiting"])))
-            slots.add_metric([pool, "idle"], idle)
-            slots.add_metric([pool, "busy"], count - idle)
-        yield queues
+        for pool in policy.all_pools():
+            idle = policy.idle_of(pool)
+            slots.add_metric([pool.name, "idle"], idle)
+            slots.add_metric([pool.name, "busy"], policy.slots_of(pool) - idle)
         yield slots
 
     def _resources(self) -> Iterator[Metric]:
@@ -6708,15 +6599,11 @@ class MetricsCollector:
 
         hub = self._hub
         roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
-        connections = Gauge("pothead_hub_connections", "Open connections.", labels=["kind"])
-        for kind, role in (("consumers", Consumer), ("workers", Slot), ("admin", Admin)):
-            connections.add_metric([kind], roles[role])
-        connections.add_metric(["newcomers"], len(hub.newcomers))
-        yield connections
-        spools = Gauge("pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", labels=["where"])
-        spools.add_metric(["memory"], hub.budget.memory_used)
-        spools.add_metric(["disk"], hub.budget.disk_used)
-        yield spools
+        connections = {"consumers": roles[Consumer], "workers": roles[Slot], "admin": roles[Admin]}
+        connections["newcomers"] = len(hub.newcomers)
+        yield by_label(Gauge, "pothead_hub_connections", "Open connections.", "kind", connections)
+        kept = {"memory": hub.budget.memory_used, "disk": hub.budget.disk_used}
+        yield by_label(Gauge, "pothead_hub_spool_bytes", "Bytes of bodies that the hub keeps.", "where", kept)
         disk_limit = hub.budget.disk_limit
         yield Gauge("pothead_hub_disk_budget_bytes", "How many there may be on the disk.", disk_limit)
         text = "When the certificate expires."
@@ -6751,22 +6638,12 @@ class MetricsCollector:
         for (method, status, outcome), count in counters.requests.items():
             requests.add_metric([method.decode(), str(status), outcome.code], count)
         yield requests
-        errors = Counts(
-            "pothead_hub_worker_errors", "Answers of workers with 500 or more.", labels=["status"]
-        )
-        for status, count in counters.worker_errors.items():
-            errors.add_metric([str(status)], count)
-        yield errors
-        workers = Counts(
-            "pothead_hub_worker_requests", "Requests that workers with a name were given.", labels=["worker"]
-        )
-        for name, count in counters.by_worker.items():
-            workers.add_metric([name], count)
-        yield workers
-        refused = Counts("pothead_hub_refused_workers", "Handshakes that were refused.", labels=["status"])
-        for status, count in counters.refused_workers.items():
-            refused.add_metric([str(status)], count)
-        yield refused
+        text = "Answers of workers with 500 or more."
+        yield by_label(Counts, "pothead_hub_worker_errors", text, "status", counters.worker_errors)
+        text = "Requests that workers with a name were given."
+        yield by_label(Counts, "pothead_hub_worker_requests", text, "worker", counters.by_worker)
+        text = "Handshakes that were refused."
+        yield by_label(Counts, "pothead_hub_refused_workers", text, "status", counters.refused_workers)
         yield Counts(
             "pothead_hub_requeues", "Requests sent again since a worker was lost.", counters.requeues
         )
@@ -6774,25 +6651,16 @@ class MetricsCollector:
             "pothead_hub_turned_away", "Requests offered to a slot that was not free any more.",
             counters.turned_away,
         )  # fmt: skip
-        rejected = Counts("pothead_hub_rejected", "Requests that the hub turned away.", labels=["reason"])
-        for outcome, reason in REJECTED.items():
-            rejected.add_metric([reason], counters.outcomes[outcome])
-        yield rejected
-        bodies = Counts(
-            "pothead_hub_bytes", "Bytes of bodies of requests that have ended.", labels=["direction"]
-        )
-        bodies.add_metric(["in"], counters.bytes_in)
-        bodies.add_metric(["out"], counters.bytes_out)
-        yield bodies
-
-
-def _status_page(hub: Hub) -> Answer:
-    page, policy = status_page()
-    return Answer(200, page, "text/html; charset=utf-8", [(b"Content-Security-Policy", policy)])
+        rejected = {reason: counters.outcomes[outcome] for outcome, reason in REJECTED.items()}
+        text = "Requests that the hub turned away."
+        yield by_label(Counts, "pothead_hub_rejected", text, "reason", rejected)
+        text = "Bytes of bodies of requests that have ended."
+        moved = {"in": counters.bytes_in, "out": counters.bytes_out}
+        yield by_label(Counts, "pothead_hub_bytes", text, "direction", moved)
 
 
 PAGES: Final[Mapping[bytes, Callable[[Hub], Answer]]] = {
-    b"/": _status_page,
+    b"/": lambda hub: status_page(),
     b"/stats": _stats,
     b"/metrics": _metrics,
     b"/livez": _livez,
@@ -7055,25 +6923,15 @@ def parse_switch(text: str) -> bool:
     raise ValueError(f"{text!r} is neither yes nor no")
 
 
-def parse_log_format(text: str) -> str:
-    """Returns one of ``LOG_FORMATS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_FORMATS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_FORMATS)}")
-    return text.lower()
+def parse_one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Returns a reader of one of these words, in any case.  It raises ``ValueError``."""
 
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text.lower()
 
-def parse_log_level(text: str) -> str:
-    """Returns one of ``LOG_LEVELS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
-
-
-def parse_token_use(text: str) -> str:
-    """Returns one of ``TOKEN_USES``.  Raises ``ValueError``."""
-    if text.lower() not in TOKEN_USES:
-        raise ValueError(f"{text!r} is not one of {', '.join(TOKEN_USES)}")
-    return text.lower()
+    return parse
 
 
 ENVIRONMENT_PREFIX: Final = "POTHEAD_HUB_"
@@ -7113,7 +6971,8 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "(default: none)"
     ),
     "admin_token_for": (
-        "security", parse_token_use, "WHAT", "what the token is needed for: orders, or all (but for probes)"
+        "security", parse_one_of(TOKEN_USES), "WHAT", "what the token is needed for: orders, or all (but for "
+        "probes)"
     ),
     "max_queue": ("the queue", parse_count, "N", "requests that may wait; more are refused with 503 at once"),
     "queue_timeout": (
@@ -7180,8 +7039,10 @@ OPTION_HELP: Final[Mapping[str, tuple[str, Callable[[str], object], str, str]]] 
         "consumers", parse_list, "IPS", "consumers whose X-Forwarded-*, Priority and tenants are believed; "
         "networks, or *"
     ),
-    "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
-    "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
+    "log_format": ("the process", parse_one_of(LOG_FORMATS), "FORMAT", "of all that is logged: text or json"),
+    "log_level": (
+        "the process", parse_one_of(LOG_LEVELS), "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"
+    ),
     "allow_anonymous_workers": (
         "ports", parse_switch, "", "let any machine that reaches the worker port be a worker"
     ),
@@ -7328,7 +7189,8 @@ class Given:
     def _make_options(self) -> Options:
         values: dict[str, Any] = {}
         for name, (_, parse, _, _) in OPTION_HELP.items():
-            for source, text in itertools.islice(self._said(name), 1):
+            source, text = self._said(name)
+            if text is not None:
                 self.sources[name] = source
                 values[name] = parse_or_refuse(parse, text, f"{source}: ")
         try:
@@ -7336,13 +7198,13 @@ class Given:
         except ValueError as exc:
             raise UsageError(str(exc)) from None
 
-    def _said(self, name: str) -> Iterator[tuple[str, str]]:
-        """Yields where the option is given, and what is said there; the first one counts."""
-        if (text := getattr(self._arguments, name)) is not None:
-            yield flag_of(name), text
+    def _said(self, name: str) -> tuple[str, str | None]:
+        """Returns where the option is given, and what is said there, ``None`` if nothing."""
+        text = getattr(self._arguments, name)
+        if text is not None:
+            return flag_of(name), text
         variable = ENVIRONMENT_PREFIX + name.upper()
-        if text := self._environ.get(variable):
-            yield variable, text
+        return variable, self._environ.get(variable) or None
 
     def describe(self) -> Iterator[str]:
         """Yields a line for each option in force."""
@@ -7364,12 +7226,6 @@ def split_command(argv: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     if split + 1 == len(words):
         raise UsageError("after -- there must be a command")
     return words[:split], words[split + 1 :]
-
-
-def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
-    """Returns the options and the command to run.  Raises ``UsageError``."""
-    given = Given(argv, environ)
-    return given.options, given.command
 
 
 def check_line(text: str, log_format: str) -> str:
@@ -7408,7 +7264,7 @@ def check(given: Given, passed: Mapping[str, socket.socket]) -> None:
 
 # .. the service manager, such as systemd ..
 
-SOCKET_NAMES: Final = ("consumers", "workers", "admin", "ptth")
+SOCKET_NAMES: Final = tuple(PORT_OPTIONS)
 _FIRST_PASSED_FD: Final = 3  # SD_LISTEN_FDS_START
 
 
@@ -7425,18 +7281,15 @@ def take_sockets(environ: MutableMapping[str, str]) -> dict[str, socket.socket]:
     if str(len(listed)) != count:
         raise ValueError(f"LISTEN_FDS is {count!r} and LISTEN_FDNAMES {names!r}: not one name a socket")
     sockets: dict[str, socket.socket] = {}
-    try:
+    with contextlib.ExitStack() as opened:
         for fd, name in enumerate(listed, _FIRST_PASSED_FD):
             if name not in SOCKET_NAMES:
                 known = ", ".join(SOCKET_NAMES)
                 raise ValueError(f"a socket is passed as {name!r}; FileDescriptorName= is one of {known}")
             if name in sockets:
                 raise ValueError(f"two sockets are passed as {name!r}")
-            sockets[name] = _passed_socket(fd, name)
-    except ValueError:
-        for sock in sockets.values():
-            sock.close()
-        raise
+            sockets[name] = opened.enter_context(_passed_socket(fd, name))
+        opened.pop_all()  # all are good: none is closed here
     return sockets
 
 
@@ -7502,7 +7355,7 @@ class Companion:
         self._name = command[0]
         self._hub = hub
         self._status = 0
-        self._is_hurried = False
+        self._has_been_asked = self._is_hurried = False  # to end
         connect = {"POTHEAD_CONNECT": str(hub.addresses["workers"])}
         self._process = subprocess.Popen(command, env={**os.environ, **connect})
 
@@ -7517,15 +7370,14 @@ class Companion:
 
     def terminate(self) -> None:
         """Asks the command to end."""
+        self._has_been_asked = True
         self._process.terminate()
 
     def hurry(self) -> None:
-        """The hub ends at once, and so shall the command."""
+        """The hub ends at once, and so shall the command; if it has been asked already it is killed."""
         self._is_hurried = True
-
-    def kill(self) -> None:
-        """Ends the command."""
-        self._process.kill()
+        if self._has_been_asked:
+            self._process.kill()
 
     def wait(self) -> int:
         """Waits for its end; returns its exit status if it ended by itself, else 0."""
@@ -7587,10 +7439,9 @@ def _serve(given: Given, passed: Mapping[str, socket.socket], err: Output) -> in
     companion = _start_companion(command, hub) if command else None
     # 2. Ready.
     if companion is not None:
-        signals.on_child = companion.check
-        signals.on_impatience = [companion.hurry, hub.stop]
+        signals.companion = companion
         hub.loop.call_soon(companion.check)  # it may have ended already
-        hub.at_end += [companion.terminate, lambda: signals.on_impatience.append(companion.kill)]
+        hub.at_end.append(companion.terminate)
     for name, address in hub.addresses.items():
         if address is not None:
             out.write(_listening_line(name, address, options.log_format))
@@ -7633,8 +7484,7 @@ class SignalHandler:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._terms = 0
-        self.on_child: Callable[[], None] | None = None
-        self.on_impatience: list[Callable[[], None]] = [hub.stop]
+        self.companion: Companion | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
         hub.loop.wake_on_signals()
@@ -7642,14 +7492,15 @@ class SignalHandler:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._terms += number == signal.SIGTERM
         if number == signal.SIGINT or self._terms > 1:
-            for function in self.on_impatience:
-                function()
+            if self.companion is not None:
+                self.companion.hurry()
+            self._hub.stop()
         elif number == signal.SIGTERM:
             self._hub.drain()
         elif number == signal.SIGHUP:
             self._hub.reload()
-        elif number == signal.SIGCHLD and self.on_child is not None:
-            self._hub.loop.call_from_thread(self.on_child)
+        elif number == signal.SIGCHLD and self.companion is not None:
+            self._hub.loop.call_from_thread(self.companion.check)
 
 
 # ---- The status page --------------------------------------------------------------------------------------
@@ -7659,9 +7510,8 @@ class SignalHandler:
 # so that nothing else could run even if that were forgotten once.
 
 
-@functools.cache
-def status_page() -> tuple[bytes, bytes]:
-    """Returns the page and its Content-Security-Policy."""
+def status_page() -> Answer:
+    """Returns the page, with its Content-Security-Policy."""
     style, script = (
         b"'sha256-%b'" % base64.b64encode(hashlib.sha256(text.encode()).digest())
         for text in (PAGE_STYLE, PAGE_SCRIPT)
@@ -7670,7 +7520,9 @@ def status_page() -> tuple[bytes, bytes]:
         b"default-src 'none'; style-src %b; script-src %b; connect-src 'self'; img-src data:; "
         b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     ) % (style, script)
-    return PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1).encode(), policy
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
+    fields = [(b"Content-Security-Policy", policy)]
+    return Answer(200, page.encode(), "text/html; charset=utf-8", fields)
 
 
 PAGE: Final = r"""<!doctype html>

@@ -6717,18 +6717,15 @@ def parse_switch(text: str) -> bool:
     raise ValueError(f"{text!r} is neither yes nor no")
 
 
-def parse_log_format(text: str) -> str:
-    """Returns one of ``LOG_FORMATS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_FORMATS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_FORMATS)}")
-    return text.lower()
+def parse_one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Returns a reader of one of these words, in any case.  It raises ``ValueError``."""
 
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text.lower()
 
-def parse_log_level(text: str) -> str:
-    """Returns one of ``LOG_LEVELS``.  Raises ``ValueError``."""
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
+    return parse
 
 
 def parse_url(text: str) -> str | None:
@@ -6853,8 +6850,10 @@ OPTION_HELP: Mapping[str, tuple[str, Callable[[str], object], str, str]] = {
     "redirect_tls": (
         "ports", parse_switch, "", "speak HTTPS on the port of --redirect-response, with --certfile",
     ),
-    "log_format": ("the process", parse_log_format, "FORMAT", "of all that is logged: text or json"),
-    "log_level": ("the process", parse_log_level, "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"),
+    "log_format": ("the process", parse_one_of(LOG_FORMATS), "FORMAT", "of all that is logged: text or json"),
+    "log_level": (
+        "the process", parse_one_of(LOG_LEVELS), "LEVEL", f"of the messages: {', '.join(LOG_LEVELS)}"
+    ),
 }  # fmt: skip
 
 # What is said in the environment only, and older names of what is an option now.

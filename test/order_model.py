@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from pothead import Claim, Machine, Policy, Ticket
+from pothead import Claim, Machine, Offer, Policy, Ticket
 
 NAMES = ("http://a", "http://b", "http://c", "http://nobody")
 SCOPES = tuple(
@@ -23,11 +23,15 @@ TENANTS = ("anna", "bert", "cleo")
 @dataclass(eq=False)
 class Slot:
     name: str
-    machine: Machine
+    offer: Offer
     origins: frozenset[str] = frozenset()
     parked: int = 0
     idle: bool = False
     run: Run | None = None  # what it is busy with, even if its request is not with it any more
+
+    @property
+    def machine(self) -> Machine:
+        return self.offer.machine
 
     def serves(self, origin: str) -> bool:
         return not self.origins or origin in self.origins
@@ -315,7 +319,7 @@ class History:
     def leave(self, slot: Slot) -> None:
         self.model.slots.remove(slot)
         self.model.left.append((self.model.now, slot))
-        self.policy.leave(slot.machine, self.model.now, slot.origins)
+        self.policy.leave(slot.offer, self.model.now)
 
     def busy(self) -> Slot | None:
         busy = [each for each in self.model.slots if each.run is not None and each not in self.late]

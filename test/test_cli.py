@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,12 @@ GET = wire.get(b"/")
 def run(*command: str, environment: dict[str, str] | None = None, cwd: Path = wire.ROOT) -> Ended:
     """Run a program of Python to its end, which must come by itself."""
     return wire.run_to_end(wire.python(*command), cwd, environment)
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[pothead.Options, list[str]]:
+    """Return the hub's options and the command to run."""
+    given = pothead.Given(argv, environ)
+    return given.options, given.command
 
 
 # ---- Options of the hub ------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ def test_every_option_of_the_hub_is_tried_here() -> None:
 def test_option_of_the_hub_comes_from_the_command_line(name: str) -> None:
     text, value = GIVEN[name]
     words = [flag(name)] if name in SWITCHES else [flag(name), text]
-    options, command = pothead.parse_args(words, {})
+    options, command = parse_args(words, {})
     assert options == dataclasses.replace(pothead.Options(), **{name: value})
     assert command == []
 
@@ -117,34 +123,34 @@ def test_option_of_the_hub_comes_from_the_command_line(name: str) -> None:
 @pytest.mark.parametrize("name", GIVEN)
 def test_option_of_the_hub_comes_from_the_environment(name: str) -> None:
     text, value = GIVEN[name]
-    options, _ = pothead.parse_args([], {variable(name): text})
+    options, _ = parse_args([], {variable(name): text})
     assert options == dataclasses.replace(pothead.Options(), **{name: value})
 
 
 @pytest.mark.parametrize("name", [name for name in GIVEN if name not in SWITCHES])
 def test_command_line_of_the_hub_goes_before_its_environment(name: str) -> None:
     text, value = GIVEN[name]
-    options, _ = pothead.parse_args([flag(name), text], {variable(name): "nonsense, but nobody asks"})
+    options, _ = parse_args([flag(name), text], {variable(name): "nonsense, but nobody asks"})
     assert getattr(options, name) == value
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize(("text", "value"), [("0", False), ("no", False), ("", False), ("True", True)])
 def test_switch_is_yes_or_no_in_the_environment(name: str, text: str, value: bool) -> None:
-    options, _ = pothead.parse_args([], {variable(name): text})
+    options, _ = parse_args([], {variable(name): text})
     assert getattr(options, name) is value
 
 
 def test_routes_are_given_one_by_one() -> None:
     words = ["--route", "/a=http://a", "--max-queue", "5", "--route=/b=http://b"]
-    options, _ = pothead.parse_args(words, {"POTHEAD_HUB_ROUTE": "/c=http://c"})
+    options, _ = parse_args(words, {"POTHEAD_HUB_ROUTE": "/c=http://c"})
     assert (set(options.route), options.max_queue) == ({"/a=http://a", "/b=http://b"}, 5)
     with pytest.raises(pothead.UsageError, match="--route: expected one argument"):
-        pothead.parse_args(["--route"], {})
+        parse_args(["--route"], {})
 
 
 def test_empty_variable_is_no_variable() -> None:
-    options, _ = pothead.parse_args([], {variable(name): "" for name in GIVEN})
+    options, _ = parse_args([], {variable(name): "" for name in GIVEN})
     assert options == pothead.Options()
 
 
@@ -152,17 +158,17 @@ def test_empty_variable_is_no_variable() -> None:
     ("words", "environment"), [(["--admin-port", "off"], {}), ([], {"POTHEAD_HUB_ADMIN_PORT": "off"})]
 )
 def test_admin_port_can_be_off(words: list[str], environment: dict[str, str]) -> None:
-    options, _ = pothead.parse_args(words, environment)
+    options, _ = parse_args(words, environment)
     assert options.admin_port is None
 
 
 def test_command_line_switches_the_admin_port_off_whatever_the_environment_says() -> None:
-    options, _ = pothead.parse_args(["--admin-port", "off"], {"POTHEAD_HUB_ADMIN_PORT": "4000"})
+    options, _ = parse_args(["--admin-port", "off"], {"POTHEAD_HUB_ADMIN_PORT": "4000"})
     assert options.admin_port is None
 
 
 def test_command_is_everything_behind_the_first_two_dashes() -> None:
-    options, command = pothead.parse_args(["--max-queue", "5", "--", "a", "--max-queue", "6", "--", "b"], {})
+    options, command = parse_args(["--max-queue", "5", "--", "a", "--max-queue", "6", "--", "b"], {})
     assert options.max_queue == 5
     assert command == ["a", "--max-queue", "6", "--", "b"]
 
@@ -210,7 +216,7 @@ SENSELESS_OF_THE_HUB = [
 def hub_usage_error(words: list[str], environment: dict[str, str]) -> str:
     """Return the one line that the hub writes about a senseless command line."""
     with pytest.raises(pothead.UsageError) as caught:
-        pothead.parse_args(words, environment)
+        parse_args(words, environment)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -1284,7 +1290,7 @@ def test_check_in_json_is_json() -> None:
 SHARED = (
     *("log_uncaught", "json_message", "LogFormatter", "Output", "write_if_there_is_room", "OutputHandler"),
     *("UsageError", "OptionParser", "parse_duration", "parse_port", "parse_port_or_off", "parse_switch"),
-    *("parse_log_format", "parse_log_level", "flag_of", "add_options", "join_negatives", "describe_unknown"),
+    *("parse_one_of", "flag_of", "add_options", "join_negatives", "describe_unknown"),
     *("suggest", "warn_of_unknown_variables", "parse_or_refuse", "find_log_format", "check_line"),
 )
 

@@ -15,14 +15,13 @@ import order_model
 import pytest
 
 import wire
-from pothead import LIMITS, Claim, Machine, Policy, Ticket, wait_estimate
+from pothead import LIMITS, Claim, Offer, Policy, Ticket, wait_estimate
 
 
 @dataclass(eq=False)
 class Slot:
     name: str
-    machine: Machine
-    origins: frozenset[str] = frozenset()
+    offer: Offer
 
 
 class Line:
@@ -63,8 +62,8 @@ class Line:
     def expire(self, now: float) -> list[object]:
         return self.policy.expire(now)
 
-    def next_expiry(self) -> float:
-        return self.policy.next_expiry()
+    def next_event(self) -> float:
+        return self.policy.next_event()
 
     def oldest_wait(self, now: float) -> float:
         return self.policy.oldest_wait(now)
@@ -217,10 +216,10 @@ def test_putting_many_requests_back_costs_linear_time() -> None:
     began = time.process_time()
     for item in range(19_999, -1, -1):
         queue.put_back(item, 0.0)
-        assert queue.next_expiry() == item + 60.0
+        assert queue.next_event() == item + 60.0
     for item in range(20_000):
         assert queue.take() == item
-        assert queue.next_expiry() == (item + 61.0 if item < 19_999 else math.inf)
+        assert queue.next_event() == (item + 61.0 if item < 19_999 else math.inf)
     assert time.process_time() - began < 2.0
 
 
@@ -253,20 +252,20 @@ def test_requests_expire_when_they_have_waited_for_the_timeout() -> None:
 
 def test_next_expiry_is_that_of_the_oldest_request() -> None:
     queue = filled("a", "b", timeout_s=10.0)
-    assert queue.next_expiry() == 10.0
+    assert queue.next_event() == 10.0
     queue.take()
-    assert queue.next_expiry() == 11.0
+    assert queue.next_event() == 11.0
     queue.cancel("b")
-    assert queue.next_expiry() == math.inf
+    assert queue.next_event() == math.inf
 
 
 def test_time_away_from_the_queue_does_not_count_as_waiting() -> None:
     queue = filled("a", "b", timeout_s=10.0)
     queue.take()
     queue.put_back("a", 100.0)
-    assert queue.next_expiry() == 11.0
+    assert queue.next_event() == 11.0
     assert queue.expire(109.0) == ["b"]
-    assert (list(queue), queue.next_expiry(), queue.oldest_wait(104.0)) == (["a"], 110.0, 4.0)
+    assert (list(queue), queue.next_event(), queue.oldest_wait(104.0)) == (["a"], 110.0, 4.0)
     assert queue.expire(110.0) == ["a"]
 
 
@@ -295,21 +294,21 @@ def test_each_request_has_a_time_limit_of_its_own() -> None:
     policy: Policy[str, Slot] = Policy(10)
     for item, limit_s in (("patient", 60.0), ("hurried", 1.0), ("endless", math.inf), ("usual", 10.0)):
         policy.put(item, 0.0, limit_s)
-    assert policy.next_expiry() == 1.0
+    assert policy.next_event() == 1.0
     assert policy.expire(10.0) == ["hurried", "usual"]
-    assert (list(policy), policy.next_expiry()) == (["patient", "endless"], 60.0)
+    assert (list(policy), policy.next_event()) == (["patient", "endless"], 60.0)
 
 
 def test_requests_never_expire_without_a_timeout() -> None:
     queue = filled("a", timeout_s=math.inf)
-    assert queue.next_expiry() == math.inf
+    assert queue.next_event() == math.inf
     assert queue.expire(1e12) == []
     assert list(queue) == ["a"]
 
 
 def test_empty_queue_has_no_oldest_wait_and_no_expiry() -> None:
     queue = filled()
-    assert (queue.oldest_wait(5.0), queue.next_expiry(), queue.expire(5.0)) == (0.0, math.inf, [])
+    assert (queue.oldest_wait(5.0), queue.next_event(), queue.expire(5.0)) == (0.0, math.inf, [])
 
 
 def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
@@ -317,6 +316,16 @@ def test_oldest_wait_is_that_of_the_request_that_is_taken_next() -> None:
     assert queue.oldest_wait(5.0) == 5.0
     queue.cancel("a")
     assert queue.oldest_wait(5.0) == 4.0
+
+
+def test_oldest_wait_is_not_that_of_a_request_that_was_away_for_longer() -> None:
+    queue = filled("a", "b")
+    queue.take()
+    queue.take()
+    queue.put_back("a", 5.0)
+    queue.put_back("b", 0.0)
+    assert list(queue) == ["a", "b"]
+    assert queue.oldest_wait(6.0) == 5.0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -349,7 +358,7 @@ def test_queue_behaves_like_a_sorted_list_whatever_is_done_to_it(seed: int) -> N
             assert sorted(queue.expire(float(now))) == late
             waiting = [item for item in waiting if now - since[item] < 10]
         assert (len(queue), list(queue)) == (len(waiting), waiting)
-        assert queue.next_expiry() == min((since[item] for item in waiting), default=math.inf) + 10.0
+        assert queue.next_event() == min((since[item] for item in waiting), default=math.inf) + 10.0
 
 
 # ---- The estimate of the wait ------------------------------------------------------------------------
@@ -498,7 +507,7 @@ def plain_search(waiting: list[Slot], running: list[Slot]) -> Slot | None:
     """Return the latest of the waiting slots whose machine runs the fewest requests."""
 
     def load(slot: Slot) -> int:
-        return sum(other.machine == slot.machine for other in running)
+        return sum(other.offer == slot.offer for other in running)
 
     least = min(map(load, waiting), default=0)
     return next((slot for slot in reversed(waiting) if load(slot) == least), None)
@@ -525,12 +534,12 @@ def test_machines_that_left_are_forgotten_the_oldest_first() -> None:
     policy: Policy[object, Slot] = Policy(1)
     count = LIMITS.remembered_machines
     for number in range(count + 1):
-        machine = policy.join(str(number))
-        machine.served = number
-        policy.leave(machine, 2.0)
+        offer = policy.join(str(number))
+        offer.machine.served = number
+        policy.leave(offer, 2.0)
     assert len(policy.gone) == count
-    assert policy.join("0").served == 0
-    assert policy.join("1").served == 1
+    assert policy.join("0").machine.served == 0
+    assert policy.join("1").machine.served == 1
     assert set(policy.machines) == {"0", "1"}
 
 
@@ -582,7 +591,7 @@ class Site:
         self.now = 0.0
 
     def add(self, name: str, *origins: str) -> Slot:
-        slot = Slot(name, self.policy.join(name, frozenset(origins)), frozenset(origins))
+        slot = Slot(name, self.policy.join(name, frozenset(origins)))
         self.policy.park(slot)
         return slot
 
@@ -670,10 +679,10 @@ def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
     def come_and_go(count: int) -> None:
         for number in range(count):
             origins = frozenset((f"http://{number}", A))
-            slot = Slot("s", site.policy.join("m", origins), origins)
+            slot = Slot("s", site.policy.join("m", origins))
             site.policy.park(slot)
             site.policy.remove(slot)
-            site.policy.leave(slot.machine, 0.0, origins)
+            site.policy.leave(slot.offer, 0.0)
 
     come_and_go(500)
     tracemalloc.start()
@@ -685,17 +694,20 @@ def test_slots_of_many_kinds_that_come_and_go_leave_nothing_behind() -> None:
     assert len(site.policy.pool_of(A).scopes) == 1
 
 
-def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs() -> None:
-    site = Site()
+@pytest.mark.parametrize("is_fair", [False, True])
+def test_pools_that_have_had_requests_are_forgotten_with_all_that_is_theirs(is_fair: bool) -> None:
+    site = Site(is_fair=is_fair)
+    site.put("waits", origin="http://nobody")
     for number in range(3 * LIMITS.remembered_pools):
         origin = f"http://{number}"
         slot = site.add("m", origin)
         site.put("x", origin=origin)
         assert site.pairs() == [("x", "m")]
         site.policy.release(slot, 0.0)
-        site.policy.leave(slot.machine, 0.0, slot.origins)
+        site.policy.leave(slot.offer, 0.0)
     assert len(site.policy.pools) == LIMITS.remembered_pools
     assert len(site.policy._everybody.lines) <= LIMITS.remembered_pools + 1
+    assert sum(map(len, site.policy._standings._pools)) <= LIMITS.remembered_pools + 1
 
 
 @pytest.mark.parametrize(
@@ -722,7 +734,7 @@ def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
     site.put("early", origin=A, limit_s=60.0)
     assert site.policy.next_event() == 60.0
     site.policy.release(slot, 10.0)
-    site.policy.leave(slot.machine, 10.0, slot.origins)
+    site.policy.leave(slot.offer, 10.0)
     site.now = 12.0
     site.put("late", origin=A, limit_s=60.0)
     assert site.policy.next_event() == 15.0
@@ -730,6 +742,38 @@ def test_request_waits_anew_when_the_last_slot_for_it_leaves() -> None:
     assert site.policy.next_event() == 17.0
     site.policy.join("a", frozenset((A,)))
     assert site.policy.next_event() == 72.0
+
+
+def test_request_that_nobody_serves_does_not_keep_those_that_came_after_it() -> None:
+    site = Site()
+    slot = site.add("a", A)
+    site.policy.join("b", frozenset((B,)))
+    site.put("waits", origin=B, limit_s=10.0)
+    tracemalloc.start()
+    for _ in range(10_000):
+        site.put("x", origin=A, limit_s=60.0)
+        assert site.policy.next_event() == 10.0
+        assert site.pairs() == [("x", "a")]
+        site.finish(slot)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 100_000
+
+
+@pytest.mark.parametrize("is_fair", [False, True])
+def test_requests_that_are_served_at_once_leave_nothing_behind(is_fair: bool) -> None:
+    site = Site(is_fair=is_fair)
+    slot = site.add("a", A)
+    tracemalloc.start()
+    for _ in range(10_000):
+        site.put("x", origin=A, tenant="anna", limit_s=60.0)
+        assert site.pairs() == [("x", "a")]
+        assert site.policy.next_event() == math.inf
+        site.pass_time(0.125)
+        site.finish(slot)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 100_000
 
 
 def test_head_start_is_worth_that_much_waiting() -> None:

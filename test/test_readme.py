@@ -111,7 +111,7 @@ def test_defaults_in_the_document_are_those_of_a_hub_in_a_program() -> None:
         for option, default in told.items()
         if default not in ("no", "none", "the system's directory for them")
     ]
-    assert pothead.parse_args(arguments, {}) == (pothead.Options(), [])
+    assert pothead.Given(arguments, {}).options == pothead.Options()
 
 
 def test_options_of_the_readme_have_their_defaults() -> None:
