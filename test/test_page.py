@@ -486,14 +486,19 @@ def test_closed_hub_is_shown_to_those_who_have_the_token(page: Browser, closed_h
     assert complaints(page) == []
 
 
-def test_page_asks_again_when_the_token_has_changed(
-    page: Browser, closed_hub: HubProcess, token_file: Path
-) -> None:
-    look(page, closed_hub, until="#state:■ Locked")
+def unlock(page: Browser, hub: HubProcess) -> None:
+    """Open the page, and give it the token that it asks for."""
+    look(page, hub, until="#state:■ Locked")
     page.wait_for(IS_FIRST)
     page.write(TOKEN)
     page.press(*ENTER)
     page.wait_for(says("#state", "Serving"))
+
+
+def test_page_asks_again_when_the_token_has_changed(
+    page: Browser, closed_hub: HubProcess, token_file: Path
+) -> None:
+    unlock(page, closed_hub)
     change_token(closed_hub, token_file)
     page.wait_for(IS_WRONG)
     assert page.text("#state") == "■ Locked"
@@ -506,11 +511,7 @@ def test_page_asks_again_when_the_token_has_changed(
 def test_another_question_is_answered_before_the_token_is_asked_for(
     page: Browser, closed_hub: HubProcess, token_file: Path, answer: str
 ) -> None:
-    look(page, closed_hub, until="#state:■ Locked")
-    page.wait_for(IS_FIRST)
-    page.write(TOKEN)
-    page.press(*ENTER)
-    page.wait_for(says("#state", "Serving"))
+    unlock(page, closed_hub)
     page.click("#drain")
     page.wait_for(says("#question", "Drain the hub?"))
     change_token(closed_hub, token_file)
