@@ -146,6 +146,18 @@ def hello(environ: Environ, start_response: Any) -> Iterable[bytes]:
     return [b"hello"]
 
 
+class HeldApp:
+    """Says that it has begun, and goes on when it may."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        self.began.set()
+        assert self.go_on.wait(wire.DEADLINE_S)
+        return hello(environ, start_response)
+
+
 class Body:
     """An iterable that knows how often it was closed."""
 
@@ -1668,19 +1680,13 @@ def test_waiting_slots_are_closed_at_once(serving: Any) -> None:
 
 
 def test_running_request_is_finished_and_its_connection_closed(serving: Any) -> None:
-    began, go_on = threading.Event(), threading.Event()
-
-    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
-        began.set()
-        assert go_on.wait(wire.DEADLINE_S)
-        return hello(environ, start_response)
-
+    app = HeldApp()
     served = serving(app)
     served.peer.send(request())
-    assert began.wait(wire.DEADLINE_S)
+    assert app.began.wait(wire.DEADLINE_S)
     served.pool.stop()
     served.pool.stop()  # a second one changes nothing
-    go_on.set()
+    app.go_on.set()
     response = served.peer.read_response()
     assert (response.body, response.value(b"connection")) == (b"hello", b"close")
     assert served.pool.join() is True
@@ -1736,19 +1742,13 @@ def test_graceful_timeout_cuts_off_what_still_runs(serving: Any, lines: Lines) -
 
 
 def test_stop_now_does_not_wait_for_an_app_that_does_not_listen(serving: Any) -> None:
-    began, go_on = threading.Event(), threading.Event()
-
-    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
-        began.set()
-        assert go_on.wait(wire.DEADLINE_S)
-        return hello(environ, start_response)
-
+    app = HeldApp()
     served = serving(app)
     served.peer.send(request())
-    assert began.wait(wire.DEADLINE_S)
+    assert app.began.wait(wire.DEADLINE_S)
     served.pool.stop_now()
     assert ended_within(2, served.pool) is False
-    go_on.set()
+    app.go_on.set()
 
 
 def test_stop_interrupts_a_wait_for_the_next_try(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
