@@ -1,10 +1,12 @@
-"""Fixtures; what they yield is explained in wire.py. And pytest's options of halves.py."""
+"""Fixtures; what they yield is explained in wire.py and rig.py. And pytest's options of halves.py."""
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from rig import Rig
 
 import halves
 import wire
@@ -69,3 +71,21 @@ def listener() -> Iterator[wire.Listener]:
     """A scripted hub that workers can dial."""
     with wire.Listener() as stand_in:
         yield stand_in
+
+
+@pytest.fixture
+def new_rig() -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(**options: Any) -> Rig:
+        rigs.append(Rig(**options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(new_rig: Callable[..., Rig]) -> Rig:
+    return new_rig()

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rig import Rig
 from test_claim import AWAY, CLAIM, bell, shake
-from test_exchange import Rig
 
 import pothead
 import wire

@@ -5,29 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_exchange import OK, Rig, codes, get
+from rig import Rig
+from test_exchange import codes
 
 import pothead
 import wire
 from pothead import Options, read_origin, read_urgency, read_wait
-from wire import Peer
-
-
-@pytest.fixture
-def new_rig() -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(**options: Any) -> Rig:
-        rigs.append(Rig(**options))
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.close()
+from wire import OK, Peer, get
 
 
 def slot_of(rig: Rig, *origins: str) -> Peer:
