@@ -4955,7 +4955,7 @@ class Admin(Role):
             answer.status, answer.body, answer.content_type, (*answer.fields, *ADMIN_FIELDS),
             keep_alive=head.keep_alive, with_body=head.method != b"HEAD",
         )  # fmt: skip
-        if head.keep_alive and head.minor_version == 1:
+        if head.keep_alive:
             self.stream.write(page)
         else:
             Farewell(self._hub.loop, self.stream, page)
@@ -5811,7 +5811,7 @@ class Hub:
 
     def _let_spare_slots_go(self) -> None:
         """Lets waiting slots go to the hub that takes over, save as many as are needed here to the end."""
-        needed = self.policy.waiting or len(self.needy)
+        needed = self.policy.waiting or len(self.needy) + self._consumers_at_hand()
         starves = self.policy.waiting and self.claims.uses_pools  # what is idle serves other pools
         if not self.ports.leave_workers(self.policy.idle >= needed and not starves):
             return
@@ -5827,9 +5827,11 @@ class Hub:
     @property
     def _expects_consumers(self) -> bool:
         """Whether some are connecting here still, and would lose their connection."""
-        return self.ports.is_leaving or any(
-            isinstance(each, Handshaking) and each.port == "consumers" for each in self.newcomers
-        )
+        return self.ports.is_leaving or self._consumers_at_hand() > 0
+
+    def _consumers_at_hand(self) -> int:
+        """Returns how many are in the middle of TLS's handshake: what they want, they will say here."""
+        return sum(isinstance(each, Handshaking) and each.port == "consumers" for each in self.newcomers)
 
     def _has_unsent_bytes(self) -> bool:
         """Whether answers are still on their way: without an exchange, no spool holds anything else."""

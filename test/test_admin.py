@@ -251,6 +251,19 @@ def test_connection_goes_on_after_a_refusal(token_file: Path) -> None:
         assert [admin.read_response().status for _ in range(2)] == [401, 200]
 
 
+def test_connection_is_kept_if_that_is_said(hub: HubProcess) -> None:
+    """As the consumers' is, by HTTP/1.0 as well."""
+    with Peer.connect(hub.admin) as admin:
+        for lines in ([b"Connection: keep-alive"], []):
+            admin.send(b"\r\n".join([b"GET /livez HTTP/1.0", b"Host: localhost", *lines, b"", b""]))
+            response = admin.read_response()
+            assert (response.status, response.value(b"Connection")) == (
+                200,
+                b"keep-alive" if lines else b"close",
+            )
+        admin.expect_eof()
+
+
 def test_token_is_neither_logged_nor_shown(token_file: Path) -> None:
     options = ("--admin-token-file", str(token_file), "--log-level", "debug")
     with hub_process(*options) as hub:
