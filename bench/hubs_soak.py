@@ -21,7 +21,6 @@ import collections
 import contextlib
 import dataclasses
 import http.client
-import json
 import os
 import pathlib
 import random
@@ -32,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NETWORK = "10.213.0."
@@ -128,7 +127,7 @@ class Soak:
         self._ledger = pathlib.Path(directory) / "ledger"
         self._lock = threading.Lock()
         self._is_over = threading.Event()
-        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.outcomes = collections.Counter({"answered": 0, "hub": 0, "worker": 0, "LOST": 0})
         self.events: collections.Counter[str] = collections.Counter()
         self._lost: dict[str, str] = {}  # what is known of each
         self.longest_s = 0.0  # where its hub and the workers were well
@@ -278,6 +277,10 @@ def prepare(directory: str) -> None:
     run("ip link set lo up")
 
 
+def tell(what: str, counts: Mapping[str, int]) -> None:
+    print(what, ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=600)
@@ -298,7 +301,9 @@ def main() -> int:
         try:
             soak.run()
             found = {**soak.outcomes, **soak.read_ledger()}
-            print(json.dumps({"events": soak.events, **found, "longest_s": round(soak.longest_s, 2)}))
+            tell("events", soak.events)
+            tell("requests", found)
+            print(f"the longest wait while all was well: {soak.longest_s:.2f} s")
             for log in sorted(pathlib.Path(directory).glob("*.log")):
                 text = log.read_text()
                 if "Traceback" in text:
