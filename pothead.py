@@ -1071,7 +1071,7 @@ HUB_FIELDS: Final = frozenset(
     (
         b"host", b"content-length", b"expect", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
         b"x-request-id", b"x-request-start", b"pothead-attempt", b"pothead-queue-seconds",
-        b"proxy-authorization", b"http2-settings", b"max-forwards",
+        b"pothead-waiting", b"proxy-authorization", b"http2-settings", b"max-forwards",
     )
 )  # fmt: skip
 _REQUEST_DROPS: Final = HOP_BY_HOP | HUB_FIELDS
@@ -3010,6 +3010,7 @@ class Transport:
 
     scheme = b"http"  # of what a consumer asks for over it
     can_splice = CAN_SPLICE
+    can_wait_for_more = True  # than so many bytes
     has_rest = False  # bytes that have come and of which the socket does not tell
 
     def __init__(self, sock: socket.socket) -> None:
@@ -3132,6 +3133,7 @@ class TlsTransport(Transport):
 
     scheme = b"https"
     can_splice = False  # it would put cleartext on the wire
+    can_wait_for_more = False  # a part of a record says nothing
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, on_open: Callable[[], None]) -> None:
         super().__init__(sock)
@@ -3451,7 +3453,8 @@ class Stream(Watched):
     """
 
     __slots__ = (
-        "_failed", "_fills_soon", "_has_rest", "_loop", "_new_outbuf", "_room", "address", "outbuf", "role",
+        "_failed", "_fills_soon", "_has_rest", "_loop", "_new_outbuf", "_room", "_was_reset", "address",
+        "outbuf", "role",
         "shortcut", "transport", "written",
     )  # fmt: skip
 
@@ -3461,7 +3464,7 @@ class Stream(Watched):
         super().__init__()
         self._loop = loop
         self._new_outbuf = new_outbuf
-        self._failed = False
+        self._failed = self._was_reset = False
         self._has_rest = False  # the role, for the next turn ...
         self._fills_soon = False  # ... and the transport
         self._room = 0  # for bytes, as the role has told it
@@ -3560,7 +3563,7 @@ class Stream(Watched):
         if size:
             self.role.on_bytes(self._loop.scratch[:size])
         elif size is not None:
-            self.role.on_hangup(reset=False)
+            self.role.on_hangup(reset=self._was_reset)
 
     def _move(self, shortcut: Shortcut) -> bool:
         """Moves bytes to the shortcut's target without copying them; false if they must be received."""
@@ -3633,6 +3636,8 @@ class Stream(Watched):
         """The connection is over.  ``on_hangup`` follows, but not in the middle of what goes on here."""
         log.debug("%s: %s", self.address, exc)
         self._failed = True
+        # It is told once, to who sends or to who receives, who sees a mere end after that.
+        self._was_reset = not isinstance(exc, BrokenPipeError)  # which a FIN has come before
         self._loop.call_soon(lambda: self._loop.deliver(self, self._give_up_writing))
 
     def _give_up_writing(self) -> None:
@@ -3919,14 +3924,16 @@ class Exchange:
         attempt.body_sent = self.spool is None
         may_send = attempt.progress is not OFFERED or not self._hub.options.stream_requests
         if self.spool is not None and self.spool.size and not attempt.is_chunked and may_send:
-            head += self._take_body(LIMITS.offered_bytes)  # one packet for both, mostly
+            most = len(head) + LIMITS.offered_bytes
+            while self.spool.size and len(head) < most:
+                head += self._take_body(most - len(head))  # one packet for both, mostly
         if self.spool is not None and (self.spool.size or not self.received):
             slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
         slot.stream.write(head)
         if self.spool is not None:
             self.pump()
         if attempt.progress is OFFERED and attempt.body_sent:
-            slot.stream.transport.set_least(len(CLAIM) + 1)
+            slot.expect_claim()
 
     def _length_for_worker(self) -> int | None:
         """A body that is there as a whole is sent with its length, however it came."""
@@ -4134,14 +4141,15 @@ class Exchange:
         """
         slot = attempt.slot
         process, once = slot.registration.process, not self.head.is_idempotent
+        ends_at = attempt.since + self._hub.options.response_timeout
         slot.stream.transport.set_least(1)
         if slot.stream.transport.has_news():  # the claim, most likely
-            slot.stream.deadline = self._hub.loop.now + LIMITS.unclaimed_s
+            slot.stream.deadline = min(self._hub.loop.now + LIMITS.unclaimed_s, ends_at)
         elif once and slot.stream.transport.has_delivered(attempt.bytes_taken):
-            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
+            slot.stream.deadline = ends_at
         elif once and self._hub.has_heard(process, attempt.since - LIMITS.heard_s):
             attempt.is_in_doubt = True
-            slot.stream.deadline = attempt.since + self._hub.options.response_timeout
+            slot.stream.deadline = ends_at
         else:
             slot.stream.close(abort=True)
             self.on_turned_away()
@@ -4579,10 +4587,10 @@ class Applicant(Role):
 
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf += data
-        words = bytes(self._inbuf)
+        words, held = bytes(self._inbuf), self.registration
         try:
-            if self.registration is not None and words == self.registration.words:
-                self._admit(self.registration, b"ptth")
+            if held is not None and words == held.words and self._hub.is_as_before(held):
+                self._admit(held, b"ptth")
             elif (head := take_request_head(self._inbuf)) is not None:
                 self._answer(head, words)
             elif len(self._inbuf) > LIMITS.handshake_bytes:
@@ -4617,6 +4625,7 @@ class Applicant(Role):
         self._hub.newcomers.pop(self, None)
         if self.registration is not None:
             self._hub.count_connection(self.registration, -1)
+            self.registration = None
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
@@ -4733,6 +4742,11 @@ class Slot(Role):
         if self.registration.process:
             limit_s = min(limit_s, LIMITS.unclaimed_s)
         self.stream.deadline = self._hub.loop.now + limit_s
+
+    def expect_claim(self) -> None:
+        """Sleeps on until more than a claim has come: the whole request has been sent."""
+        if not self._reader.inbuf and self.stream.transport.can_wait_for_more:
+            self.stream.transport.set_least(len(CLAIM) + 1)
 
     def end(self, *, reusable: bool) -> None:
         """The slot has nothing to do with its exchange any more; it is free when all that has been sent."""
@@ -5451,8 +5465,9 @@ class Hub:
             self.total_slots += change
             return
         process = self.processes.setdefault(registration.process, [0, 0])
-        self.total_slots += registration.slots - process[0]
-        process[0] = registration.slots
+        if change > 0:
+            self.total_slots += registration.slots - process[0]
+            process[0] = registration.slots  # as it says now
         process[1] += change
         if not process[1]:
             self.total_slots -= process[0]
@@ -5460,8 +5475,14 @@ class Hub:
 
     def has_heard(self, process: str, since: float) -> bool:
         """Whether a worker's machine has said something since then, if only that it has got something."""
-        streams = [slot.stream for slot in self.slots if slot.registration.process == process]
-        return any(self.loop.now - stream.transport.silent_s() >= since for stream in streams)
+        streams = [each for each in self.loop.watched if isinstance(each, Stream) and not each.closed]
+        return any(
+            self.loop.now - each.transport.silent_s() >= since
+            for each in streams
+            if isinstance(each.role, Slot | Applicant)
+            and each.role.registration is not None
+            and each.role.registration.process == process
+        )
 
     def drop_process(self, process: str) -> None:
         """Closes what waits of a worker whose machine does not answer: its other slots are no better."""
@@ -5762,6 +5783,11 @@ class Hub:
         if permit is None or permit.name != registration.permit.name:
             return False
         return not permit.origins or bool(registration.origins and registration.origins <= permit.origins)
+
+    def is_as_before(self, registration: Registration) -> bool:
+        """Whether the workers file says what it said when the worker joined."""
+        permit = registration.permit
+        return permit is None or self.permits is None or self.permits.get(permit.credential) == permit
 
     def _watch_expiry(self) -> None:
         """Warns, once a day, of a certificate that is about to expire."""

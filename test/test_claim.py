@@ -6,11 +6,15 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from rig import Rig
 
+import pothead
 import wire
+from pothead import State
 from wire import OK, HubProcess, Peer, get, hub_process, post
 
 CLAIM = b"HTTP/1.1 102 Processing\r\n\r\n"
@@ -303,3 +307,107 @@ def test_worker_is_told_to_come_again_soon_when_the_hub_ends(hub: HubProcess) ->
         assert (response.status, response.value(b"retry-after")) == (503, b"1")
         slot.send(OK)
         assert consumer.read_response().status == 200
+
+
+# ---- In one process, where the hub turns when it is told to -------------------------------------------
+
+
+def claimant(rig: Rig, hello: bytes = b"", slots: int = 1) -> Peer:
+    """Connect a slot of a worker that claims what it takes."""
+    count = len(rig.hub.slots)
+    peer = rig.connect(rig.hub.addresses["ptth"])
+    peer.send(hello or offer(slots=slots))
+    rig.until(lambda: len(rig.hub.slots) == count + 1)
+    peer.read_head()
+    return peer
+
+
+def test_body_in_pieces_is_offered_whole(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0)
+    slot, request = claimant(rig), post(b"/pieces", bytes(40_000))
+    consumer = rig.consumer(request[:-20_000])
+    rig.turn()
+    consumer.send(request[-20_000:])
+    rig.until(lambda: rig.exchange(b"/pieces").attempt)
+    assert slot.read_request().body == bytes(40_000)
+
+
+def test_what_waits_is_told_by_the_hub_and_not_by_consumers(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0)
+    slot = claimant(rig)
+    rig.consumer(get(b"/forged", b"Pothead-Waiting: 999; oldest=86400.000"))
+    rig.until(lambda: slot.has_bytes())
+    assert slot.read_request().values(b"Pothead-Waiting") == []
+
+
+def test_connection_that_leaves_does_not_tell_how_many_slots_there_are(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0)
+    before, _now = claimant(rig, slots=4), claimant(rig, slots=2)
+    before.close()
+    rig.until(lambda: len(rig.hub.slots) == 1)
+    assert rig.hub.total_slots == 2
+
+
+def test_request_that_crosses_a_part_of_a_withdrawal(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0)
+    slot = claimant(rig)
+    slot.send(AWAY[:60])
+    rig.turn()
+    rig.turn()
+    rig.consumer(post(b"/crossing", b"x"))
+    rig.until(lambda: rig.exchange(b"/crossing").attempt)
+    slot.send(AWAY[60:])
+    rig.until(lambda: rig.exchange(b"/crossing").state is State.QUEUED)  # no time passes
+
+
+TOKEN_FIELD = b"\r\nAuthorization: Bearer s3cr3t\r\n\r\n"
+
+
+def test_held_connection_leaves_once(new_rig: Callable[..., Rig], tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("alpha token:s3cr3t\n")
+    rig = new_rig(ptth_port=0, workers_file=str(tmp_path / "workers"))
+    slot = claimant(rig, offer().replace(b"\r\n\r\n", TOKEN_FIELD))
+    slot.send(AWAY)
+    rig.until(lambda: not rig.hub.slots)
+    (tmp_path / "workers").write_text("beta token:another\n")
+    rig.hub.reload()
+    rig.hub.reload()
+    rig.turn()
+    assert (rig.hub.processes, rig.hub.total_slots) == ({}, 0)
+
+
+def test_permit_that_has_become_wider_counts_at_the_next_handshake(
+    new_rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    hello = offer().replace(b"\r\n\r\n", TOKEN_FIELD)
+    (tmp_path / "workers").write_text("alpha token:s3cr3t http://a.example\n")
+    rig = new_rig(ptth_port=0, workers_file=str(tmp_path / "workers"))
+    slot = claimant(rig, hello)
+    slot.send(AWAY)
+    rig.until(lambda: not rig.hub.slots)
+    (tmp_path / "workers").write_text("alpha token:s3cr3t http://a.example http://b.example\n")
+    rig.hub.reload()
+    rig.turn()
+    slot.send(hello)
+    rig.until(lambda: rig.hub.slots)
+    assert [each.registration.origins for each in rig.hub.slots] == [{"http://a.example", "http://b.example"}]
+
+
+def test_machine_is_heard_on_a_connection_that_it_holds(
+    new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network can be cut here, so what TCP would tell is told by the test."""
+    rig = new_rig(ptth_port=0)
+    claimant(rig)
+    (silent,) = rig.hub.slots
+    heard = claimant(rig)
+    heard.send(AWAY)
+    rig.until(lambda: len(rig.hub.slots) == 1)
+    monkeypatch.setattr(pothead.Transport, "has_delivered", lambda _self, _size: False)
+    monkeypatch.setattr(
+        pothead.Transport, "silent_s", lambda self: 99.0 if self is silent.stream.transport else 2.0
+    )
+    rig.consumer(post(b"/doubtful", b"x"))
+    rig.until(lambda: silent.exchange)
+    rig.pass_time(pothead.LIMITS.unclaimed_s)
+    assert rig.exchange(b"/doubtful").state is State.SENT

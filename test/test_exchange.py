@@ -829,6 +829,28 @@ def test_slot_that_is_sent_an_old_body_is_not_taken_for_an_idle_one(
     assert (rig.hub.policy.idle, rig.hub.policy.running, rig.hub.total_slots) == (0, 0, 0)
 
 
+def test_response_to_the_end_that_a_reset_has_cut_is_not_whole(rig: Rig) -> None:
+    """Not even if sending was told of the reset, and receiving sees a mere end after that."""
+    host, _, port = rig.hub.addresses["workers"].rpartition(":")
+    with Peer(socket.socket()) as slot:
+        slot.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slot.sock.connect((host, int(port)))
+        rig.until(lambda: rig.hub.slots)
+        (worker,) = rig.hub.slots
+        worker.stream.transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        consumer = rig.consumer()
+        sender = send_in_background(consumer, wire.post(b"/", bytes(600_000)))
+        rig.until(lambda: worker.stream.outbuf)
+        slot.send(b"HTTP/1.1 200 OK\r\n\r\na part of it")
+        rig.until(lambda: [each.state for each in rig.hub.exchanges] == [State.RESPONDING])
+        rig.turn()
+        sender.join()
+        assert worker.stream.outbuf
+        slot.reset()
+        rig.until(lambda: rig.lines)
+    assert codes(rig) == ["WC"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the hub may be woken by it")
 @pytest.mark.parametrize("event", ["is late", "answers", "leaves", "turns away"])
 def test_hub_is_not_woken_by_a_claim(new_rig: Callable[..., Rig], event: str) -> None:

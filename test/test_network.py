@@ -851,6 +851,22 @@ def test_held_connection_is_asked_for_its_token_again(tmp_path: Path, is_in_piec
         assert slot.read_response().status == 401
 
 
+def test_claim_and_response_in_a_record_that_comes_in_parts(files: Path) -> None:
+    options = ("--ptth-port", "0", *tls_options(files), "--response-timeout", "1s")
+    with hub_process(*options) as hub, Peer.connect(hub.ptth, wire.trusting(files)) as slot:
+        slot.send(handshake(b"/ptth", b"Bearer x", *CLAIMANT))
+        slot.read_head()
+        with ask(hub, b"/") as consumer:
+            slot.read_request()
+            assert isinstance(slot.sock, wire.TlsSocket)
+            slot.sock.tls.write(b"HTTP/1.1 102 Processing\r\n\r\n" + OK)
+            record = slot.sock.outgoing.read()
+            slot.sock.below.sendall(record[:-20])
+            time.sleep(0.1)  # so that the rest comes alone
+            slot.sock.below.sendall(record[-20:])
+            assert consumer.read_response().status == 200
+
+
 def test_certificate_that_goes_while_it_is_read_is_a_complaint(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
