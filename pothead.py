@@ -3010,7 +3010,6 @@ class Transport:
 
     scheme = b"http"  # of what a consumer asks for over it
     can_splice = CAN_SPLICE
-    can_wait_for_more = True  # than so many bytes
     has_rest = False  # bytes that have come and of which the socket does not tell
 
     def __init__(self, sock: socket.socket) -> None:
@@ -3133,7 +3132,6 @@ class TlsTransport(Transport):
 
     scheme = b"https"
     can_splice = False  # it would put cleartext on the wire
-    can_wait_for_more = False  # a part of a record says nothing
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, on_open: Callable[[], None]) -> None:
         super().__init__(sock)
@@ -3264,6 +3262,9 @@ class TlsTransport(Transport):
             self._ahead = bytes(byte[: size or 0])
             self.has_rest = size is not None
         return self.has_rest
+
+    def set_least(self, size: int) -> None:
+        """Changes nothing: how many bytes are in a record does not show from outside."""
 
     def end_output(self) -> None:
         self._say_goodbye()
@@ -3925,8 +3926,8 @@ class Exchange:
         may_send = attempt.progress is not OFFERED or not self._hub.options.stream_requests
         if self.spool is not None and self.spool.size and not attempt.is_chunked and may_send:
             most = len(head) + LIMITS.offered_bytes
-            while self.spool.size and len(head) < most:
-                head += self._take_body(most - len(head))  # one packet for both, mostly
+            while len(head) < most and (piece := self._take_body(most - len(head))):
+                head += piece  # one packet for all, mostly
         if self.spool is not None and (self.spool.size or not self.received):
             slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
         slot.stream.write(head)
@@ -4745,7 +4746,7 @@ class Slot(Role):
 
     def expect_claim(self) -> None:
         """Sleeps on until more than a claim has come: the whole request has been sent."""
-        if not self._reader.inbuf and self.stream.transport.can_wait_for_more:
+        if not self._reader.inbuf:
             self.stream.transport.set_least(len(CLAIM) + 1)
 
     def end(self, *, reusable: bool) -> None:
