@@ -1029,11 +1029,9 @@ class MessageReader(Generic[HeadT]):
         which may be empty, ``is_at_end`` tells that ``END`` follows.
         """
         body = self.body
-        if self._left <= 0 and (body is None or body.stopped):
-            return None
         if body is None:
             size = len(self.inbuf)
-            head = self._take_head(self.inbuf)
+            head = self._take_head(self.inbuf) if self._left > 0 else None
             if head is not None:
                 self._left -= 1 + (size - len(self.inbuf)) // LIMITS.large_head_bytes
                 self.body = self._body_of(head) or _EMPTY
@@ -1041,6 +1039,8 @@ class MessageReader(Generic[HeadT]):
         if body.done:
             self.body = None
             return END
+        if body.stopped and self._left <= 0:
+            return None
         fresh, self._fresh = self._fresh, NO_BYTES
         if not self.inbuf and 0 < len(fresh) <= body.verbatim:
             body.skip(len(fresh))
@@ -3480,8 +3480,8 @@ class Stream(Watched):
         return self.transport.fileno()
 
     def settle(self) -> int:
-        self._room = self.role.settle()
-        events = READ if self._room > 0 and not self._has_rest else 0
+        room = self._room = self.role.settle()
+        events = READ if room > 0 and not self._has_rest else 0
         if events and self.transport.has_rest and not self._fills_soon:
             self._fills_soon = True
             self._loop.call_soon(lambda: self._loop.deliver(self, self._take_transports_rest))
@@ -3555,14 +3555,15 @@ class Stream(Watched):
             return
         if self.shortcut is not None and self._move(self.shortcut):
             return
+        scratch = self._loop.scratch
         try:
-            size = self.transport.receive_into(self._loop.scratch[: self._room])
+            size = self.transport.receive_into(scratch[: self._room])
         except OSError as exc:
             log.debug("%s: %s", self.address, exc)
             self.role.on_hangup(reset=True)
             return
         if size:
-            self.role.on_bytes(self._loop.scratch[:size])
+            self.role.on_bytes(scratch[:size])
         elif size is not None:
             self.role.on_hangup(reset=self._was_reset)
 
@@ -3922,19 +3923,26 @@ class Exchange:
         if attempt.progress is OFFERED:
             fields += self._hub.waiting_field()
         head = forwarded_request(self.head, length, fields)
-        attempt.body_sent = self.spool is None
-        may_send = attempt.progress is not OFFERED or not self._hub.options.stream_requests
-        if self.spool is not None and self.spool.size and not attempt.is_chunked and may_send:
-            most = len(head) + LIMITS.offered_bytes
-            while len(head) < most and (piece := self._take_body(most - len(head))):
-                head += piece  # one packet for all, mostly
-        if self.spool is not None and (self.spool.size or not self.received):
-            slot.stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
-        slot.stream.write(head)
-        if self.spool is not None:
-            self.pump()
+        if self.spool is None:
+            attempt.body_sent = True
+            slot.stream.write(head)
+        else:
+            self._send_with_body(attempt, self.spool, head)
         if attempt.progress is OFFERED and attempt.body_sent:
             slot.expect_claim()
+
+    def _send_with_body(self, attempt: Attempt, spool: Spool, head: bytes) -> None:
+        """Sends the head, with what there is of the body as far as it may be offered: one packet, mostly."""
+        may_send = attempt.progress is not OFFERED or not self._hub.options.stream_requests
+        if spool.size and not attempt.is_chunked and may_send:
+            most = len(head) + LIMITS.offered_bytes
+            while len(head) < most and (piece := self._take_body(most - len(head))):
+                head += piece
+        stream = attempt.slot.stream
+        if spool.size or not self.received:
+            stream.transport.set_unacknowledged_s(LIMITS.worker_full_s)
+        stream.write(head)
+        self.pump()
 
     def _length_for_worker(self) -> int | None:
         """A body that is there as a whole is sent with its length, however it came."""
