@@ -2022,8 +2022,8 @@ class Visitor(BaseHTTPRequestHandler):
         self.address = plain_address(self.client_address[0])
         self._deadline = time.monotonic() + SIDE_HEAD_TIMEOUT_S
         self.transport: Transport = PlainTransport(self.connection)
-        if self.server.context:
-            self.transport = TlsTransport(self.connection, self.server.context, None)
+        if self.server.tls:
+            self.transport = TlsTransport(self.connection, self.server.tls.context(), None)
 
     def recv(self, size: int, /) -> bytes:
         """Receive some of the head. Raises TimeoutError, at last when all of it took too long."""
@@ -2111,7 +2111,7 @@ class SidePort(ThreadingHTTPServer):
         self.socket = own(socket.create_server((host, port)) if host else listen_everywhere(port))
         self.socket.setblocking(False)
         self.name = name
-        self.context: ssl.SSLContext | None = None  # for TLS
+        self.tls: TlsFiles | None = None
         self.port = int(self.socket.getsockname()[1])
         self._host = host or "*"
         self._interval_s = interval_s
@@ -2261,14 +2261,14 @@ class PickupPort(SidePort):
         expiry_s: float = PICKUP_EXPIRY_S,
         interval_s: float = SIDE_INTERVAL_S,
         url: str | None = None,
-        context: ssl.SSLContext | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         """Listen at all addresses; `host` is what consumers are told instead of ours, or all of `url`.
 
-        With a context the port speaks HTTPS. Raises OSError.
+        With `tls` the port speaks HTTPS. Raises OSError.
         """
         super().__init__("redirects", port, interval_s=interval_s)
-        self.context = context
+        self.tls = tls
         self.expiry_s = expiry_s
         self._url = url
         self._public_host = host
@@ -2292,7 +2292,7 @@ class PickupPort(SidePort):
         """Return the address for the consumer: this end of the hub's connection, unless told otherwise."""
         if self._url:
             return self._url + key
-        scheme = "https" if self.context else "http"
+        scheme = "https" if self.tls else "http"
         return f"{scheme}://{Address(self._public_host or hub.own_host, self.port)}/{key}"
 
     # -- for consumers
@@ -3949,12 +3949,13 @@ class Introduction:
         self._more = more
         self._credentials = credentials
         self._token = credentials.token
-        self.context: ssl.SSLContext | None = None
+        self.tls: TlsFiles | None = None
         if credentials.token_file:
             self._token = read_token(credentials.token_file)
         if url.is_tls:
-            self.context = make_hub_context(credentials)
-            check_name(self.context, self.tls_name)
+            files = credentials.cafile, credentials.certfile, credentials.keyfile
+            self.tls = TlsFiles(lambda: make_hub_context(credentials), files)
+            check_name(self.tls.context(), self.tls_name)
         elif self._token and not is_loopback(url.address.host):
             raise ValueError(f"a token would go to {url} in the clear; say https://")
         if len(self.request()) > MAX_REQUEST_BYTES:
@@ -4003,6 +4004,40 @@ def is_loopback(host: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     return name == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", name) is not None
+
+
+class TlsFiles:
+    """What speaks TLS with what is in files, which are read again for the next connection when they change."""
+
+    def __init__(self, make: Callable[[], ssl.SSLContext], files: Iterable[str | None]) -> None:
+        """Raises ValueError, as `make` does."""
+        self._make = make
+        self._files = [file for file in files if file]
+        self._versions = self._look()
+        self._context = make()
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        """Return what is another one for each file that has been replaced or written."""
+        return [file_version(file) for file in self._files]
+
+    def context(self) -> ssl.SSLContext:
+        """Return it for the next connection: the last one that could be made."""
+        if (versions := self._look()) != self._versions:
+            self._versions = versions
+            try:
+                self._context = self._make()
+                log.info("read again: %s", ", ".join(self._files))
+            except ValueError as exc:
+                log.warning("%s; what was there before is used", exc)
+        return self._context
+
+
+def file_version(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def make_hub_context(credentials: Credentials) -> ssl.SSLContext:
@@ -4093,8 +4128,8 @@ class Handshake:
         self._go_on = self._ask
         if link:
             self.transport = link.transport
-        elif introduction.context:
-            self.transport = TlsTransport(sock, introduction.context, introduction.tls_name)
+        elif introduction.tls:
+            self.transport = TlsTransport(sock, introduction.tls.context(), introduction.tls_name)
             self._go_on = self._begin_tls
         self.transport.limit_time(0)
         self._intake = link.intake if link else Intake(self.transport)
@@ -7397,7 +7432,8 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
     try:
         for hub in options.connect:
             introduce(hub, options.credentials)  # before the app takes its time
-        context = make_pickup_context(options) if options.redirect_tls else None
+        files = options.certfile, options.keyfile
+        tls = TlsFiles(lambda: make_pickup_context(options), files) if options.redirect_tls else None
     except ValueError as exc:
         raise UsageError(str(exc)) from None
     host, url = options.redirect_host, options.redirect_url
@@ -7406,7 +7442,7 @@ def prepare(options: Options, stack: contextlib.ExitStack) -> tuple[WorkerPool, 
         stack,
         "--redirect-response",
         options.redirect_response,
-        lambda port: PickupPort(port, host, expiry_s, interval_s, url, context),
+        lambda port: PickupPort(port, host, expiry_s, interval_s, url, tls),
     )
     inspection = bind(
         stack,

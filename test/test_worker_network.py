@@ -598,6 +598,36 @@ def test_client_certificate_is_shown(tls_hub: Hub, certificates: Path, pool_for:
         assert ask(peer).body == b"hello"
 
 
+def test_certificates_are_read_again_when_they_have_changed(
+    tls_hub: Hub, certificates: Path, pool_for: Any, tmp_path: Path, lines: Lines
+) -> None:
+    def put(name: str) -> None:
+        for suffix in ("key", "pem"):
+            (tmp_path / "next").write_bytes((certificates / f"{name}.{suffix}").read_bytes())
+            (tmp_path / "next").rename(tmp_path / f"mine.{suffix}")
+
+    assert tls_hub.context
+    tls_hub.context.load_verify_locations(certificates / "ca.pem")
+    tls_hub.context.verify_mode = ssl.CERT_REQUIRED
+    put("worker")
+    files = {"certfile": str(tmp_path / "mine.pem"), "keyfile": str(tmp_path / "mine.key")}
+    pool_for(tls_hub, credentials=files)
+    for shown, next_one in (
+        ("worker-1.example", "hub-elsewhere"),
+        ("other.example", "worker-expired"),
+        ("other.example", ""),
+        ("other.example", "worker"),
+        ("worker-1.example", ""),
+    ):
+        with tls_hub.accept() as peer:
+            assert isinstance(peer.sock, ssl.SSLSocket)
+            assert ("DNS", shown) in (peer.sock.getpeercert() or {})["subjectAltName"]
+            if next_one:
+                put(next_one)
+            assert ask(peer, "GET /", "Connection: close").body == b"hello"
+    assert lines.wait_for("expired on") and lines.wait_for("read again")
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_missing_certificate_is_told(
     version: ssl.TLSVersion, tls_hub: Hub, certificates: Path, pool_for: Any, lines: Lines
