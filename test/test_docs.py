@@ -195,12 +195,35 @@ def test_names_in_the_design_are_in_the_code() -> None:
         assert any(hasattr(owner, attribute) for owner in owners), word
 
 
-def test_classes_of_the_worker_have_a_place_in_its_picture() -> None:
-    picture = DESIGN.partition("## The worker")[2].split("```")[1]
-    classes = [value for value in vars(pothead_worker).values() if isinstance(value, type)]
-    for each in classes:
-        if each.__module__ == "pothead_worker" and not issubclass(each, Exception):
-            assert re.search(rf"\b{each.__name__}\b", picture), each
+def test_code_words_of_the_design_are_in_the_code() -> None:
+    modules = "".join(source_of(program) for program in (*PROGRAMS, "gating.py"))
+    foreign = {"SSLSocket", "WantWrite", "asyncio"}  # of Python, and told why they are not used
+    for word in set(re.findall(r"`([A-Za-z_]\w+)`", DESIGN)) - foreign:
+        assert re.search(rf"\b{word}\b", modules), word
+
+
+@pytest.mark.parametrize(
+    ("program", "heading"), [("pothead.py", "The hub"), ("pothead_worker.py", "The worker")]
+)
+def test_every_class_has_a_place_in_the_picture_or_right_below(program: str, heading: str) -> None:
+    part = re.split(rf"^## {heading}\b.*$", DESIGN, flags=re.MULTILINE)[1]
+    _, picture, below = part.split("```", 2)
+    below = below.partition("\n|")[0]
+    for name in re.findall(r"^class (\w+)", source_of(program), re.MULTILINE):
+        assert re.search(rf"\b{name}\b", picture + below), name
+
+
+@pytest.mark.parametrize("heading", ["Log codes", "Pages", "Actions", "Stats", "Metrics of the hub"])
+def test_nothing_is_told_by_two_rows(heading: str) -> None:
+    told = [word for row in rows(section(OPERATING, heading)) for word in code_words(row[0])]
+    assert len(told) == len(set(told))
+
+
+def test_no_message_is_told_by_two_rows() -> None:
+    of_both = rows(section(OPERATING, "Messages of both"))
+    for heading in ("Messages of the hub", "Messages of the worker"):
+        told = [word for row in rows(section(OPERATING, heading)) + of_both for word in code_words(row[0])]
+        assert len(told) == len(set(told))
 
 
 # ---- Links -------------------------------------------------------------------------------------------
@@ -287,13 +310,6 @@ def test_each_alert_has_its_section_and_leads_there() -> None:
 
 def hub_part() -> str:
     return (wire.ROOT / "docs" / "design.md").read_text("utf-8").partition("\n## The worker")[0]
-
-
-def test_every_class_of_the_hub_has_a_place_in_the_design() -> None:
-    classes = re.findall(r"^class ([A-Z]\w+)", (wire.ROOT / "pothead.py").read_text("utf-8"), re.MULTILINE)
-    text = hub_part()
-    values = {"ProtocolError", "BodyReader", "SlotLike", "Role", "UsageError", "Wait", "End"}
-    assert [name for name in classes if name not in values and not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_names_that_the_design_gives_are_the_hubs() -> None:
