@@ -4575,14 +4575,12 @@ class Applicant(Role):
     Of those not a byte is sent before that.
     """
 
-    __slots__ = ("_hub", "_inbuf", "registration")
+    __slots__ = ("_held", "_hub", "_inbuf")
 
-    def __init__(
-        self, hub: Hub, stream: Stream, held: Registration | None = None, received: Bytes = b""
-    ) -> None:
+    def __init__(self, hub: Hub, stream: Stream, held: Slot | None = None, received: Bytes = b"") -> None:
         self._hub = hub
         self.stream = stream
-        self.registration = held  # what a worker had joined with that holds the connection now
+        self._held = held  # the slot that this was, if its worker holds the connection
         self._inbuf = Inbuf(received)
         stream.role = self
         stream.resume()
@@ -4596,10 +4594,10 @@ class Applicant(Role):
 
     def on_bytes(self, data: memoryview) -> None:
         self._inbuf += data
-        words, held = bytes(self._inbuf), self.registration
+        words, held = bytes(self._inbuf), self._held
         try:
-            if held is not None and words == held.words and self._hub.is_as_before(held):
-                self._admit(held, b"ptth")
+            if held is not None and words == held.registration.words and self._hub.is_as_before(held):
+                self._admit(held.registration, b"ptth")
             elif (head := take_request_head(self._inbuf)) is not None:
                 self._answer(head, words)
             elif len(self._inbuf) > LIMITS.handshake_bytes:
@@ -4621,10 +4619,14 @@ class Applicant(Role):
     def _admit(self, registration: Registration, protocol: bytes, *, is_envoy: bool = False) -> None:
         if self._hub.needs_no_workers:
             raise ProtocolError(503, "this hub is about to end")
-        self._leave()
         self.stream.deadline = math.inf
         extra = self._hub.claim_fields() if registration.process else b""
         self.stream.write(SWITCHING % (protocol, extra))
+        held = self._held
+        if held is not None and held.registration is registration:
+            held.take_up_again()
+            return
+        self._leave()
         if is_envoy:
             Rehearsal(self._hub, self.stream, registration)
         else:
@@ -4632,9 +4634,8 @@ class Applicant(Role):
 
     def _leave(self) -> None:
         self._hub.newcomers.pop(self, None)
-        if self.registration is not None:
-            self._hub.count_connection(self.registration, -1)
-            self.registration = None
+        if self._held is not None:
+            self._hub.strike_off(self._held)
 
     def _refuse(self, error: ProtocolError) -> None:
         self._leave()
@@ -4773,10 +4774,22 @@ class Slot(Role):
         else:
             self._hub.release(self, reusable=reusable)
 
+    def take_up_again(self) -> None:
+        """The worker has held the connection, and offers it once more."""
+        self._holds = False
+        self.stream.role = self
+        self._hub.count_connection(self.registration, 0)
+        self._hub.policy.park(self)
+
     @property
     def is_waiting(self) -> bool:
-        """Whether it has nothing to do, and counts as idle."""
+        """Whether it has nothing to do."""
         return self.exchange is None and not self._has_old_body
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has nothing to do, and is to be given nothing before another handshake."""
+        return self._holds and self.is_waiting
 
     def _leave_old_body(self, *, reusable: bool) -> None:
         """The end of a body that was answered early has been sent, or the connection is over."""
@@ -5462,19 +5475,18 @@ class Hub:
         if stream.closed or stream.outbuf is not None or not slot.is_welcome:
             self._forget(slot)
             return
-        self.slots.discard(slot)
-        self.policy.leave(slot.offer, self.loop.now)
-        Applicant(self, stream, slot.registration, received)
-        if received:
+        words = received.take(len(received))
+        Applicant(self, stream, slot, words)
+        if words:
             stream.take_rest_later()  # once the request that was turned away is back in the queue
 
     def count_connection(self, registration: Registration, change: int) -> None:
-        """Counts a connection of a worker more or less."""
+        """Counts a connection of a worker more or less, or one that has told its slots once more."""
         if not registration.process:
             self.total_slots += change
             return
         process = self.processes.setdefault(registration.process, [0, 0])
-        if change > 0:
+        if change >= 0:
             self.total_slots += registration.slots - process[0]
             process[0] = registration.slots  # as it says now
         process[1] += change
@@ -5484,13 +5496,10 @@ class Hub:
 
     def has_heard(self, process: str, since: float) -> bool:
         """Whether a worker's machine has said something since then, if only that it has got something."""
-        streams = [each for each in self.loop.watched if isinstance(each, Stream) and not each.closed]
         return any(
-            self.loop.now - each.transport.silent_s() >= since
-            for each in streams
-            if isinstance(each.role, Slot | Applicant)
-            and each.role.registration is not None
-            and each.role.registration.process == process
+            self.loop.now - each.stream.transport.silent_s() >= since
+            for each in self.slots
+            if each.registration.process == process and not each.stream.closed
         )
 
     def drop_process(self, process: str) -> None:
@@ -5613,6 +5622,8 @@ class Hub:
         """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
         pool = self.policy.pool_of(claim.origin)
         slots, ahead = self.policy.slots_of(pool), self.policy.count_ahead(claim)
+        if self.processes:
+            slots = max(slots, self.total_slots)  # not all of them are offered here at once
         is_served_at_once = not ahead and self.policy.idle_of(pool)
         if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:
             return 0.0
@@ -5648,11 +5659,15 @@ class Hub:
         self._forget(slot)
 
     def _forget(self, slot: Slot) -> None:
+        self.strike_off(slot)
+        slot.stream.close()
+
+    def strike_off(self, slot: Slot) -> None:
+        """Counts a slot less; it neither waits nor runs."""
         if slot in self.slots:
             self.slots.remove(slot)
             self.count_connection(slot.registration, -1)
             self.policy.leave(slot.offer, self.loop.now)
-        slot.stream.close()
 
     def on_breach(self, slot: Slot) -> None:
         """A waiting slot has spoken without being asked."""
@@ -5781,21 +5796,21 @@ class Hub:
                 self.on_worker_left(slot)
         for watched in list(self.loop.watched):  # those that are no slot just now
             role = watched.role if isinstance(watched, Stream) else None
-            if isinstance(role, Applicant | Rehearsal) and not self._is_permitted(role.registration):
+            if isinstance(role, Rehearsal) and not self._is_permitted(role.registration):
                 role.on_hangup(reset=False)
 
-    def _is_permitted(self, registration: Registration | None) -> bool:
+    def _is_permitted(self, registration: Registration) -> bool:
         """Whether a slot may go on with what it has joined with; the silent worker port asks for nothing."""
-        if registration is None or registration.permit is None or self.permits is None:
+        if registration.permit is None or self.permits is None:
             return True
         permit = self.permits.get(registration.permit.credential)
         if permit is None or permit.name != registration.permit.name:
             return False
         return not permit.origins or bool(registration.origins and registration.origins <= permit.origins)
 
-    def is_as_before(self, registration: Registration) -> bool:
+    def is_as_before(self, slot: Slot) -> bool:
         """Whether the workers file says what it said when the worker joined."""
-        permit = registration.permit
+        permit = slot.registration.permit
         return permit is None or self.permits is None or self.permits.get(permit.credential) == permit
 
     def _watch_expiry(self) -> None:
@@ -6347,7 +6362,7 @@ def readable_json(fields: Mapping[str, object]) -> str:
 def describe_hub(hub: Hub) -> dict[str, object]:
     """Returns what goes on, for ``/stats``; durations in seconds, long tables cut."""
     now, counters = hub.loop.now, hub.counters
-    workers = sorted(hub.slots, key=lambda each: each.since)
+    workers = sorted((each for each in hub.slots if not each.is_held), key=lambda each: each.since)
     running = [each.exchange for each in workers if each.exchange is not None]
     running.sort(key=lambda each: each.received_at)
     return {
@@ -6625,10 +6640,10 @@ class MetricsCollector:
         text = "Requests that wait, by pool."
         yield by_label(Gauge, "pothead_hub_pool_queue_length", text, "pool", waiting)
         slots = Gauge("pothead_hub_pool_slots", "Slots that serve a pool.", labels=["pool", "state"])
+        busy = Counter(each.offer.scope for each in self._hub.slots if each.exchange is not None)
         for pool in policy.all_pools():
-            idle = policy.idle_of(pool)
-            slots.add_metric([pool.name, "idle"], idle)
-            slots.add_metric([pool.name, "busy"], policy.slots_of(pool) - idle)
+            slots.add_metric([pool.name, "idle"], policy.idle_of(pool))
+            slots.add_metric([pool.name, "busy"], sum(busy[scope] for scope in pool.scopes))
         yield slots
 
     def _resources(self) -> Iterator[Metric]:
@@ -6636,7 +6651,7 @@ class MetricsCollector:
 
         hub = self._hub
         roles = Counter(type(each.role) for each in hub.loop.watched if isinstance(each, Stream))
-        connections = {"consumers": roles[Consumer], "workers": roles[Slot], "admin": roles[Admin]}
+        connections = {"consumers": roles[Consumer], "workers": len(hub.slots), "admin": roles[Admin]}
         connections["newcomers"] = len(hub.newcomers)
         yield by_label(Gauge, "pothead_hub_connections", "Open connections.", "kind", connections)
         kept = {"memory": hub.budget.memory_used, "disk": hub.budget.disk_used}

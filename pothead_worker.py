@@ -4007,7 +4007,7 @@ def is_loopback(host: str) -> bool:
 
 
 class TlsFiles:
-    """What speaks TLS with what is in files, which are read again for the next connection when they change."""
+    """What speaks TLS by files, which are read again for the next connection when they have changed."""
 
     def __init__(self, make: Callable[[], ssl.SSLContext], files: Iterable[str | None]) -> None:
         """Raises ValueError, as `make` does."""

@@ -348,6 +348,58 @@ def test_connection_that_leaves_does_not_tell_how_many_slots_there_are(new_rig: 
     assert rig.hub.total_slots == 2
 
 
+def test_worker_that_is_busy_elsewhere_is_there(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0, no_worker_timeout=2.0)
+    slot, consumer = claimant(rig), rig.consumer(post(b"/patient", b"x"))
+    rig.until(lambda: rig.exchange(b"/patient").attempt)
+    slot.send(AWAY)
+    rig.until(lambda: rig.exchange(b"/patient").state is State.QUEUED)
+    rig.pass_time(30)
+    assert rig.exchange(b"/patient").state is State.QUEUED
+    assert [(each["slots"], each["busy"]) for each in rig.hub.stats()["machines"]] == [(1, 0)]  # type: ignore[attr-defined]
+    slot.close()
+    rig.until(lambda: not rig.hub.slots)
+    rig.pass_time(2.1)
+    assert b"no worker is connected" in rig.response(consumer).body
+
+
+def test_held_connection_is_taken_up_again_with_the_number_of_slots_that_it_tells(
+    new_rig: Callable[..., Rig],
+) -> None:
+    rig = new_rig(ptth_port=0)
+    first = claimant(rig, slots=4)
+    (slot,) = rig.hub.slots
+    first.send(AWAY)
+    rig.until(lambda: not rig.hub.policy.idle)
+    claimant(rig, slots=2)
+    assert rig.hub.total_slots == 2
+    first.send(offer(slots=4))
+    rig.until(lambda: rig.hub.policy.idle == 2)
+    assert rig.hub.total_slots == 4
+    assert slot in rig.hub.slots and not slot.is_held
+
+
+def test_wait_is_estimated_by_the_slots_that_are_announced(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0, forwarded_allow_ips=("*",))
+    slot = claimant(rig, slots=4)
+    for _ in range(pothead.LIMITS.served_to_estimate):
+        consumer = rig.consumer(get(b"/"))
+        rig.until(lambda: slot.has_bytes())
+        slot.read_request()
+        slot.send(CLAIM)
+        rig.pass_time(1.9)
+        slot.send(OK)
+        assert rig.response(consumer).status == 200
+    rig.consumer(get(b"/runs"))
+    rig.until(lambda: rig.exchange(b"/runs").attempt)
+    for wait, status in ((b"1", 0), (b"0", 503)):
+        impatient = rig.consumer()
+        impatient.send(get(b"/impatient", b"Prefer: wait=" + wait))
+        rig.turn()
+        rig.turn()
+        assert impatient.has_bytes() == bool(status)
+
+
 def test_request_that_crosses_a_part_of_a_withdrawal(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(ptth_port=0)
     slot = claimant(rig)
@@ -368,7 +420,7 @@ def test_held_connection_leaves_once(new_rig: Callable[..., Rig], tmp_path: Path
     rig = new_rig(ptth_port=0, workers_file=str(tmp_path / "workers"))
     slot = claimant(rig, offer().replace(b"\r\n\r\n", TOKEN_FIELD))
     slot.send(AWAY)
-    rig.until(lambda: not rig.hub.slots)
+    rig.until(lambda: not rig.hub.policy.idle)
     (tmp_path / "workers").write_text("beta token:another\n")
     rig.hub.reload()
     rig.hub.reload()
@@ -384,12 +436,12 @@ def test_permit_that_has_become_wider_counts_at_the_next_handshake(
     rig = new_rig(ptth_port=0, workers_file=str(tmp_path / "workers"))
     slot = claimant(rig, hello)
     slot.send(AWAY)
-    rig.until(lambda: not rig.hub.slots)
+    rig.until(lambda: not rig.hub.policy.idle)
     (tmp_path / "workers").write_text("alpha token:s3cr3t http://a.example http://b.example\n")
     rig.hub.reload()
     rig.turn()
     slot.send(hello)
-    rig.until(lambda: rig.hub.slots)
+    rig.until(lambda: rig.hub.policy.idle)
     assert [each.registration.origins for each in rig.hub.slots] == [{"http://a.example", "http://b.example"}]
 
 
@@ -402,7 +454,7 @@ def test_machine_is_heard_on_a_connection_that_it_holds(
     (silent,) = rig.hub.slots
     heard = claimant(rig)
     heard.send(AWAY)
-    rig.until(lambda: len(rig.hub.slots) == 1)
+    rig.until(lambda: rig.hub.policy.idle == 1)
     monkeypatch.setattr(pothead.Transport, "has_delivered", lambda _self, _size: False)
     monkeypatch.setattr(
         pothead.Transport, "silent_s", lambda self: 99.0 if self is silent.stream.transport else 2.0

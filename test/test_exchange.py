@@ -868,7 +868,7 @@ def test_hub_is_not_woken_by_a_claim(new_rig: Callable[..., Rig], event: str) ->
     slot.read_request()
     if event == "turns away":
         slot.send(b"HTTP/1.1 503 Full\r\nConnection: hold\r\nContent-Length: 0\r\n\r\n")
-        rig.until(lambda: not rig.hub.slots)
+        rig.until(lambda: not rig.hub.policy.running)
         assert rig.exchange(b"/work").state is State.QUEUED
         return
     slot.send(b"HTTP/1.1 102 Processing\r\n\r\n")
