@@ -5794,7 +5794,7 @@ class Hub:
             slot.is_welcome = self._is_permitted(slot.registration)
             if not slot.is_welcome and slot.is_waiting:
                 self.on_worker_left(slot)
-        for watched in list(self.loop.watched):  # those that are no slot just now
+        for watched in list(self.loop.watched):  # those that are about to be slots
             role = watched.role if isinstance(watched, Stream) else None
             if isinstance(role, Rehearsal) and not self._is_permitted(role.registration):
                 role.on_hangup(reset=False)

@@ -564,6 +564,22 @@ def test_consumer_may_send_ahead_so_much_and_no_more(rig: Rig) -> None:
     sender.join()
 
 
+def test_ends_of_several_responses_in_one_turn_are_not_mixed_up(rig: Rig) -> None:
+    slots = [rig.slot() for _ in range(3)]
+    consumers = [rig.consumer(get(b"/%d" % number)) for number in range(3)]
+    rig.until(lambda: all(slot.has_bytes() for slot in slots))
+    for slot in slots:
+        path = slot.read_request().target
+        slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + path[:1])
+    rig.until(lambda: all(consumer.has_bytes() for consumer in consumers))
+    for number, slot in enumerate(slots):
+        slot.send(b"%d%d" % (number, number))
+    rig.until(lambda: not rig.hub.exchanges)
+    rig.turn()
+    bodies = {consumer.read_response().body for consumer in consumers}
+    assert bodies == {b"/00", b"/11", b"/22"}
+
+
 @pytest.mark.parametrize("side", ["consumer", "worker"])
 def test_small_chunks_are_taken_a_few_a_turn(rig: Rig, side: str) -> None:
     body = b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n"
