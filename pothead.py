@@ -5622,7 +5622,7 @@ class Hub:
         """Returns in how many seconds a request may hope to be started, at best; 0 if nothing tells."""
         pool = self.policy.pool_of(claim.origin)
         slots, ahead = self.policy.slots_of(pool), self.policy.count_ahead(claim)
-        if self.processes:
+        if slots and self.processes:
             slots = max(slots, self.total_slots)  # not all of them are offered here at once
         is_served_at_once = not ahead and self.policy.idle_of(pool)
         if not slots or is_served_at_once or self.counters.served < LIMITS.served_to_estimate:

@@ -400,6 +400,22 @@ def test_wait_is_estimated_by_the_slots_that_are_announced(new_rig: Callable[...
         assert impatient.has_bytes() == bool(status)
 
 
+def test_wait_is_not_estimated_by_slots_that_serve_another_pool(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ptth_port=0, forwarded_allow_ips=("*",), route=("/unserved=http://unserved",))
+    path = b"/.well-known/ptth/http%3A%2F%2Fserved/"
+    slot = claimant(rig, offer().replace(b"/ptth", path, 1))
+    for _ in range(pothead.LIMITS.served_to_estimate):
+        consumer = rig.consumer(get(b"/", host=b"served"))
+        rig.until(lambda: slot.has_bytes())
+        slot.read_request()
+        slot.send(CLAIM)
+        rig.pass_time(1.9)
+        slot.send(OK)
+        assert rig.response(consumer).status == 200
+    rig.consumer(get(b"/unserved", b"Prefer: wait=1"))
+    assert rig.exchange(b"/unserved").state is State.QUEUED
+
+
 def test_request_that_crosses_a_part_of_a_withdrawal(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(ptth_port=0)
     slot = claimant(rig)
