@@ -280,7 +280,7 @@ def test_claim_without_a_worker_is_refused(hub: HubProcess, field: bytes) -> Non
 def test_request_that_crosses_a_withdrawal_is_turned_away_by_it(hub: HubProcess) -> None:
     with bell(hub) as slot:
         hub.until(lambda stats: len(stats["workers"]) == 1)
-        hub.send_signal(signal.SIGSTOP)
+        hub.suspend()
         consumer = ask(hub, post(b"/crosses", b"x"))
         slot.send(AWAY)
         hub.send_signal(signal.SIGCONT)

@@ -293,7 +293,7 @@ def test_stopped_worker_gets_one_request_and_its_late_answer_reaches_nobody(fold
         hub = stack.enter_context(hub_process("--response-timeout", "500ms"))
         stopped = stack.enter_context(worker_process(hub, app, cwd=folder))
         until(hub, slots={"idle": 1, "busy": 0})
-        stopped.send_signal(signal.SIGSTOP)
+        stopped.suspend()
         late = stack.enter_context(Peer.connect(hub.main))
         late.send(post(b"/late", b""))
         asked_at = time.monotonic()
@@ -537,7 +537,7 @@ def test_hub_that_was_stopped_reads_before_it_looks_at_the_clock() -> None:
         with Peer.connect(hub.main) as consumer, Peer.connect(hub.worker) as slot:
             consumer.send(get(b"/"))
             slot.read_request()
-            hub.process.send_signal(signal.SIGSTOP)
+            hub.suspend()
             slot.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             waiting = Peer.connect(hub.main)
             waiting.send(get(b"/next"))

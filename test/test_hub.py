@@ -63,7 +63,7 @@ def ask(hub: HubProcess, request: bytes, host: str = "127.0.0.1") -> Iterator[Pe
 @contextlib.contextmanager
 def paused(hub: HubProcess) -> Iterator[None]:
     """Stop the hub's process, so that all that happens meanwhile comes to it at once."""
-    hub.process.send_signal(signal.SIGSTOP)
+    hub.suspend()
     try:
         yield
     finally:

@@ -402,7 +402,7 @@ def test_hub_that_is_stopped_costs_its_own_requests_only(ledger: Ledger) -> None
             consumers.start(stops, f"stops{number}", 15)
             consumers.start(lives, f"lives{number}", 25)
         wire.until(lambda: len(ledger.lines("begin")), lambda count: count > 20)
-        stops.send_signal(signal.SIGSTOP)
+        stops.suspend()
         wire.until(lambda: consumers.statuses[lives.main[1], 200], lambda count: count == 100)
         stops.send_signal(signal.SIGCONT)
         consumers.join()

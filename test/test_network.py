@@ -244,7 +244,7 @@ def test_first_request_may_follow_at_once(network: HubProcess) -> None:
 
 def test_response_that_was_planted_before_the_request_answers_nobody(network: HubProcess) -> None:
     with join(network) as slot:
-        network.process.send_signal(signal.SIGSTOP)
+        network.suspend()
         consumer = ask(network, b"/planted")
         slot.send(OK.replace(b"ok", b"no"))
         network.process.send_signal(signal.SIGCONT)

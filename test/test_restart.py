@@ -314,7 +314,7 @@ def test_platform_without_shared_ports_says_so(monkeypatch: pytest.MonkeyPatch) 
 @wire.in_clear_only
 def test_connection_that_waits_when_a_drain_begins_is_refused_in_words() -> None:
     with wire.hub_process("--graceful-timeout", "100ms") as hub:
-        hub.process.send_signal(signal.SIGSTOP)
+        hub.suspend()
         with Peer.connect(hub.main) as consumer:
             consumer.send(get(b"/"))
             hub.terminate()

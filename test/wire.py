@@ -561,6 +561,11 @@ class Program:
         self.may_have_ended = True
         self.process.send_signal(number)
 
+    def suspend(self) -> None:
+        """Stop it until SIGCONT. It stands still when this returns, and not yet when the signal is sent."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def terminate(self) -> None:
         """Ask for a drain; `wait` tells how it ended."""
         self.send_signal(signal.SIGTERM)
