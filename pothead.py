@@ -8169,7 +8169,8 @@ function show(stats) {
     : `room for ${count(stats.max_queue)}`);
   setText(byId("busy"), count(busy));
   setText(byId("slots"), `of ${count(slots)}`);
-  setText(byId("busy-note"), slots ? `${count(idle)} idle · dashed: all slots` : "no worker is connected");
+  const free = Object.keys(stats.processes).length ? "idle or busy at other hubs" : "idle";
+  setText(byId("busy-note"), slots ? `${count(idle)} ${free} · dashed: all slots` : "no worker is connected");
   for (const [name, times] of [["queued", stats.queued_seconds], ["worked", stats.worker_seconds]]) {
     setText(byId(`${name}-median`), span(times.median));
     setText(byId(`${name}-p99`), span(times.p99));

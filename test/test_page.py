@@ -576,6 +576,14 @@ def test_phone_shows_failures_before_the_long_tables(page: Browser, hub: HubProc
     assert first < min(others)
 
 
+def test_idle_slots_of_workers_with_several_hubs_may_be_busy_there(page: Browser, hub: HubProcess) -> None:
+    look(page, hub)
+    show_with(page, "{slots: {idle: 2, busy: 1}}")
+    assert page.text("#busy-note") == "2 idle · dashed: all slots"
+    show_with(page, "{slots: {idle: 2, busy: 1}, processes: {a: {slots: 3, busy_here: 1, connections: 2}}}")
+    assert page.text("#busy-note") == "2 idle or busy at other hubs · dashed: all slots"
+
+
 def test_large_numbers_fit_a_phone(page: Browser, hub: HubProcess) -> None:
     look(page, hub)
     page.resize(360, 780, mobile=True)
