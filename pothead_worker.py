@@ -4013,7 +4013,7 @@ class TlsFiles:
         """Raises ValueError, as `make` does."""
         self._make = make
         self._files = [file for file in files if file]
-        self._versions = self._look()
+        self._versions = self._refused = self._look()
         self._context = make()
 
     def _look(self) -> list[tuple[int, int, int] | None]:
@@ -4021,14 +4021,20 @@ class TlsFiles:
         return [file_version(file) for file in self._files]
 
     def context(self) -> ssl.SSLContext:
-        """Return it for the next connection: the last one that could be made."""
+        """Return it for the next connection: the last one that could be made.
+
+        What cannot be read now, for want of descriptors perhaps, may be so for the connection after that.
+        """
         if (versions := self._look()) != self._versions:
-            self._versions = versions
             try:
                 self._context = self._make()
+            except (OSError, ValueError) as exc:  # a file may go while it is read
+                if versions != self._refused:
+                    log.warning("%s; what was there before is used", exc)
+                self._refused = versions
+            else:
+                self._versions = versions
                 log.info("read again: %s", ", ".join(self._files))
-            except ValueError as exc:
-                log.warning("%s; what was there before is used", exc)
         return self._context
 
 

@@ -628,6 +628,25 @@ def test_certificates_are_read_again_when_they_have_changed(
     assert lines.wait_for("expired on") and lines.wait_for("read again")
 
 
+def test_files_that_could_not_be_read_are_read_for_the_next_connection(tmp_path: Path, lines: Lines) -> None:
+    faults: list[Exception] = []
+
+    def make() -> ssl.SSLContext:
+        if faults:
+            raise faults.pop()
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    (tmp_path / "ca.pem").write_text("one")
+    files = pothead_worker.TlsFiles(make, [str(tmp_path / "ca.pem")])
+    before = files.context()
+    (tmp_path / "ca.pem").write_text("another")
+    faults += [FileNotFoundError("it has just gone"), ValueError("too many open files")]
+    assert files.context() is files.context() is before
+    after = files.context()
+    assert files.context() is after is not before
+    assert len(lines.having("what was there before")) == 1  # of one change
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_missing_certificate_is_told(
     version: ssl.TLSVersion, tls_hub: Hub, certificates: Path, pool_for: Any, lines: Lines
