@@ -3455,8 +3455,7 @@ class Stream(Watched):
 
     __slots__ = (
         "_failed", "_fills_soon", "_has_rest", "_loop", "_new_outbuf", "_room", "_was_reset", "address",
-        "outbuf", "role",
-        "shortcut", "transport", "written",
+        "outbuf", "role", "shortcut", "transport", "written",
     )  # fmt: skip
 
     def __init__(

@@ -862,7 +862,7 @@ def test_claim_and_response_in_a_record_that_comes_in_parts(files: Path) -> None
             slot.sock.tls.write(b"HTTP/1.1 102 Processing\r\n\r\n" + OK)
             record = slot.sock.outgoing.read()
             slot.sock.below.sendall(record[:-20])
-            time.sleep(0.1)  # so that the rest comes alone
+            hub.stats()  # which the hub answers after it has read that, so that the rest comes alone
             slot.sock.below.sendall(record[-20:])
             assert consumer.read_response().status == 200
 
